@@ -1,0 +1,385 @@
+"""Configuration of ViViT (Arnab et al., "ViViT: A Video Vision Transformer", ICCV 2021, arXiv:2103.15691)."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
+
+from .auto_class import AutoClassMixin
+from .frame_sampling import sample_frames_uniformly
+
+
+ATTENTION_TYPES = (
+    "spatio_temporal",
+    "factorised_encoder",
+    "factorised_self_attention",
+    "factorised_dot_product_attention",
+)
+EMBEDDING_TYPES = ("tubelet", "uniform_frame_sampling")
+ATTENTION_ORDERS = ("space_time", "time_space")
+POOLINGS = ("cls", "mean", "max", "sum")
+
+# US spellings, and the names in google-research/scenic projects/vivit, are read and stored in the paper's form.
+_ALIASES = {
+    "attention_type": {
+        "spacetime": "spatio_temporal",
+        "spatiotemporal": "spatio_temporal",
+        "factorized_encoder": "factorised_encoder",
+        "factorized_self_attention": "factorised_self_attention",
+        "factorized_self_attention_block": "factorised_self_attention",
+        "factorized_dot_product_attention": "factorised_dot_product_attention",
+    },
+    "embedding_type": {"3d_conv": "tubelet", "temporal_sampling": "uniform_frame_sampling"},
+    "pooling": {"token": "cls", "gap": "mean", "gmp": "max", "gsp": "sum"},
+    # Both are the tanh approximation written as separate operations; the fused one computes the same function.
+    "hidden_act": {"gelu_fast": "gelu_pytorch_tanh", "gelu_new": "gelu_pytorch_tanh"},
+}
+
+# What transformers' own `VivitConfig` calls the same thing.
+_TRANSFORMERS_VIVIT_FIELDS = (
+    "image_size num_frames tubelet_size num_channels hidden_size num_hidden_layers num_attention_heads "
+    "intermediate_size hidden_act hidden_dropout_prob attention_probs_dropout_prob initializer_range layer_norm_eps "
+    "qkv_bias id2label label2id problem_type dtype torch_dtype output_hidden_states output_attentions return_dict"
+).split()
+
+_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "": {"attention_type": "spatio_temporal"},
+    "-fe": {"attention_type": "factorised_encoder", "num_temporal_layers": 4},
+    "-fe-average-pool": {"attention_type": "factorised_encoder", "num_temporal_layers": 0},
+    "-fsa": {"attention_type": "factorised_self_attention"},
+    "-fdpa": {"attention_type": "factorised_dot_product_attention"},
+}
+_PRESETS: dict[str, dict[str, Any]] = {
+    f"vivit-{size}-16x2{suffix}": {**widths, **variant}
+    for size, widths in (("b", _BASE), ("l", _LARGE))
+    for suffix, variant in _VARIANTS.items()
+}
+_PRESETS["vivit-l-16x2-fe-epic-kitchens"] = _PRESETS["vivit-l-16x2-fe"]
+_PRESETS["vivit-l-16x2-fe-ssv2"] = {**_PRESETS["vivit-l-16x2-fe"], "image_size": 256}
+_PRESETS["vivit-l-16x2-fe"] = {**_PRESETS["vivit-l-16x2-fe"], "num_temporal_layers": 24}  # as trained on Kinetics
+_PRESETS["vivit-tiny"] = {
+    "attention_type": "factorised_encoder",
+    "num_frames": 16,
+    "image_size": 64,
+    "tubelet_size": (2, 16, 16),
+    "hidden_size": 96,
+    "num_hidden_layers": 4,
+    "num_temporal_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 192,
+}
+
+
+class ViViTConfig(AutoClassMixin, PretrainedConfig):
+    r"""
+    Describes a ViViT; `ViViTConfig()` is ViViT-B/16x2 on 32 frames of 224x224 with joint attention (Model 1).
+
+    Args:
+        image_size (`int` or `(int, int)`, defaults to 224): Height and width of a frame in pixels; one number for both.
+        num_frames (`int`, defaults to 32): Frames in a clip.
+        num_channels (`int`, defaults to 3): Colour channels of a frame.
+        attention_type (`str`, defaults to `"spatio_temporal"`):
+            `"spatio_temporal"` (Model 1, section 3.3), `"factorised_encoder"` (Model 2),
+            `"factorised_self_attention"` (Model 3) or `"factorised_dot_product_attention"` (Model 4).
+        attention_order (`str`, defaults to `"space_time"`):
+            Model 3 only: which attention comes first in a layer. The paper's order is `"space_time"`; the official
+            configurations use `"time_space"`.
+        embedding_type (`str`, defaults to `"tubelet"`):
+            `"tubelet"` (non-overlapping spatio-temporal patches) or `"uniform_frame_sampling"` (2D patches of
+            `num_sampled_frames` frames), section 3.2.
+        tubelet_size (`(int, int, int)`, defaults to `(2, 16, 16)`):
+            Time, height and width of a patch. What does not fill a whole patch at the end of a side is not seen, as in
+            the official code. With uniform frame sampling the time is 1, and so the default is `(1, 16, 16)`.
+        num_sampled_frames (`int`, *optional*, defaults to `num_frames // 2` with uniform frame sampling):
+            Frames that uniform frame sampling asks for. For some pairs of lengths the official rule's rounding yields
+            one more (`grid_size` tells).
+        hidden_size, num_hidden_layers, num_attention_heads, intermediate_size (`int`):
+            Width, layers, heads and MLP width; in Model 2, of the spatial encoder (the width is shared).
+        num_temporal_layers (`int`, defaults to 4):
+            Model 2 only: layers of the temporal encoder. 0 is the paper's average-pool baseline (Table 1).
+        temporal_num_attention_heads, temporal_intermediate_size (`int`, *optional*):
+            Model 2 only: heads and MLP width of the temporal encoder, by default those of the spatial one.
+        pooling (`str`, *optional*):
+            `"cls"` (class token), `"mean"`, `"max"` or `"sum"`; by default `"cls"` for Models 1 and 2 and `"mean"` for
+            3 and 4, whose token grid has no place for a class token.
+        representation_size (`int`, *optional*): Width of a dense layer with tanh between pooling and classifier.
+        hidden_act (`str`, defaults to `"gelu_pytorch_tanh"`):
+            The tanh-approximated GELU of the official code as one operation. `gelu_fast` and `gelu_new` are the same
+            function and are stored under this name.
+        hidden_dropout_prob, attention_probs_dropout_prob (`float`, defaults to 0.0): Dropout in [0, 1).
+        drop_path_rate (`float`, defaults to 0.0):
+            Stochastic depth: the rate grows linearly from 0 in the first layer to this value in the last.
+        layer_norm_eps (`float`, defaults to 1e-6), qkv_bias (`bool`, defaults to `True`),
+        initializer_range (`float`, defaults to 0.02).
+
+    Raises:
+        ValueError: for any value or combination that no model can have; the message names it and the way out.
+
+    Source: the paper, and google-research/scenic `projects/vivit/model.py` and `configs/`.
+    """
+
+    model_type = "vivit_hf"
+    presets: ClassVar[tuple[str, ...]] = tuple(_PRESETS)
+
+    image_size: int | Sequence[int] = 224
+    num_frames: int = 32
+    num_channels: int = 3
+    attention_type: str = "spatio_temporal"
+    attention_order: str = "space_time"
+    embedding_type: str = "tubelet"
+    tubelet_size: Any = None
+    num_sampled_frames: Any = None
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    num_temporal_layers: int = 4
+    temporal_num_attention_heads: int | None = None
+    temporal_intermediate_size: int | None = None
+    pooling: Any = None
+    representation_size: int | None = None
+    hidden_act: str = "gelu_pytorch_tanh"
+    hidden_dropout_prob: float = 0.0
+    attention_probs_dropout_prob: float = 0.0
+    drop_path_rate: float = 0.0
+    layer_norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name, aliases in _ALIASES.items():
+            value = getattr(self, name)
+            if isinstance(value, str):
+                setattr(self, name, aliases.get(value, value))
+        if self.tubelet_size is None:
+            self.tubelet_size = (1, 16, 16) if self.embedding_type == "uniform_frame_sampling" else (2, 16, 16)
+        # Lists, so that a configuration equals its reload from JSON.
+        if isinstance(self.tubelet_size, Sequence):
+            self.tubelet_size = list(self.tubelet_size)
+        if not isinstance(self.image_size, int) and isinstance(self.image_size, Sequence):
+            self.image_size = list(self.image_size)
+        if self.embedding_type == "uniform_frame_sampling" and self.num_sampled_frames is None:
+            self.num_sampled_frames = max(1, self.num_frames // 2) if isinstance(self.num_frames, int) else None
+        if self.pooling is None:
+            self.pooling = "mean" if self.is_token_grid else "cls"
+        super().__post_init__(**kwargs)
+        self.check()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except StrictDataclassError as error:  # not a ValueError, which is what a wrong value is everywhere else here
+            raise ValueError(f"`{name}={value!r}` is not valid: {error.__cause__ or error}") from error
+
+    # Derived sizes
+
+    @property
+    def is_token_grid(self) -> bool:
+        """Whether layers see tokens as (batch, time, space, hidden): Models 3 and 4."""
+        return self.attention_type in ("factorised_self_attention", "factorised_dot_product_attention")
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """(height, width) of a frame in pixels."""
+        if isinstance(self.image_size, int):
+            return self.image_size, self.image_size
+        height, width = self.image_size
+        return height, width
+
+    @property
+    def grid_size(self) -> tuple[int, int, int]:
+        """(time, height, width) of the token grid of one clip."""
+        return self.grid_size_of(self.num_frames, *self.frame_size)
+
+    def grid_size_of(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """(time, height, width) of the token grid of a clip of `num_frames` frames of `height` x `width` pixels."""
+        patch_time, patch_height, patch_width = self.tubelet_size
+        if self.embedding_type == "uniform_frame_sampling":
+            time = len(sample_frames_uniformly(num_frames, self.num_sampled_frames))
+        else:
+            time = num_frames // patch_time
+        return time, height // patch_height, width // patch_width
+
+    # Validation
+
+    def check(self) -> None:
+        """Raises ValueError when a value or a combination of values is one that no model can have."""
+        self._check_words()
+        self._check_numbers()
+        self._check_sizes()
+        heads = [("num_attention_heads", self.num_attention_heads)]
+        if self.temporal_num_attention_heads is not None:
+            heads.append(("temporal_num_attention_heads", self.temporal_num_attention_heads))
+        for name, count in heads:
+            if self.hidden_size % count:
+                divisors = [n for n in range(1, 2 * count + 1) if self.hidden_size % n == 0]
+                nearest = min(divisors, key=lambda n: abs(n - count))
+                raise ValueError(
+                    f"`hidden_size={self.hidden_size}` does not divide into `{name}={count}` heads; "
+                    f"use for example `{name}={nearest}`."
+                )
+        if self.attention_type == "factorised_dot_product_attention" and self.num_attention_heads % 2:
+            raise ValueError(
+                f"`num_attention_heads={self.num_attention_heads}` is odd, but factorised dot-product attention "
+                "(Model 4) gives half of the heads to time and half to space; use an even number."
+            )
+        if self.is_token_grid and self.pooling == "cls":
+            raise ValueError(
+                f"`pooling='cls'` needs a class token, which the token grid of `attention_type="
+                f"'{self.attention_type}'` has no place for; use `pooling='mean'` (the official one), 'max' or 'sum'."
+            )
+
+    def _check_words(self) -> None:
+        for name, allowed in {
+            "attention_type": ATTENTION_TYPES,
+            "embedding_type": EMBEDDING_TYPES,
+            "attention_order": ATTENTION_ORDERS,
+            "pooling": POOLINGS,
+            "hidden_act": tuple(ACT2FN),
+        }.items():
+            value = getattr(self, name)
+            if value in allowed:
+                continue
+            nearest = difflib.get_close_matches(str(value), [*allowed, *_ALIASES.get(name, {})], n=1, cutoff=0.4)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            choices = f" Expected one of {', '.join(map(repr, allowed))}." if len(allowed) < 10 else ""
+            raise ValueError(f"`{name}={value!r}` is not known.{hint}{choices}")
+
+    def _check_numbers(self) -> None:
+        positive = "num_frames num_channels hidden_size num_hidden_layers num_attention_heads intermediate_size".split()
+        optional = "num_sampled_frames temporal_num_attention_heads temporal_intermediate_size representation_size"
+        positive += [name for name in optional.split() if getattr(self, name) is not None]
+        for name in positive:
+            _check_whole_number(name, getattr(self, name), 1)
+        _check_whole_number("num_temporal_layers", self.num_temporal_layers, 0)
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+                raise ValueError(f"`{name}={value!r}` is not a probability; expected 0 <= {name} < 1.")
+        for name in ("layer_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(f"`{name}={value!r}` must be a number above 0.")
+        if not isinstance(self.qkv_bias, bool):
+            raise ValueError(f"`qkv_bias={self.qkv_bias!r}` must be True or False.")
+
+    def _check_sizes(self) -> None:
+        if not isinstance(self.tubelet_size, list) or len(self.tubelet_size) != 3:
+            raise ValueError(f"`tubelet_size={self.tubelet_size!r}` must be three numbers: (time, height, width).")
+        if not isinstance(self.image_size, int) and (
+            not isinstance(self.image_size, list) or len(self.image_size) != 2
+        ):
+            raise ValueError(f"`image_size={self.image_size!r}` must be one number or two: (height, width).")
+        for name, value in (("image_size", self.frame_size), ("tubelet_size", self.tubelet_size)):
+            for side in value:
+                _check_whole_number(name, side, 1)
+        if self.embedding_type == "uniform_frame_sampling":
+            if self.tubelet_size[0] != 1:
+                raise ValueError(
+                    f"`tubelet_size={tuple(self.tubelet_size)}` spans {self.tubelet_size[0]} frames, but uniform frame "
+                    "sampling has 2D patches; use (1, height, width), or `embedding_type='tubelet'`."
+                )
+            if self.num_sampled_frames > self.num_frames:
+                raise ValueError(
+                    f"`num_sampled_frames={self.num_sampled_frames}` is more than the clip's "
+                    f"`num_frames={self.num_frames}`; sample at most {self.num_frames} or take longer clips."
+                )
+        elif self.num_sampled_frames is not None:
+            raise ValueError(
+                f"`num_sampled_frames={self.num_sampled_frames}` has no meaning with `embedding_type='tubelet'`; "
+                "leave it out, or use `embedding_type='uniform_frame_sampling'`."
+            )
+        clip = (self.num_frames, *self.frame_size)
+        for axis, patch, side in zip(("time", "height", "width"), self.tubelet_size, clip, strict=True):
+            if patch > side:
+                raise ValueError(
+                    f"`tubelet_size={tuple(self.tubelet_size)}` is larger than the clip (frames, height, width) = "
+                    f"{clip} in {axis}: {patch} > {side}. Use a smaller tubelet or a larger clip."
+                )
+
+    # Loading and presets
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "ViViTConfig":
+        """
+        The configuration called `name` (see `ViViTConfig.presets`), with any field overridden.
+
+        `vivit-b-16x2` and `vivit-l-16x2` are the paper's sizes with joint attention; the suffixes `-fe`, `-fsa`,
+        `-fdpa` and `-fe-average-pool` are its other variants. The large factorised encoder has 24 temporal layers as
+        trained on Kinetics; `vivit-l-16x2-fe-ssv2` and `vivit-l-16x2-fe-epic-kitchens` have the 4 of those data sets.
+        `vivit-tiny` (factorised encoder, 16 frames of 64x64) is for trying things out.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        if name not in _PRESETS:
+            nearest = difflib.get_close_matches(name, _PRESETS, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"No preset is called {name!r}; did you mean {nearest!r}? There are: {', '.join(_PRESETS)}."
+            )
+        return cls(**{**_PRESETS[name], **overrides})
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return cls.translate(config_dict, pretrained_model_name_or_path), kwargs
+
+    @classmethod
+    def translate(cls, config_dict: dict[str, Any], source: Any = "This configuration") -> dict[str, Any]:
+        """
+        Our fields for a `config.json`: our own as it is, that of transformers' own Vivit as Model 1 with a class token.
+
+        Raises:
+            ValueError: if it is of another kind of model.
+        """
+        model_type = config_dict.get("model_type") or cls.model_type
+        if model_type == "vivit":
+            known = {name: config_dict[name] for name in _TRANSFORMERS_VIVIT_FIELDS if name in config_dict}
+            known.setdefault("hidden_act", "gelu_fast")
+            return {**known, "attention_type": "spatio_temporal", "pooling": "cls"}
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"{source} holds a model of type {model_type!r}, not a ViViT ({cls.model_type!r}, or transformers' "
+                "'vivit'). An image model must be converted first: see `conversion/` in the repository of vivit_hf."
+            )
+        return config_dict
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, but overrides are validated together with the rest instead of being set afterwards."""
+        config_dict = dict(cls.translate(config_dict))
+        own = {*cls.__annotations__, "id2label", "label2id", "num_labels"}
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
+        _settle_labels(config_dict, overrides)
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+
+def _check_whole_number(name: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"`{name}={value!r}` must be a whole number of at least {minimum}.")
+
+
+def _settle_labels(config_dict: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """Lets new labels replace the stored ones as a whole: half of an old map beside a new one names classes wrongly."""
+    id2label, label2id, num_labels = (overrides.get(name) for name in ("id2label", "label2id", "num_labels"))
+    if id2label is None and label2id is not None:
+        id2label = overrides["id2label"] = {int(index): label for label, index in label2id.items()}
+    if id2label is not None:
+        if num_labels is not None and num_labels != len(id2label):
+            raise ValueError(f"`num_labels={num_labels}` contradicts a label map of {len(id2label)} labels; give one.")
+        if label2id is None:
+            overrides["label2id"] = {label: int(index) for index, label in id2label.items()}
+        overrides.pop("num_labels", None)
+    elif num_labels is not None and config_dict.get("id2label") is not None:
+        if len(config_dict["id2label"]) != num_labels:
+            config_dict.pop("id2label")
+            config_dict.pop("label2id", None)
+        else:
+            overrides.pop("num_labels")

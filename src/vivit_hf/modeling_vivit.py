@@ -1,0 +1,280 @@
+"""
+ViViT in PyTorch (Arnab et al., "ViViT: A Video Vision Transformer", ICCV 2021, arXiv:2103.15691).
+
+Shapes are written in the words batch, time, space, hidden: a clip of `num_frames` frames becomes a grid of
+time x space tokens (space = height x width, in patches), ordered time, then height, then width.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils.generic import TransformersKwargs, can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_vivit import ViViTConfig
+from .embeddings_vivit import ViViTEmbeddings, ViViTTemporalEmbeddings, prepend_class_token
+from .layers_vivit import (
+    LAYERS,
+    ViViTDotProductAttention,
+    ViViTEncoder,
+    ViViTFactorisedSelfAttentionLayer,
+    ViViTLayer,
+)
+from .loading_vivit import CheckpointLoadingMixin
+from .loss_vivit import infer_problem_type, video_classification_loss
+from .pushing_vivit import HubPushMixin
+
+
+POOLINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "cls": lambda tokens: tokens[:, 0],
+    "mean": lambda tokens: tokens.mean(dim=1),
+    "max": lambda tokens: tokens.amax(dim=1),
+    "sum": lambda tokens: tokens.sum(dim=1),
+}
+
+
+class ViViTPreTrainedModel(CheckpointLoadingMixin, HubPushMixin, PreTrainedModel):
+    """Loading, saving and initialisation that the ViViT models share."""
+
+    config: ViViTConfig
+    config_class = ViViTConfig
+    base_model_prefix = "vivit"
+    main_input_name = "pixel_values"
+    input_modalities = ("video",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = [
+        "ViViTEmbeddings",
+        "ViViTTemporalEmbeddings",
+        "ViViTLayer",
+        "ViViTFactorisedSelfAttentionLayer",
+        "ViViTFactorisedDotProductAttentionLayer",
+    ]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        # The temporal embeddings are the input of Model 2's second encoder.
+        "hidden_states": [ViViTLayer, ViViTFactorisedSelfAttentionLayer, ViViTTemporalEmbeddings],
+        "attentions": ViViTDotProductAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (ViViTEmbeddings, ViViTTemporalEmbeddings)):
+            init.normal_(module.position_embeddings, std=self.config.initializer_range)
+            if module.cls_token is not None:
+                init.zeros_(module.cls_token)
+
+    @torch.no_grad()
+    def resize_position_embeddings(
+        self,
+        num_frames: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
+        num_sampled_frames: int | None = None,
+    ) -> None:
+        """
+        Interpolates the position embeddings for clips of another length or size, and changes the configuration to it.
+
+        Args:
+            num_frames: frames in a clip from now on; unchanged if None.
+            image_size: pixels of a frame, one number or (height, width); unchanged if None.
+            num_sampled_frames: for uniform frame sampling, the frames to sample; unchanged if None.
+
+        Raises:
+            ValueError: if the configuration would not be valid with the new sizes.
+        """
+        sizes = {"num_frames": num_frames, "image_size": image_size, "num_sampled_frames": num_sampled_frames}
+        sizes = {name: size for name, size in sizes.items() if size is not None}
+        new_config = ViViTConfig.from_dict(self.config.to_dict(), **sizes)
+        model = self.base_model
+        for embeddings in (model.embeddings, model.temporal_embeddings):
+            if embeddings is not None:
+                embeddings.resize(new_config.grid_size)
+        for name in sizes:
+            setattr(self.config, name, getattr(new_config, name))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base_model.embeddings.patch_embeddings
+
+
+class ViViTModel(ViViTPreTrainedModel):
+    """
+    ViViT without a classifier, for features.
+
+    | variant | `last_hidden_state` | `pooler_output` |
+    | --- | --- | --- |
+    | Model 1 | (batch, 1 + time * space, hidden), class token first; no 1 unless `pooling="cls"` | (batch, hidden) |
+    | Model 2 | the temporal encoder's (batch, 1 + time, hidden), likewise | (batch, hidden) |
+    | Model 2, `num_temporal_layers=0` | one pooled token per time step: (batch, time, hidden) | their mean |
+    | Models 3, 4 | (batch, time * space, hidden) | (batch, hidden) |
+
+    `last_hidden_state` is behind the final LayerNorm; `pooler_output` is its pooling, and with `representation_size`
+    the dense layer and tanh behind that.
+
+    `hidden_states` are the input of the first layer and the output of every layer, before the final LayerNorm: in
+    Model 2 those of the spatial encoder, (batch * time, 1 + space, hidden), then those of the temporal one,
+    (batch, 1 + time, hidden); in Models 3 and 4 (batch, time, space, hidden).
+
+    `attentions` come in the order of computation. Model 1: (batch, heads, tokens, tokens) per layer. Model 2: the same
+    with batch * time, then the temporal encoder's. Model 3: per layer (batch * space, heads, time, time) and
+    (batch * time, heads, space, space) in the configured order. Model 4: per layer time, then space, each with half of
+    the heads. Asking for them works with every attention implementation.
+    """
+
+    def __init__(self, config: ViViTConfig):
+        super().__init__(config)
+        config.check()
+        self.embeddings = ViViTEmbeddings(config)
+        self.encoder = ViViTEncoder(config, LAYERS[config.attention_type], config.num_hidden_layers)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.temporal_embeddings: Any = None
+        self.temporal_encoder: Any = None
+        self.temporal_layernorm: Any = None
+        if config.attention_type == "factorised_encoder" and config.num_temporal_layers:
+            self.temporal_embeddings = ViViTTemporalEmbeddings(config)
+            make_layer = functools.partial(ViViTLayer, temporal=True)
+            self.temporal_encoder = ViViTEncoder(config, make_layer, config.num_temporal_layers)
+            self.temporal_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pre_logits = None
+        if config.representation_size is not None:
+            self.pre_logits = nn.Linear(config.hidden_size, config.representation_size)
+        self.post_init()
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            pixel_values: (batch, frames, channels, height, width), floats in [-1, 1] as `ViViTVideoProcessor` makes
+                them; cast to the dtype of the weights.
+            interpolate_pos_encoding: take clips of other lengths and sizes than the configured ones, with position
+                embeddings interpolated for this call.
+            output_hidden_states, output_attentions, return_dict: as everywhere in transformers.
+
+        Raises:
+            ValueError: if the clip does not have the expected shape; the message prints both.
+        """
+        if pixel_values is None:
+            raise ValueError("`pixel_values` is missing; expected (batch, frames, channels, height, width).")
+        tokens, class_token = self.embeddings(pixel_values, interpolate_pos_encoding)
+        encode = ENCODERS[self.config.attention_type]
+        last_hidden_state, pooled = encode(self, tokens, class_token, bool(kwargs.get("output_attentions")))
+        if self.pre_logits is not None:
+            pooled = self.pre_logits(pooled).tanh()
+        return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooled)
+
+    def pool(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens, hidden) -> (batch, hidden)."""
+        return POOLINGS[self.config.pooling](tokens)
+
+    def encode_spatio_temporal(
+        self, tokens: torch.Tensor, class_token: torch.Tensor | None, output_attentions: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Model 1 (section 3.3.1): every token attends to every other."""
+        tokens = tokens.flatten(1, 2)  # (batch, time, space, hidden) -> (batch, time * space, hidden)
+        tokens = prepend_class_token(tokens, class_token)  # -> (batch, 1 + time * space, hidden)
+        tokens = self.layernorm(self.encoder(tokens, output_attentions))
+        return tokens, self.pool(tokens)
+
+    def encode_factorised_encoder(
+        self, tokens: torch.Tensor, class_token: torch.Tensor | None, output_attentions: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Model 2 (section 3.3.2): an encoder over the space of each time step, then one over time."""
+        tokens = self.encode_space(tokens, class_token, output_attentions)  # (batch, time, hidden)
+        if self.temporal_encoder is None:
+            return tokens, tokens.mean(dim=1)  # the average-pool baseline, whatever the pooling over space
+        return self.encode_time(tokens, output_attentions)
+
+    def encode_space(
+        self, tokens: torch.Tensor, class_token: torch.Tensor | None, output_attentions: bool = False
+    ) -> torch.Tensor:
+        """Model 2's spatial encoder: (batch, time, space, hidden) -> a pooled token per step, (batch, time, hidden)."""
+        steps = tokens.shape[:2]
+        tokens = tokens.flatten(0, 1)  # (batch, time, space, hidden) -> (batch * time, space, hidden)
+        tokens = prepend_class_token(tokens, class_token)  # -> (batch * time, 1 + space, hidden)
+        tokens = self.layernorm(self.encoder(tokens, output_attentions))
+        return self.pool(tokens).unflatten(0, steps)  # (batch * time, hidden) -> (batch, time, hidden)
+
+    def encode_time(self, tokens: torch.Tensor, output_attentions: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Model 2's temporal encoder: (batch, time, hidden) -> (batch, 1 + time, hidden), pooled (batch, hidden)."""
+        tokens = self.temporal_embeddings(tokens)  # -> (batch, 1 + time, hidden)
+        tokens = self.temporal_layernorm(self.temporal_encoder(tokens, output_attentions))
+        return tokens, self.pool(tokens)
+
+    def encode_token_grid(
+        self, tokens: torch.Tensor, class_token: torch.Tensor | None, output_attentions: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Models 3 and 4 (sections 3.3.3 and 3.3.4): layers that see the grid, and so no class token."""
+        tokens = self.layernorm(self.encoder(tokens, output_attentions))
+        tokens = tokens.flatten(1, 2)  # (batch, time, space, hidden) -> (batch, time * space, hidden)
+        return tokens, self.pool(tokens)
+
+
+ENCODERS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
+    "spatio_temporal": ViViTModel.encode_spatio_temporal,
+    "factorised_encoder": ViViTModel.encode_factorised_encoder,
+    "factorised_self_attention": ViViTModel.encode_token_grid,
+    "factorised_dot_product_attention": ViViTModel.encode_token_grid,
+}
+
+
+class ViViTForVideoClassification(ViViTPreTrainedModel):
+    """ViViT with a linear classifier on its pooled output; without labels (`num_labels=0`) it gives that output."""
+
+    def __init__(self, config: ViViTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.vivit = ViViTModel(config)
+        features = config.representation_size or config.hidden_size
+        self.classifier = nn.Linear(features, config.num_labels) if config.num_labels else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        """
+        Args:
+            pixel_values: (batch, frames, channels, height, width), floats in [-1, 1].
+            labels: classes (batch,) of int64 or, as mixup makes them, class probabilities (batch, num_labels) of
+                floats under `problem_type="single_label_classification"`; 0 and 1 (batch, num_labels) of floats under
+                `"multi_label_classification"`; values under `"regression"`. See `video_classification_loss`.
+            interpolate_pos_encoding: as in `ViViTModel`.
+            num_items_in_batch: elements of the labels of all batches that make one optimiser step, as `Trainer` counts
+                them, so that accumulated gradients are those of the whole batch.
+
+        Returns:
+            `loss` if there are labels, `logits` (batch, num_labels), `hidden_states` and `attentions` if asked for.
+        """
+        outputs = self.vivit(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        loss = None
+        if labels is not None:
+            if self.config.problem_type is None:  # kept, as in transformers, so that pipelines know the activation
+                self.config.problem_type = infer_problem_type(labels, self.config.num_labels)
+            loss = video_classification_loss(logits, labels, self.config.problem_type, num_items_in_batch)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = ["ViViTForVideoClassification", "ViViTModel", "ViViTPreTrainedModel"]

@@ -1,0 +1,497 @@
+"""From a video file to exact RGB frames, with PyAV.
+
+Frame i is the i-th frame in presentation order that a plain decode from beginning to end gives, whatever the
+container, its header, B-frames, the first timestamp or the frame rate. Two ways lead there:
+
+    trusted     a scan of the packets (nothing is decoded) gives the timestamps and the keyframes; reading seeks to the
+                keyframe before a frame, decodes forward, and checks every frame that comes out against the scan
+    decoded     where timestamps are missing or repeated, packets and frames are not one to one, the file is damaged,
+                or a check failed: one decode of the whole file, past the packets that the decoder rejects, tells
+                which frames there are, and reading counts them from the first
+
+Video is untrusted input: whatever a file contains, it ends in frames, or in a `VideoDecodingError` that names the
+file, or in a `VideoLimitError` when it is larger than `VideoLimits` allows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from .video_sources import (
+    DecodingReport,
+    VideoDecodingError,
+    VideoLimitError,
+    VideoLimits,
+    open_source,
+    source_name,
+)
+
+
+try:
+    import av
+    from av.stream import Disposition
+    from av.video.reformatter import VideoReformatter
+except ImportError:
+    av = None  # type: ignore[assignment]
+
+
+logger = logging.getLogger(__name__)
+
+# Codecs whose every packet gives one frame and whose keyframes stand on their own. (In APNG, for one, every packet is
+# called a keyframe and depends on the one before.) Files of any other codec are indexed by decoding them.
+# fmt: off
+_ONE_FRAME_PER_PACKET = {
+    "av1", "dnxhd", "ffv1", "gif", "h264", "hevc", "mjpeg", "mpeg1video", "mpeg2video", "mpeg4", "prores", "qtrle",
+    "rawvideo", "vp8", "vp9",
+}
+# fmt: on
+# Decoding on past a few frames is cheaper than a seek.
+_SEEK_GAP = 8
+# libswscale's BILINEAR | ACCURATE_RND | FULL_CHR_H_INT | FULL_CHR_H_INP, by their numbers: PyAV 17 has no names for the
+# last three. Without them it rounds coarsely and takes every second chroma sample, an error of 1 to 5 grey levels.
+_SCALER_FLAGS = 0x2 | 0x40000 | 0x2000 | 0x4000
+# A demuxer that fails this often in a row will not find another packet.
+_MAX_DEMUX_ERRORS = 16
+
+FrameSize = Callable[[int, int], tuple[int, int]]
+
+
+class _IndexMismatchError(Exception):
+    """The decoder gave other frames than the packets promised."""
+
+
+@dataclass
+class _TrustedIndex:
+    pts: np.ndarray  # (frames,), sorted: frame i is shown at pts[i]
+    frame_of_pts: dict[int, int]
+    position_of_pts: dict[int, int]  # pts -> place of the packet in the file
+    keyframes: np.ndarray  # (keyframes,), sorted: frames at which decoding can start
+    keyframe_dts: dict[int, int | None]
+
+
+@dataclass
+class _DecodedIndex:
+    frame_of_output: np.ndarray  # (outputs,), sorted: the k-th frame out of the decoder is frame frame_of_output[k]
+    damaged: np.ndarray  # (outputs,), bool
+
+
+def _is_hidden(packet: Any, codec: str) -> bool:
+    """Whether a VP8 or VP9 packet only updates a reference and is never shown (the frame header's show_frame bit)."""
+    data = memoryview(packet)
+    if codec == "vp8":
+        return not data[0] & 0x10
+    is_superframe = data[-1] & 0xE0 == 0xC0
+    is_profile_3 = data[0] & 0x30 == 0x30  # one more bit comes before the two that matter
+    shows_existing, shown = (0x04, 0x01) if is_profile_3 else (0x08, 0x02)
+    return not is_superframe and not data[0] & (shows_existing | shown)
+
+
+class VideoReader:
+    """Exact random access to the frames of one video file.
+
+    Args:
+        source: path, `pathlib.Path`, http(s) URL, bytes, binary file (read from its start, left open) or the
+            dictionary {"path": ..., "bytes": ...} that `datasets.Video(decode=False)` gives.
+        limits: `VideoLimits`.
+        num_threads: decoder and scaler threads, 0 = as many as FFmpeg finds right.
+        thread_type: "SLICE" or "NONE". Frame threads ("FRAME", "AUTO") are faster for some files and have hung in
+            data loader workers that stop early.
+
+    `timestamps`, float64 (num_frames,), are the times in seconds at which the frames are shown, from 0. `report` is a
+    `DecodingReport`.
+
+    The first video stream that is not a cover picture is read. Rotation stored in the file is applied; non-square
+    pixels are not stretched. Open a reader where it is used (in the worker, not before the fork) and close it: it is a
+    context manager.
+
+    ```python
+    with VideoReader("video.mp4") as video:
+        frames = video.frames_at([0, 10, -1])  # uint8 (3, height, width, 3), RGB
+    ```
+
+    Raises `VideoDecodingError` if there is no frame to read, `VideoLimitError` if the file is over its limits.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        limits: VideoLimits | None = None,
+        num_threads: int = 0,
+        thread_type: str = "SLICE",
+    ):
+        if av is None:
+            raise ImportError("Reading video files needs PyAV: pip install av.")
+        self.name = source_name(source)
+        self.limits = limits or VideoLimits()
+        self.report = DecodingReport(self.name)
+        self._num_threads, self._thread_type = num_threads, thread_type
+        self._container: Any = None
+        self._file: Any = None
+        self._owns_file = False
+        self._trusted: _TrustedIndex | None = None
+        self._scanned_pts: np.ndarray | None = None
+        try:
+            with self._named_errors():
+                self._file, self._owns_file = open_source(source, self.limits)
+                self._reformatter = VideoReformatter()
+                self._reopen()
+                if not self._scan_packets():
+                    self._decode_index()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> VideoReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the container, and the file unless the caller had opened it."""
+        if self._container is not None:
+            self._container.close()
+        if self._owns_file and self._file is not None:
+            self._file.close()
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.timestamps)
+
+    def frames_at(self, indices: Any, *, size: FrameSize | None = None, on_lost: str = "raise") -> np.ndarray:
+        """Frames by index, as numpy would index the whole video: any order, repeats and negative indices included.
+
+        Args:
+            indices: integers of any shape.
+            size: from the (height, width) of the upright frame to the wanted one; scaling (bilinear, antialiased) and
+                colour conversion are then one pass. None keeps the size.
+            on_lost: for frames that damage has taken: "raise", or "repeat_last" for the last frame before.
+
+        Returns:
+            uint8 RGB (*indices.shape, height, width, 3).
+
+        Raises:
+            IndexError: an index outside of the video.
+            VideoDecodingError: a frame that cannot be recovered.
+        """
+        return self.read(lambda _: indices, size=size, on_lost=on_lost)
+
+    def read(
+        self,
+        choose: Callable[[np.ndarray], Any],
+        *,
+        size: FrameSize | None = None,
+        on_lost: str = "raise",
+    ) -> np.ndarray:
+        """`frames_at` for the indices that `choose` picks, given the `timestamps`.
+
+        A damaged file can turn out to have fewer frames than its packets promise; `choose` is then asked again, so
+        that a clip is laid into the frames that are there.
+        """
+        if on_lost not in ("raise", "repeat_last"):
+            raise ValueError(f"`on_lost` must be 'raise' or 'repeat_last', got {on_lost!r}.")
+        with self._named_errors():
+            indices = self._checked(choose(self.timestamps))
+            if self._trusted is None:
+                return self._read_decoded(indices, size, on_lost)
+            wanted, places = np.unique(indices, return_inverse=True)
+            try:
+                frames = self._converted(self._read_trusted(self._trusted, wanted), len(wanted), size)
+            except _IndexMismatchError:
+                num_promised = self.num_frames
+                self._decode_index()
+                indices = np.asarray(choose(self.timestamps))
+                if on_lost == "repeat_last":
+                    indices = np.minimum(indices, self.num_frames - 1)
+                elif self.num_frames < num_promised and np.any(indices >= self.num_frames):
+                    reason = f"only {self.num_frames} of its {num_promised} frames can be decoded"
+                    raise self._error(reason, num_recovered=self.num_frames, num_frames=num_promised) from None
+                return self._read_decoded(self._checked(indices), size, on_lost)
+            return self._arranged(frames, places, indices)
+
+    def _checked(self, indices: Any) -> np.ndarray:
+        indices = np.asarray(indices)
+        if indices.size == 0 or indices.dtype.kind not in "iu":
+            raise IndexError(f"Frame indices must be integers, and at least one, got {indices!r}.")
+        outside = indices[(indices < -self.num_frames) | (indices >= self.num_frames)]
+        if outside.size:
+            raise IndexError(f"{self.name} has {self.num_frames} frames, index {outside.flat[0]} is outside of them.")
+        return np.where(indices < 0, indices + self.num_frames, indices).astype(np.int64)
+
+    @staticmethod
+    def _arranged(frames: np.ndarray, places: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        places = places.reshape(-1)
+        if not np.array_equal(places, np.arange(len(frames))):
+            frames = frames[places]
+        return frames.reshape(indices.shape + frames.shape[1:])
+
+    # The container and its packets
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        """Turns what PyAV and the operating system raise about a file into an error that names the file."""
+        try:
+            yield
+        except VideoDecodingError:
+            raise
+        except (av.FFmpegError, OSError, EOFError, UnicodeError, OverflowError, MemoryError) as error:
+            raise self._error(f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}") from error
+
+    def _error(self, reason: str, **details: Any) -> VideoDecodingError:
+        return VideoDecodingError(f"Cannot read {self.name}: {reason}.", source=self.name, reason=reason, **details)
+
+    def _check_limit(self, name: str, value: float) -> None:
+        limit = getattr(self.limits, name)
+        if value > limit:
+            reason = f"{value:.10g} is more than {name}={limit:.10g}"
+            raise VideoLimitError(f"Cannot read {self.name}: {reason}.", source=self.name, reason=reason)
+
+    def _reopen(self) -> None:
+        if self._container is not None:
+            self._container.close()
+        self._file.seek(0)
+        if not self._file.read(1):
+            raise self._error("it is empty")
+        self._file.seek(0)
+        # The decoder checks each picture too: the header need not tell the truth.
+        options = {"max_pixels": str(self.limits.max_pixels)}
+        # No protocol is open to the demuxers: a playlist must not make the reader fetch other files.
+        sealed = {"protocol_whitelist": "none"}
+        self._container = av.open(
+            self._file, mode="r", options=options, container_options=sealed, metadata_errors="replace"
+        )
+        streams = [stream for stream in self._container.streams.video if stream.codec_context is not None]
+        # Music files carry their cover as a video stream of one picture.
+        streams = [stream for stream in streams if not stream.disposition & Disposition.attached_pic]
+        if not streams:
+            raise self._error("it has no video stream that can be decoded")
+        self._stream = streams[0]
+        context = self._stream.codec_context
+        self._check_limit("max_pixels", context.width * context.height)
+        self._check_limit("max_duration", (self._container.duration or 0) / av.time_base)
+        context.options = options
+        context.thread_type = self._thread_type
+        context.thread_count = self._num_threads
+        self._codec = context.codec.canonical_name
+
+    def _packets(self) -> Iterator[Any]:
+        """The packets of the video stream from where the container stands, going on past errors of the demuxer."""
+        num_errors = 0
+        while num_errors < _MAX_DEMUX_ERRORS:
+            try:
+                for packet in self._container.demux(self._stream):
+                    # An empty packet would tell the decoder that the video ends here.
+                    if packet.size > 0:
+                        num_errors = 0
+                        yield packet
+                return
+            except av.FFmpegError:
+                num_errors += 1
+                self._num_demux_errors += 1
+
+    def _scan_packets(self) -> bool:
+        """Builds the trusted index; False if the packets of this file do not tell its frames."""
+        pts, positions, keyframes, keyframe_dts = [], [], [], {}
+        trusted = self._codec in _ONE_FRAME_PER_PACKET
+        self._num_demux_errors = 0
+        for position, packet in enumerate(self._packets()):
+            self._check_limit("max_frames", position + 1)
+            if packet.is_discard or (self._codec in ("vp8", "vp9") and _is_hidden(packet, self._codec)):
+                continue
+            trusted = trusted and not packet.is_corrupt
+            pts.append(packet.pts)
+            positions.append(position)
+            if packet.is_keyframe:
+                keyframes.append(packet.pts)
+                keyframe_dts[packet.pts] = packet.dts
+        is_usable = None not in pts and len(set(pts)) == len(pts) > 0
+        scanned = np.sort(np.array(pts, dtype=np.int64)) if is_usable else None
+        self._scanned_pts = scanned
+        # What is shown before the first keyframe cannot be decoded, or only in part.
+        if not trusted or scanned is None or self._num_demux_errors or not keyframes[:1] == pts[:1] == [scanned[0]]:
+            return False
+        frame_of_pts = {value: frame for frame, value in enumerate(scanned.tolist())}
+        self._trusted = _TrustedIndex(
+            pts=scanned,
+            frame_of_pts=frame_of_pts,
+            position_of_pts=dict(zip(pts, positions, strict=True)),
+            keyframes=np.sort(np.array([frame_of_pts[value] for value in keyframes])),
+            keyframe_dts=keyframe_dts,
+        )
+        self._set_timestamps(scanned, len(pts))
+        return True
+
+    def _set_timestamps(self, pts: np.ndarray | None, num_frames: int) -> None:
+        if pts is None:
+            rate = self._stream.average_rate or self._stream.guessed_rate or 25
+            self.timestamps = np.arange(num_frames) / float(rate)
+        else:
+            self.timestamps = (pts - pts[0]) * float(self._stream.time_base)
+        self._check_limit("max_duration", float(self.timestamps[-1]))
+        self.report.num_frames = num_frames
+
+    # Decoding
+
+    def _frames(self, packets: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
+        """Each frame that comes out of the decoder, with whether damage may show in it."""
+        is_broken, tainted = False, set()
+        for packet in packets:
+            is_broken = is_broken and not packet.is_keyframe
+            try:
+                frames = packet.decode()
+            except av.FFmpegError:
+                self._num_rejected += 1
+                is_broken = True
+                continue
+            if is_broken:  # it may be predicted from the rejected one
+                tainted.add(packet.pts)
+            for frame in frames:
+                yield frame, frame.is_corrupt or frame.pts in tainted
+        with contextlib.suppress(av.FFmpegError):
+            for frame in self._stream.codec_context.decode(None):
+                yield frame, frame.is_corrupt or frame.pts in tainted
+
+    def _read_trusted(self, index: _TrustedIndex, wanted: np.ndarray) -> Iterator[Any]:
+        """The frames `wanted` (sorted, unique); _IndexMismatchError once the decoder does not keep to the index."""
+        frames: Iterator[Any] | None = None
+        first = expected = 0
+        self._num_rejected, self._position = 0, -1
+        for target in wanted.tolist():
+            keyframe = int(index.keyframes[np.searchsorted(index.keyframes, target, side="right") - 1])
+            if frames is None or index.position_of_pts[int(index.pts[keyframe])] - self._position > _SEEK_GAP:
+                frames = self._frames(self._packets_from(index, keyframe))
+                first = expected = keyframe
+            while expected <= target:
+                frame, is_damaged = next(frames, (None, True))
+                found = -1 if frame is None else index.frame_of_pts.get(frame.pts, -1)
+                # After a keyframe in the stream there may come pictures to be shown before it.
+                if 0 <= found < first:
+                    continue
+                if found != expected or is_damaged:
+                    raise _IndexMismatchError
+                expected += 1
+            yield frame
+
+    def _packets_from(self, index: _TrustedIndex, keyframe: int) -> Iterator[Any]:
+        for packet in self._landed_on(index, keyframe):
+            self._position = index.position_of_pts.get(packet.pts, self._position)
+            yield packet
+
+    def _landed_on(self, index: _TrustedIndex, keyframe: int) -> Iterator[Any]:
+        """The packets from that of `keyframe` on. A seek may land before it, and in some containers behind it."""
+        pts = int(index.pts[keyframe])
+        start = index.position_of_pts[pts]
+        for moment in (pts, index.keyframe_dts[pts]):
+            try:
+                self._container.seek(pts if moment is None else moment, stream=self._stream)
+            except av.FFmpegError:
+                continue
+            packets = self._packets()
+            for packet in packets:
+                position = index.position_of_pts.get(packet.pts, -1)
+                if position == start:
+                    return chain([packet], packets)
+                if position > start:
+                    break
+        self._reopen()
+        packets = self._packets()
+        for packet in packets:
+            if packet.pts == pts and not packet.is_discard:
+                return chain([packet], packets)
+        raise _IndexMismatchError
+
+    def _decode_index(self) -> None:
+        """Builds the index by decoding the whole file once."""
+        self._reopen()
+        self._num_rejected = 0
+        pts: list[int] = []
+        damaged, flagged = [], []
+        for frame, is_damaged in self._frames(self._packets()):
+            pts.append(-1 if frame.pts is None else frame.pts)
+            damaged.append(is_damaged)
+            flagged.append(frame.is_corrupt)
+            self._check_limit("max_frames", len(pts))
+        # The last picture of a file that was cut off is what the decoder made up for it.
+        while len(pts) > 1 and flagged[len(pts) - 1]:
+            pts.pop()
+        num_outputs, scanned = len(pts), self._scanned_pts
+        if num_outputs == 0:
+            raise self._error("no frame of it can be decoded", num_recovered=0)
+        output_pts = np.array(pts, dtype=np.int64)
+        frames = np.arange(num_outputs)
+        is_timed = scanned is not None and bool(np.all(np.diff(output_pts) > 0) and np.isin(output_pts, scanned).all())
+        if scanned is not None and is_timed and self._num_rejected:
+            # A frame that damage has taken keeps its place; what a plain decode does not begin with has none.
+            frames = np.searchsorted(scanned, output_pts)
+            output_pts = scanned[frames[0] : frames[-1] + 1]
+            frames = frames - frames[0]
+        self._trusted, self._decoded = (
+            None,
+            _DecodedIndex(frame_of_output=frames, damaged=np.array(damaged[:num_outputs])),
+        )
+        self._set_timestamps(output_pts if is_timed else None, int(frames[-1]) + 1)
+        self.report.num_rejected_packets = self._num_rejected
+        self.report.num_lost_frames = self.num_frames - num_outputs
+
+    def _read_decoded(self, indices: np.ndarray, size: FrameSize | None, on_lost: str) -> np.ndarray:
+        decoded, report = self._decoded, self.report
+        wanted, places = np.unique(indices, return_inverse=True)
+        # For each frame the last output at or before it: the frame itself, unless that is lost.
+        outputs = np.searchsorted(decoded.frame_of_output, wanted, side="right") - 1
+        lost = wanted[decoded.frame_of_output[outputs] != wanted]
+        num_recovered = len(decoded.frame_of_output)
+        if len(lost) and on_lost == "raise":
+            reason = (
+                f"frame {lost[0]} is lost to damage, {num_recovered} of {self.num_frames} frames can be recovered; "
+            )
+            reason += "'repeat_last' puts the frame before in its place"
+            raise self._error(reason, num_recovered=num_recovered, num_frames=self.num_frames)
+        needed, rows = np.unique(outputs, return_inverse=True)
+        self._reopen()
+        frames = self._converted(self._read_outputs(needed), len(needed), size)
+        report.num_repeated_frames += len(lost)
+        report.num_damaged_frames += int(decoded.damaged[needed].sum())
+        if report.num_repeated_frames or report.num_damaged_frames:
+            logger.warning(
+                f"{self.name} is damaged: of the frames read from it, {report.num_repeated_frames} are lost and "
+                f"replaced by the one before, {report.num_damaged_frames} may show damage."
+            )
+        return self._arranged(frames, rows.reshape(-1)[places.reshape(-1)], indices)
+
+    def _read_outputs(self, needed: np.ndarray) -> Iterator[Any]:
+        remaining = iter(needed.tolist())
+        target = next(remaining)
+        for output, (frame, _) in enumerate(self._frames(self._packets())):
+            if output == target:
+                yield frame
+                target = next(remaining, None)
+                if target is None:
+                    return
+        raise self._error("it changed while it was read")
+
+    def _converted(self, frames: Iterator[Any], num_frames: int, size: FrameSize | None) -> np.ndarray:
+        """Scales, converts and turns frames: uint8 RGB (num_frames, height, width, 3)."""
+        context = self._stream.codec_context
+        result: Any = None
+        for row, frame in enumerate(frames):
+            quarter_turns = round(frame.rotation / 90) % 4  # anticlockwise
+            if result is None:
+                # A stream whose pictures change size half-way is scaled to the size in its header.
+                stored = (context.height or frame.height, context.width or frame.width)
+                upright = stored[::-1] if quarter_turns % 2 else stored
+                height, width = size(*upright) if size is not None else upright
+                result = np.empty((num_frames, height, width, 3), dtype=np.uint8)
+            scaled = (width, height) if quarter_turns % 2 else (height, width)
+            rgb = self._reformatter.reformat(
+                frame, scaled[1], scaled[0], "rgb24", interpolation=_SCALER_FLAGS, threads=self._num_threads
+            )
+            result[row] = np.rot90(rgb.to_ndarray(), quarter_turns)
+        return result

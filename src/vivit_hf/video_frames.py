@@ -1,0 +1,144 @@
+"""Frames that are already in memory: lists of images, arrays and tensors, all turned into one layout.
+
+Everything here is (frames, height, width, channels), uint8 from 0 to 255 or float32 in [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+
+_CHANNELS = (1, 3, 4)
+_LAYOUTS = ("channels_last", "channels_first")
+
+
+def is_frame(value: Any) -> bool:
+    """Whether `value` can be one frame of a list: a PIL image, or an array or tensor with 2 or 3 axes."""
+    return isinstance(value, PIL.Image.Image) or (
+        isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim in (2, 3)
+    )
+
+
+def num_frames_of(video: Any) -> int:
+    """The number of frames of a list of frames, or of an array or tensor with 4 axes; TypeError for anything else."""
+    if isinstance(video, (np.ndarray, torch.Tensor)):
+        if video.ndim != 4:
+            raise ValueError(
+                "A video in a batch has 4 axes, (frames, height, width, channels) or (frames, channels, height, "
+                f"width), got {tuple(video.shape)}."
+            )
+    elif not isinstance(video, Sequence):
+        raise TypeError(
+            f"A video is a path, bytes, a binary file, a list of frames, or an array with 4 axes, got {type(video)}."
+        )
+    if len(video) == 0:
+        raise ValueError("Expected at least one frame, got a video without frames.")
+    return len(video)
+
+
+def select_frames(video: Any, indices: np.ndarray, layout: str | None, do_convert_rgb: bool) -> np.ndarray:
+    """The frames `indices` of a video in memory: (len(indices), height, width, channels), uint8 or float32.
+
+    Only the selected frames are looked at. Raises ValueError for an unclear layout, values out of range, or frames of
+    different sizes, and TypeError for what is no frame.
+    """
+    if layout is not None and layout not in _LAYOUTS:
+        raise ValueError(f"`input_data_format` must be one of {', '.join(map(repr, _LAYOUTS))}, got {layout!r}.")
+    if isinstance(video, (np.ndarray, torch.Tensor)):
+        frames = _checked_values(
+            _to_numpy(video[torch.from_numpy(indices)] if torch.is_tensor(video) else video[indices])
+        )
+        frames = _channels_last(frames, layout)
+    else:
+        images = {int(index): _image(video[index], layout) for index in np.unique(indices)}
+        shapes = {image.shape for image in images.values()}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"The frames of a video must have one size, got (height, width, channels) {sorted(shapes)}."
+            )
+        frames = _checked_values(np.stack([images[int(index)] for index in indices]))
+    if do_convert_rgb and frames.shape[-1] != 3:
+        frames = np.repeat(frames, 3, axis=-1) if frames.shape[-1] == 1 else frames[..., :3]
+    return frames
+
+
+def _to_numpy(value: Any) -> np.ndarray:
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    return np.asarray(value)
+
+
+def _image(frame: Any, layout: str | None) -> np.ndarray:
+    """One frame of a list as (height, width, channels)."""
+    if isinstance(frame, PIL.Image.Image):
+        array = np.asarray(frame if frame.mode in ("L", "RGB", "RGBA") else frame.convert("RGB"))
+        return array[..., None] if array.ndim == 2 else array
+    if not is_frame(frame):
+        shape = f" of shape {tuple(frame.shape)}" if hasattr(frame, "shape") else ""
+        raise TypeError(
+            "A frame is a PIL image, or an array or tensor (height, width, channels), (channels, height, width) or "
+            f"(height, width), got {type(frame)}{shape}."
+        )
+    array = _to_numpy(frame)
+    return array[..., None] if array.ndim == 2 else _channels_last(array, layout)
+
+
+def _channels_last(array: np.ndarray, layout: str | None) -> np.ndarray:
+    """(..., channels, height, width) -> (..., height, width, channels), unless it is that already."""
+    if layout is None:
+        is_last, is_first = array.shape[-1] in _CHANNELS, array.shape[-3] in _CHANNELS
+        if is_last == is_first:
+            problem = "can be read both ways" if is_last else "has no axis of 1, 3 or 4 channels where one can be"
+            raise ValueError(
+                f"The shape {array.shape} {problem}: frames are (height, width, channels) or (channels, height, "
+                "width). Say which with input_data_format='channels_last' or 'channels_first'."
+            )
+        layout = "channels_last" if is_last else "channels_first"
+    if layout == "channels_first":
+        array = np.moveaxis(array, -3, -1)
+    if array.shape[-1] not in _CHANNELS:
+        raise ValueError(f"Frames have 1, 3 or 4 channels, got {array.shape[-1]} ({layout}).")
+    return array
+
+
+def _checked_values(array: np.ndarray) -> np.ndarray:
+    """uint8 as it is, other integers as uint8, floats as float32; ValueError for values out of range."""
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype.kind in "iu":
+        top = 255
+    elif array.dtype.kind == "f":
+        top = 1
+    else:
+        raise TypeError(f"Frames are uint8 from 0 to 255 or float in [0, 1], got {array.dtype}.")
+    low, high = float(array.min()), float(array.max())
+    if not (low >= 0 and high <= top):
+        raise ValueError(
+            f"Frames of {array.dtype} must be in [0, {top}], got values from {low:g} to {high:g}. Pass values from 0 "
+            "to 255 as uint8, and bring floats to [0, 1] first: from [0, 255] with x / 255, from [-1, 1] with "
+            "(x + 1) / 2."
+        )
+    return array.astype(np.uint8 if top == 255 else np.float32)
+
+
+def resize_frames(frames: np.ndarray, size: tuple[int, int], resample: int) -> np.ndarray:
+    """Resizes (frames, height, width, channels) to `size` (height, width) with PIL's antialiased filter `resample`."""
+    if frames.shape[1:3] == size:
+        return frames
+    result = np.empty((len(frames), *size, frames.shape[-1]), dtype=frames.dtype)
+    target = size[::-1]  # PIL's sizes are (width, height)
+    for row, frame in enumerate(frames):
+        if frames.dtype == np.uint8 and frames.shape[-1] == 3:
+            result[row] = PIL.Image.fromarray(np.ascontiguousarray(frame)).resize(target, resample)
+            continue
+        # Channel by channel: PIL has no float colours, and would weigh colours with alpha.
+        for channel in range(frames.shape[-1]):
+            plane = PIL.Image.fromarray(np.ascontiguousarray(frame[..., channel]))
+            result[row, ..., channel] = plane.resize(target, resample)
+    return result

@@ -1,0 +1,499 @@
+"""The video processor of ViViT: from anything video-like to `pixel_values`.
+
+    file, URL, bytes --decode--> \
+                                  frames --sample--> clips --resize--> --crop--> views --rescale, normalise--> tensor
+    list, array, tensor -------> /
+
+Training, evaluation and serving share this one path and one stored configuration.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch.utils.data import get_worker_info
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.utils import logging
+
+from .auto_class import AutoClassMixin
+from .frame_sampling import (
+    CLIP_STARTS,
+    SHORT_VIDEO_POLICIES,
+    centre_crop,
+    check_choice,
+    check_positive_integer,
+    check_positive_number,
+    random_crop,
+    resized_size,
+    sample_clips,
+    sample_clips_at_rate,
+    sample_uniform_clip,
+    three_crops,
+)
+from .video_decoding import VideoReader
+from .video_frames import is_frame, num_frames_of, resize_frames, select_frames
+from .video_sources import DecodingReport, VideoDecodingError, VideoLimits, is_video_source
+
+
+logger = logging.get_logger(__name__)
+
+_FRAME_SAMPLINGS = ("clip", "uniform")
+_ERROR_POLICIES = ("raise", "skip", "repeat_last")
+_RESAMPLES = {filter.name.lower(): int(filter) for filter in PIL.Image.Resampling}
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
+# What transformers writes into processor files besides the parameters.
+_SERVICE_KEYS = {"auto_map", "image_processor_type", "feature_extractor_type", "processor_class", "_processor_class"}
+# transformers' VivitImageProcessor where its files leave a parameter out: [-1, 1], and then normalised once more.
+_NATIVE_VIVIT_DEFAULTS = {"rescale_factor": 1 / 127.5, "offset": True, "do_normalize": True}
+
+
+class VideoFeatures(BatchFeature):
+    """`BatchFeature` with what a batch of videos has besides tensors.
+
+    `num_views`: rows of `pixel_values` per video, clips x crops; row v * num_views + clip * num_crops + crop.
+    `reports`: one `DecodingReport` for each video that was read from a file, None for frames that were given.
+    `kept`: the places, in the input, of the videos in the batch: all but those that on_error="skip" left out.
+    """
+
+    num_views: int = 1
+    reports: Sequence[DecodingReport | None] = ()
+    kept: Sequence[int] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"data": self.data, "views": (self.num_views, self.reports, self.kept)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.data = state["data"]
+        self.num_views, self.reports, self.kept = state["views"]
+
+
+class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
+    """Turns videos into the `pixel_values` of a ViViT model.
+
+    The defaults are the official evaluation recipe for Kinetics seen through one view: 32 frames, every second one,
+    from the middle of the video, short side to 256 pixels, central crop of 224 x 224, values v / 127.5 - 1 in [-1, 1].
+
+    Args:
+        num_frames: frames per clip.
+        frame_stride: distance between two frames of a clip, in frames of the video.
+        frames_per_second: distance between two frames of a clip as a rate, whatever the rate of the video; it takes
+            the place of `frame_stride`. None: off.
+        frame_sampling: "clip", frames at a fixed distance, or "uniform", frames spread over the whole video (section
+            3.2 of the paper).
+        clip_start: "centre" (several clips: linearly spaced from the first frame to the last) or "random".
+        num_clips, num_crops: the views. num_crops is 1, or 3 for left, centre and right (portrait: top, centre,
+            bottom). The paper averages the logits of 4 x 3 views.
+        short_video_policy: "repeat_last", "loop" or "error", when a video has too few frames for its clip.
+        do_sample_frames: None samples from files, and from given frames whose number is not `num_frames`; False takes
+            all frames; True always samples.
+        do_resize, size: resize to {"shortest_edge": s} or {"height": h, "width": w}, pixels. An int is a short edge.
+        resample: the filter, a `PIL.Image.Resampling`, its number or its name; antialiased.
+        do_center_crop, crop_size: crop to {"height": h, "width": w} (an int is a square). A frame smaller than the
+            crop is a ValueError.
+        crop_position: "centre" or "random", the place of a single crop.
+        do_convert_rgb: repeat the channel of grey frames and drop alpha, so that there are always 3 channels.
+        do_rescale, rescale_factor, offset: multiply values from 0 to 255 by the factor and, with offset, subtract 1.
+        do_normalize, image_mean, image_std: then (value - mean) / std per channel (a number counts for all channels).
+        on_error: for files that cannot be read or lack a wanted frame: "raise", "skip" the video, or "repeat_last",
+            put the last good frame in the place of a lost one (a file without any frame raises also then).
+        num_threads: decoder threads per video, 0 = FFmpeg's choice. None: 1 in data loader workers, else 0.
+        video_limits: fields of `VideoLimits` that are not to have their defaults, for example {"max_frames": 10000}.
+
+    Every parameter is stored by `save_pretrained` and can be given per call. A transformers `VivitImageProcessor`
+    configuration is read as it is (offset, then normalised again: values down to -3) and reproduces its output.
+
+    Torchvision is not needed. Raises ValueError for a parameter out of its range and TypeError for an unknown one.
+    """
+
+    model_input_names = ["pixel_values"]
+
+    def __init__(
+        self,
+        num_frames: int = 32,
+        frame_stride: int = 2,
+        frames_per_second: float | None = None,
+        frame_sampling: str = "clip",
+        clip_start: str = "centre",
+        num_clips: int = 1,
+        short_video_policy: str = "repeat_last",
+        do_sample_frames: bool | None = None,
+        do_resize: bool = True,
+        size: dict[str, int] | int | None = None,
+        resample: int | str = PIL.Image.Resampling.BILINEAR,
+        do_center_crop: bool = True,
+        crop_size: dict[str, int] | int | None = None,
+        crop_position: str = "centre",
+        num_crops: int = 1,
+        do_convert_rgb: bool = True,
+        do_rescale: bool = True,
+        rescale_factor: float = 1 / 255,
+        offset: bool = False,
+        do_normalize: bool = True,
+        image_mean: float | Sequence[float] = (0.5, 0.5, 0.5),
+        image_std: float | Sequence[float] = (0.5, 0.5, 0.5),
+        on_error: str = "raise",
+        num_threads: int | None = None,
+        video_limits: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        values = {name: value for name, value in locals().items() if name in _PARAMETERS}
+        _check_names(kwargs, _SERVICE_KEYS)
+        super().__init__(**kwargs)
+        values["size"] = {"shortest_edge": 256} if size is None else size
+        values["crop_size"] = {"height": 224, "width": 224} if crop_size is None else crop_size
+        for name, value in _validated(values).items():
+            setattr(self, name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every parameter, None included, as it is written to preprocessor_config.json."""
+        return {**copy.deepcopy(self.__dict__), "image_processor_type": type(self).__name__}
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A processor from the contents of preprocessor_config.json, with `kwargs` in place of what is stored.
+
+        Keys that are no parameter of this class are left out and named in a warning.
+        """
+        return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
+        stored = dict(image_processor_dict)
+        if stored.get("image_processor_type") in ("VivitImageProcessor", "VivitImageProcessorFast"):
+            stored = {**_NATIVE_VIVIT_DEFAULTS, **stored}
+            logger.warning(
+                "This is a configuration of transformers' VivitImageProcessor. It is followed as it stands; with "
+                "`offset` and `do_normalize` both set, values are not in the [-1, 1] of the official models."
+            )
+        stored.update({name: kwargs.pop(name) for name in list(kwargs) if name in _PARAMETERS})
+        unknown = sorted(set(stored) - set(_PARAMETERS) - _SERVICE_KEYS)
+        if unknown or (kwargs and not return_unused_kwargs):
+            logger.warning(f"Not a parameter of {cls.__name__}, and left out: {', '.join([*unknown, *kwargs])}.")
+        processor = cls(**{name: value for name, value in stored.items() if name not in unknown})
+        return (processor, kwargs) if return_unused_kwargs else processor
+
+    def __call__(
+        self,
+        videos: Any,
+        *,
+        return_tensors: str | None = "pt",
+        dtype: torch.dtype | str = "float32",
+        device: torch.device | str | None = None,
+        input_data_format: str | None = None,
+        video_fps: float | None = None,
+        generator: np.random.Generator | int | None = None,
+        **overrides: Any,
+    ) -> VideoFeatures:
+        """Processes a video or a batch of videos.
+
+        Args:
+            videos: one video, or a list of them, of different kinds and sizes if need be. A video is
+                - a file: path, `pathlib.Path`, http(s) URL, bytes, binary file, or {"path": ..., "bytes": ...};
+                - a list of frames: PIL images, arrays or tensors (height, width, channels), grey (height, width);
+                - an array or tensor (frames, height, width, channels) or (frames, channels, height, width).
+                One array or tensor with 5 axes is a batch. Channels are 1, 3 or 4. Values are uint8 from 0 to 255, or
+                float in [0, 1].
+            return_tensors: "pt", "np", or None for a list with one numpy array per view.
+            dtype: of `pixel_values`. Without rescaling and normalisation uint8 frames stay uint8.
+            device: where frames are moved, as uint8, before they become floats.
+            input_data_format: "channels_last" or "channels_first", for shapes that can be read both ways.
+            video_fps: the rate of frames that are given, for `frames_per_second`.
+            generator: numpy Generator or seed of what is random. None: seeded from torch's own generator.
+            overrides: any parameter of the constructor. None stands for the stored value.
+
+        Returns:
+            `VideoFeatures` with `pixel_values` (batch * views, num_frames, channels, height, width).
+
+        Raises:
+            ValueError, TypeError: an input or a parameter that cannot be used; the message says what can.
+            VideoDecodingError: a file that cannot be read, unless `on_error` says otherwise.
+        """
+        if return_tensors not in ("pt", "np", None):
+            raise ValueError(f"`return_tensors` must be 'pt', 'np' or None, got {return_tensors!r}.")
+        call = self._call_settings(overrides)
+        call.input_data_format, call.video_fps = input_data_format, video_fps
+        call.generator = _generator(generator) if "random" in (call.clip_start, call.crop_position) else None
+
+        views: list[np.ndarray] = []
+        reports: list[DecodingReport | None] = []
+        kept: list[int] = []
+        for place, video in enumerate(_as_batch(videos)):
+            try:
+                clips, report = self._clips(video, call)
+            except VideoDecodingError as error:
+                if call.on_error != "skip":
+                    raise
+                logger.warning(f"A video is left out. {error}")
+                reports.append(DecodingReport(error.source or "", error=error.reason or str(error)))
+                continue
+            views += [view for clip in clips for view in _crops(clip, call)]
+            reports.append(report)
+            kept.append(place)
+        if not views:
+            sources = "; ".join(f"{report.source}: {report.error}" for report in reports if report is not None)
+            raise VideoDecodingError(f"None of the videos can be read. {sources}")
+
+        features = VideoFeatures({"pixel_values": _finished(views, call, return_tensors, dtype, device)})
+        features.num_views, features.reports, features.kept = call.num_clips * call.num_crops, reports, kept
+        return features
+
+    def preprocess(self, videos: Any, **kwargs: Any) -> VideoFeatures:
+        """The same as calling the processor."""
+        return self(videos, **kwargs)
+
+    def rescale_and_normalize(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The last step alone, for uint8 batches that are made with do_rescale=False, do_normalize=False.
+
+        They are a quarter of the size on their way from the workers; this runs on the device that they are on.
+
+        Args:
+            pixel_values: (..., channels, height, width), values from 0 to 255.
+
+        Returns:
+            float32 of the same shape.
+        """
+        return _rescale_and_normalise(pixel_values.to(torch.float32, copy=True), self)
+
+    def _call_settings(self, overrides: dict[str, Any]) -> SimpleNamespace:
+        _check_names(overrides)
+        given = {name: value for name, value in overrides.items() if value is not None}
+        values = {name: getattr(self, name) for name in _PARAMETERS}
+        if "frame_stride" in given:
+            values["frames_per_second"] = None
+        return SimpleNamespace(**_validated({**values, **given}))
+
+    def _clips(self, video: Any, call: SimpleNamespace) -> tuple[np.ndarray, DecodingReport | None]:
+        """The clips of one video, resized: (clips, frames, height, width, channels), uint8 or float32."""
+        if not is_video_source(video):
+            total = num_frames_of(video)
+            is_sampled = call.do_sample_frames
+            if is_sampled is None:
+                is_sampled = total != call.num_frames or call.num_clips > 1
+            if is_sampled and call.frames_per_second is not None and call.video_fps is None:
+                raise ValueError("`frames_per_second` needs the rate of the given frames too: pass `video_fps`.")
+            times = np.arange(total) / (call.video_fps or 1.0)
+            indices = _choose_clips(times, call) if is_sampled else np.arange(total)[None]
+            frames = select_frames(video, indices.reshape(-1), call.input_data_format, call.do_convert_rgb)
+            if call.do_resize:
+                frames = resize_frames(frames, resized_size(frames.shape[1], frames.shape[2], call.size), call.resample)
+            if call.do_rescale and frames.dtype == np.float32:
+                frames = frames * np.float32(255)  # `rescale_factor` is for values from 0 to 255
+            return frames.reshape(indices.shape + frames.shape[1:]), None
+
+        # The scaler's bilinear filter is PIL's; the other filters differ, so those frames are left to PIL.
+        is_scaled = call.do_resize and call.resample == PIL.Image.Resampling.BILINEAR
+        num_threads = call.num_threads
+        if num_threads is None:
+            num_threads = 0 if get_worker_info() is None else 1
+        limits = VideoLimits(**(call.video_limits or {}))
+        with VideoReader(video, limits=limits, num_threads=num_threads) as reader:
+            clips = reader.read(
+                lambda times: (
+                    np.arange(len(times))[None] if call.do_sample_frames is False else _choose_clips(times, call)
+                ),
+                size=(lambda height, width: resized_size(height, width, call.size)) if is_scaled else None,
+                on_lost="repeat_last" if call.on_error == "repeat_last" else "raise",
+            )
+        if call.do_resize and not is_scaled:
+            new_size = resized_size(clips.shape[2], clips.shape[3], call.size)
+            resized = resize_frames(clips.reshape(-1, *clips.shape[2:]), new_size, call.resample)
+            clips = resized.reshape(*clips.shape[:2], *resized.shape[1:])
+        return clips, reader.report
+
+
+_PARAMETERS = tuple(
+    name
+    for name, parameter in inspect.signature(ViViTVideoProcessor.__init__).parameters.items()
+    if name != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+)
+
+
+def _check_names(given: dict[str, Any], allowed: set[str] | None = None) -> None:
+    for name in given:
+        if name not in _PARAMETERS and name not in (allowed or set()):
+            close = difflib.get_close_matches(name, _PARAMETERS, n=1)
+            hint = f" Did you mean `{close[0]}`?" if close else f" There are: {', '.join(_PARAMETERS)}."
+            raise TypeError(f"`{name}` is not a parameter of ViViTVideoProcessor.{hint}")
+
+
+def _validated(values: dict[str, Any]) -> dict[str, Any]:
+    """Parameters in the one form in which they are stored, or a ValueError that names the wrong one."""
+    values = dict(values)
+    for name in ("do_resize", "do_center_crop", "do_convert_rgb", "do_rescale", "do_normalize", "offset"):
+        if not isinstance(values[name], (bool, np.bool_)):
+            raise ValueError(f"`{name}` must be True or False, got {values[name]!r}.")
+    for name in ("num_frames", "frame_stride", "num_clips"):
+        values[name] = check_positive_integer(name, values[name])
+    if values["frames_per_second"] is not None:
+        values["frames_per_second"] = check_positive_number("frames_per_second", values["frames_per_second"])
+    values["rescale_factor"] = check_positive_number("rescale_factor", values["rescale_factor"])
+    for name in ("clip_start", "crop_position"):
+        values[name] = check_choice(name, "centre" if values[name] == "center" else values[name], CLIP_STARTS)
+    check_choice("frame_sampling", values["frame_sampling"], _FRAME_SAMPLINGS)
+    check_choice("short_video_policy", values["short_video_policy"], SHORT_VIDEO_POLICIES)
+    check_choice("on_error", values["on_error"], _ERROR_POLICIES)
+    if values["frame_sampling"] == "uniform" and values["num_clips"] > 1:
+        raise ValueError(
+            f"frame_sampling='uniform' spreads one clip over the whole video, got num_clips={values['num_clips']}: "
+            "use num_clips=1 or frame_sampling='clip'."
+        )
+    if values["num_crops"] not in (1, 3):
+        raise ValueError(f"`num_crops` must be 1 or 3, got {values['num_crops']!r}.")
+    if values["num_crops"] == 3 and not values["do_center_crop"]:
+        raise ValueError("num_crops=3 needs do_center_crop=True and a `crop_size`.")
+    values["size"] = _size("size", values["size"], "shortest_edge")
+    values["crop_size"] = _size("crop_size", values["crop_size"], "square")
+    resample = values["resample"]
+    values["resample"] = _RESAMPLES.get(resample.lower()) if isinstance(resample, str) else int(resample)
+    if values["resample"] not in _RESAMPLES.values():
+        raise ValueError(f"`resample` must be one of {_RESAMPLES}, got {resample!r}.")
+    for name in ("image_mean", "image_std"):
+        value = values[name]
+        value = [float(entry) for entry in (value if isinstance(value, (Sequence, np.ndarray)) else [value])]
+        if len(value) not in (1, 3, 4) or (name == "image_std" and min(value) <= 0):
+            raise ValueError(
+                f"`{name}` must be one number or one per channel{' above 0' * (name == 'image_std')}, got {value}."
+            )
+        values[name] = value
+    if values["num_threads"] is not None and values["num_threads"] != 0:
+        values["num_threads"] = check_positive_integer("num_threads", values["num_threads"])
+    if unknown := set(values["video_limits"] or {}) - set(VideoLimits.__dataclass_fields__):
+        raise ValueError(f"`video_limits` has {sorted(VideoLimits.__dataclass_fields__)}, got {sorted(unknown)}.")
+    return values
+
+
+def _size(name: str, value: Any, meaning_of_int: str) -> dict[str, int]:
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        edge = int(value)
+        value = {"shortest_edge": edge} if meaning_of_int == "shortest_edge" else {"height": edge, "width": edge}
+    elif isinstance(value, (list, tuple)) and len(value) == 2:
+        value = {"height": value[0], "width": value[1]}
+    keys = [{"height", "width"}] + ([{"shortest_edge"}] if meaning_of_int == "shortest_edge" else [])
+    if not hasattr(value, "items") or set(value) not in keys:
+        expected = " or ".join(str(sorted(key)) for key in keys)
+        raise ValueError(
+            f"`{name}` must be a dictionary with {expected}, an integer, or (height, width), got {value!r}."
+        )
+    return {key: check_positive_integer(f"{name}['{key}']", entry) for key, entry in value.items()}
+
+
+def _generator(generator: np.random.Generator | int | None) -> np.random.Generator:
+    if isinstance(generator, np.random.Generator):
+        return generator
+    # torch's seed is the one that `set_seed` sets and that differs between data loader workers.
+    seed = int(torch.randint(2**63 - 1, ()).item()) if generator is None else generator
+    return np.random.default_rng(seed)
+
+
+def _as_batch(videos: Any) -> Any:
+    """One video or many, as a sequence of videos."""
+    if is_video_source(videos):
+        return [videos]
+    if isinstance(videos, (np.ndarray, torch.Tensor)):
+        if videos.ndim in (4, 5):
+            return [videos] if videos.ndim == 4 else videos
+        raise ValueError(
+            f"An array with {videos.ndim} axes {tuple(videos.shape)} is not a video: 4 axes are (frames, height, "
+            "width, channels) or (frames, channels, height, width), 5 a batch of those. For a single image add the "
+            "first axis."
+        )
+    if not isinstance(videos, Sequence):
+        raise TypeError(f"Expected a video or a list of videos, got {type(videos)}.")
+    if len(videos) == 0:
+        raise ValueError("Expected at least one video or frame, got an empty list.")
+    return [videos] if is_frame(videos[0]) else videos
+
+
+def _choose_clips(timestamps: np.ndarray, call: SimpleNamespace) -> np.ndarray:
+    """Frame indices (clips, num_frames) for a video whose frames are shown at `timestamps`."""
+    total, policy = len(timestamps), call.short_video_policy
+    if call.frame_sampling == "uniform":
+        return sample_uniform_clip(total, call.num_frames, short_video_policy=policy)[None]
+    shared = {"num_clips": call.num_clips, "start": call.clip_start, "generator": call.generator}
+    if call.frames_per_second is not None:
+        rate = call.frames_per_second
+        return sample_clips_at_rate(timestamps, call.num_frames, rate, short_video_policy=policy, **shared)
+    if policy != "error" and total <= (call.num_frames - 1) * call.frame_stride:
+        logger.warning_once(
+            f"There are videos too short for {call.num_frames} frames at stride {call.frame_stride}; "
+            f"short_video_policy='{policy}' fills their clips."
+        )
+    return sample_clips(total, call.num_frames, call.frame_stride, short_video_policy=policy, **shared)
+
+
+def _crops(clip: np.ndarray, call: SimpleNamespace) -> list[np.ndarray]:
+    """The crops of one clip, (frames, crop height, crop width, channels) each."""
+    if not call.do_center_crop:
+        return [clip]
+    sizes = (clip.shape[1], clip.shape[2], call.crop_size["height"], call.crop_size["width"])
+    if call.num_crops == 3:
+        crops = three_crops(*sizes)
+    elif call.crop_position == "random":
+        crops = [random_crop(*sizes, call.generator)]
+    else:
+        crops = [centre_crop(*sizes)]
+    return [clip[:, top : top + height, left : left + width] for top, left, height, width in crops]
+
+
+def _finished(
+    views: list[np.ndarray],
+    call: SimpleNamespace,
+    return_tensors: str | None,
+    dtype: torch.dtype | str,
+    device: torch.device | str | None,
+) -> Any:
+    """Views (frames, height, width, channels) as `pixel_values` (views, frames, channels, height, width)."""
+    name = str(dtype).removeprefix("torch.")
+    check_choice("dtype", name, _DTYPES)
+    shapes = {view.shape for view in views}
+    if len(shapes) > 1 and return_tensors is not None:
+        raise ValueError(
+            "The views of a batch must have one shape, these are (frames, height, width, channels): "
+            f"{sorted(shapes)}. Leave do_sample_frames, do_center_crop and do_convert_rgb on, process the videos one "
+            "by one, or pass return_tensors=None."
+        )
+    if not call.do_rescale and len({view.dtype for view in views}) > 1:
+        raise ValueError("A batch of uint8 and of float frames has no common scale with do_rescale=False.")
+    groups = [views] if len(shapes) == 1 else [[view] for view in views]
+    results = []
+    for group in groups:
+        frames, height, width, channels = group[0].shape
+        rows = np.empty((len(group), frames, channels, height, width), dtype=np.result_type(*group))
+        for row, view in zip(rows, group, strict=True):
+            row[:] = view.transpose(0, 3, 1, 2)
+        batch = torch.from_numpy(rows).to(device=device)
+        if call.do_rescale or call.do_normalize:
+            batch = _rescale_and_normalise(batch.to(torch.float32), call)
+        results.append(batch.to(getattr(torch, name)) if batch.is_floating_point() else batch)
+    if return_tensors == "pt":
+        return results[0]
+    arrays = [batch.cpu().numpy() for batch in results]
+    return arrays[0] if return_tensors == "np" else [view for array in arrays for view in array]
+
+
+def _rescale_and_normalise(values: torch.Tensor, settings: Any) -> torch.Tensor:
+    """Rescales and normalises float32 values from 0 to 255, (..., channels, height, width), in place."""
+    mean, std = (
+        torch.tensor(entry, dtype=torch.float64, device=values.device)[:, None, None]
+        for entry in (settings.image_mean, settings.image_std)
+    )
+    if settings.do_normalize and max(len(mean), len(std)) not in (1, values.shape[-3]):
+        raise ValueError(
+            f"`image_mean` and `image_std` are for {max(len(mean), len(std))} channels, the frames have "
+            f"{values.shape[-3]}: give one number each, or leave do_convert_rgb on."
+        )
+    if settings.do_rescale and settings.offset:
+        # transformers' VivitImageProcessor step by step, in its order and precision.
+        values = (values.double() * settings.rescale_factor).float() - 1
+        return values.sub_(mean.float()).div_(std.float()) if settings.do_normalize else values
+    scale, shift = torch.ones_like(std), torch.zeros_like(mean)
+    if settings.do_rescale:
+        scale = scale * settings.rescale_factor
+    if settings.do_normalize:
+        scale, shift = scale / std, -mean / std
+    return values.mul_(scale.float()).add_(shift.float())

@@ -1,0 +1,144 @@
+"""Where encoded videos come from: paths, URLs, bytes and files, all turned into one seekable binary file; and what can
+come of reading one: limits, errors and the report.
+
+Everything is read through a Python file. FFmpeg itself would take "concat:..." or "name%03d.mp4" for a protocol and a
+pattern, and would follow the addresses in a playlist.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+
+_CHUNK_BYTES = 1 << 20
+
+
+class VideoDecodingError(RuntimeError):
+    """A video that cannot be read: the message names the file, the reason and what was recovered.
+
+    `source` and `reason` hold the first two; `num_recovered` of `num_frames` frames can be read (None: not known).
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        source: str | None = None,
+        reason: str | None = None,
+        num_recovered: int | None = None,
+        num_frames: int | None = None,
+    ):
+        super().__init__(message)
+        self.source, self.reason = source, reason
+        self.num_recovered, self.num_frames = num_recovered, num_frames
+
+
+class VideoLimitError(VideoDecodingError):
+    """A video that is larger than its `VideoLimits`."""
+
+
+@dataclass(frozen=True)
+class VideoLimits:
+    """What a file may be at most, so that a hostile or broken one cannot take the machine down.
+
+    `max_frames`; `max_pixels` of one frame; `max_duration` in seconds; `max_bytes` of a download or of a stream that
+    has to be copied; `download_timeout` in seconds for a whole download.
+    """
+
+    max_frames: int = 1_000_000
+    max_pixels: int = 8192 * 4320
+    max_duration: float = 24 * 3600.0
+    max_bytes: int = 4 << 30
+    download_timeout: float = 300.0
+
+
+@dataclass
+class DecodingReport:
+    """What reading a video came across; all zeros and None for a sound file.
+
+    `num_rejected_packets` the decoder refused, `num_lost_frames` that therefore do not exist, `num_repeated_frames`
+    that were asked for, lost, and replaced by the frame before, `num_damaged_frames` that were returned although the
+    decoder marked them as damaged or had lost a frame that they may depend on, and `error`, why a video was left out.
+    """
+
+    source: str
+    num_frames: int | None = None
+    num_rejected_packets: int = 0
+    num_lost_frames: int = 0
+    num_repeated_frames: int = 0
+    num_damaged_frames: int = 0
+    error: str | None = None
+
+
+def source_name(source: Any) -> str:
+    """How error messages call a source: its path or URL, or what kind of data it is."""
+    if isinstance(source, dict):
+        return str(source.get("path") or source_name(source.get("bytes")))
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"<{len(source)} bytes of video data>"
+    if isinstance(source, (str, os.PathLike)):
+        return os.fsdecode(source)
+    return str(getattr(source, "name", None) or f"<{type(source).__name__}>")
+
+
+def is_video_source(value: Any) -> bool:
+    """Whether `value` is one encoded video: a path, URL, bytes, a binary file, or {"path": ..., "bytes": ...}."""
+    if isinstance(value, dict):
+        return "path" in value or "bytes" in value
+    return isinstance(value, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(value, "read")
+
+
+def _copy_bounded(read: Callable[[int], bytes], name: str, limits: VideoLimits) -> BinaryIO:
+    """Copies a stream into a temporary file, within `max_bytes` and `download_timeout`."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
+    deadline = time.monotonic() + limits.download_timeout
+    try:
+        while chunk := read(_CHUNK_BYTES):
+            file.write(chunk)
+            if file.tell() > limits.max_bytes:
+                reason = f"it has more than max_bytes={limits.max_bytes} bytes"
+                raise VideoLimitError(f"Cannot read {name}: {reason}.", source=name, reason=reason)
+            if time.monotonic() > deadline:
+                reason = f"it took longer than download_timeout={limits.download_timeout} seconds"
+                raise VideoLimitError(f"Cannot read {name}: {reason}.", source=name, reason=reason)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def open_source(source: Any, limits: VideoLimits) -> tuple[BinaryIO, bool]:
+    """A seekable binary file with the encoded video, and whether closing it is up to whoever called this.
+
+    Raises TypeError for what is no video source, OSError for what cannot be opened, VideoLimitError for a download
+    over its limits.
+    """
+    if isinstance(source, dict):
+        data, path = source.get("bytes"), source.get("path")
+        if data is None and path is None:
+            raise TypeError("A video given as a dictionary needs 'path' or 'bytes', both are missing or None.")
+        return open_source(path if data is None else data, limits)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return io.BytesIO(source), True
+    if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
+        request = urllib.request.Request(source, headers={"User-Agent": "vivit_hf"})
+        with urllib.request.urlopen(request, timeout=min(30.0, limits.download_timeout)) as response:
+            return _copy_bounded(response.read, source, limits), True
+    if isinstance(source, (str, os.PathLike)):
+        return open(source, "rb"), True
+    if not hasattr(source, "read"):
+        raise TypeError(
+            f"A video is a path, a URL, bytes, a binary file or {{'path': ..., 'bytes': ...}}, got {type(source)}."
+        )
+    if isinstance(source, io.TextIOBase):
+        raise TypeError(f"The file {source_name(source)} is open as text: open it in binary mode, open(path, 'rb').")
+    if hasattr(source, "seekable") and not source.seekable():
+        return _copy_bounded(source.read, source_name(source), limits), True
+    return source, False

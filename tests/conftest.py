@@ -1,0 +1,54 @@
+"""What every test file shares: no network, one thread, and the scripts outside of the package within reach."""
+
+import os
+import sys
+from pathlib import Path
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in ("conversion", "examples"):
+    sys.path.insert(0, str(ROOT / folder))
+
+import pytest
+import torch
+from tiny_models import CASES, case_config, make_clips, make_model
+
+from vivit_hf.configuration_vivit import ATTENTION_TYPES
+
+
+torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=ATTENTION_TYPES)
+def variant(request):
+    """One of the four variants, by its `attention_type`."""
+    return request.param
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    """One of the variants, or one of the ways in which a variant computes differently."""
+    return request.param
+
+
+@pytest.fixture
+def config(variant):
+    return case_config(variant)
+
+
+@pytest.fixture
+def model(config):
+    return make_model(config)
+
+
+@pytest.fixture
+def clips(config):
+    return make_clips(config)

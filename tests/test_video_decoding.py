@@ -1,0 +1,348 @@
+"""Reading real files: exact frames by index, right colours, named errors, nothing left open."""
+
+import copy
+import io
+import multiprocessing
+import os
+import pickle
+import wave
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers.dynamic_module_utils import get_imports
+from video_files import (
+    KINDS,
+    damage_packet,
+    http_server,
+    moving_frames,
+    packet_places,
+    plain_decode,
+    set_rotation,
+    write_kind,
+    write_video,
+)
+
+import vivit_hf.video_decoding
+from vivit_hf.video_decoding import VideoReader
+from vivit_hf.video_sources import VideoDecodingError, VideoLimitError, VideoLimits
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("videos")
+
+
+@pytest.fixture(scope="module")
+def video(folder):
+    """H.264 with B-frames, 120 frames, a keyframe every 20."""
+    options = {"bf": "3", "x264-params": "scenecut=0"}
+    return write_video(folder / "video.mp4", num_frames=120, gop=20, options=options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frames_by_index_are_those_of_a_plain_decode(kind, folder):
+    path = write_kind(folder, kind)
+    expected = plain_decode(path)
+    rng = np.random.default_rng(0)
+    with VideoReader(path) as reader:
+        assert reader.num_frames == len(expected) == len(reader.timestamps)
+        assert reader.timestamps[0] == 0 and np.all(np.diff(reader.timestamps) > 0)
+        for _ in range(8):
+            indices = rng.integers(-len(expected), len(expected), size=rng.integers(1, 7))
+            frames = reader.frames_at(indices)
+            assert frames.dtype == np.uint8
+            assert np.array_equal(frames, expected[indices]), indices
+        assert np.array_equal(reader.frames_at(range(len(expected))), expected)
+        shape = reader.frames_at(np.zeros((2, 3), dtype=int)).shape
+        assert shape == (2, 3, *expected.shape[1:])
+
+
+def test_timestamps_are_those_of_the_file(folder):
+    path = write_kind(folder, "h264_variable_rate")
+    pts = np.array(KINDS["h264_variable_rate"][1]["pts"])
+    with VideoReader(path) as reader:
+        assert np.abs(reader.timestamps - (pts - pts[0]) / 1000).max() < 1e-3
+
+
+def test_sparse_frames_are_reached_by_seeking_and_not_by_decoding_through(video, monkeypatch):
+    num_decoded = 0
+    plain_frames = VideoReader._frames
+
+    def counted(self, packets):
+        nonlocal num_decoded
+        for frame in plain_frames(self, packets):
+            num_decoded += 1
+            yield frame
+
+    monkeypatch.setattr(VideoReader, "_frames", counted)
+    expected = plain_decode(video)
+    with VideoReader(video) as reader:
+        frames = reader.frames_at([1, 61, 101])
+    assert np.array_equal(frames, expected[[1, 61, 101]])
+    assert num_decoded == 6
+
+
+def test_indices_outside_of_the_video_are_index_errors(video):
+    with VideoReader(video) as reader:
+        for wrong in ([120], [-121], [0.5], []):
+            with pytest.raises(IndexError):
+                reader.frames_at(wrong)
+
+
+@pytest.mark.parametrize("color_range", ["MPEG", "JPEG"])
+@pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv444p", "yuv420p10le"])
+def test_colours_come_back_in_either_range(color_range, pix_fmt, folder):
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [60, 120, 180]])
+    frames = np.broadcast_to(colours[:, None, None].astype(np.uint8), (6, 32, 32, 3))
+    path = folder / f"{color_range}_{pix_fmt}.mkv"
+    write_video(path, frames, codec="ffv1", pix_fmt=pix_fmt, color_range=1 if color_range == "MPEG" else 2)
+    with VideoReader(path) as reader:
+        assert np.abs(reader.frames_at(range(6)).astype(int) - frames).max() <= 2
+
+
+def test_alpha_and_grey_become_rgb(folder):
+    for kind in ("alpha", "grey"):
+        path = write_kind(folder, kind)
+        with VideoReader(path) as reader:
+            frames = reader.frames_at(range(30)).astype(int)
+        expected = moving_frames().astype(int)
+        if kind == "grey":
+            assert np.array_equal(frames[..., 0], frames[..., 2])
+            expected = (expected @ [0.299, 0.587, 0.114])[..., None]
+        assert np.abs(frames - expected).max() <= 2
+
+
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+def test_rotation_is_applied(degrees, folder):
+    frames = moving_frames()
+    path = write_video(folder / f"turned_{degrees}.mp4", frames)
+    upright = plain_decode(path)
+    set_rotation(path, degrees)
+    expected = np.rot90(upright, -degrees // 90, axes=(1, 2))
+    sizes = []
+
+    def halved(height, width):
+        sizes.append((height, width))
+        return height // 2, width // 2
+
+    with VideoReader(path) as reader:
+        assert np.array_equal(reader.frames_at([3, 7]), expected[[3, 7]])
+        assert reader.frames_at([3], size=halved).shape == (1, expected.shape[1] // 2, expected.shape[2] // 2, 3)
+    assert sizes == [expected.shape[1:3]]
+
+
+def test_every_kind_of_source_gives_the_same_frames(video):
+    expected = plain_decode(video)[[5, 50]]
+    data = video.read_bytes()
+    assert np.array_equal(_read(video), expected)
+    for source in (str(video), data, bytearray(data), {"path": str(video)}, {"path": None, "bytes": data}):
+        assert np.array_equal(_read(source), expected)
+    with open(video, "rb") as file:
+        file.seek(100)
+        assert np.array_equal(_read(file), expected)
+        assert not file.closed
+    stream = _Stream(data)
+    assert np.array_equal(_read(stream), expected)
+    with http_server(video.parent) as address:
+        assert np.array_equal(_read(f"{address}/{video.name}"), expected)
+        with pytest.raises(VideoDecodingError, match=r"missing\.mp4: .*404"):
+            VideoReader(f"{address}/missing.mp4")
+        with pytest.raises(VideoLimitError, match="max_bytes=1000"):
+            VideoReader(f"{address}/{video.name}", limits=VideoLimits(max_bytes=1000))
+
+
+class _Stream(io.BytesIO):
+    """Like a pipe: it can only be read once, forward."""
+
+    def seekable(self):
+        return False
+
+    def seek(self, *_):
+        raise OSError("not seekable")
+
+
+def _read(source, indices=(5, 50)):
+    with VideoReader(source) as reader:
+        return reader.frames_at(list(indices))
+
+
+def test_what_is_no_video_is_an_error_with_its_name(tmp_path):
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("not a video " * 100)
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(bytes(8000))
+    reasons = {
+        "missing.mp4": "No such file",
+        "empty.mp4": "it is empty",
+        "text.mp4": "Invalid data",
+        "sound.wav": "no video stream",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(VideoDecodingError, match=reason) as caught:
+            VideoReader(tmp_path / name)
+        assert caught.value.source == str(tmp_path / name) and name in str(caught.value)
+    with pytest.raises(VideoDecodingError, match="directory"):
+        VideoReader(tmp_path)
+    with pytest.raises(VideoDecodingError, match="<12 bytes of video data>"):
+        VideoReader(b"not a video!")
+    with pytest.raises(TypeError, match="binary mode"):
+        VideoReader(io.StringIO("text"))
+    with pytest.raises(TypeError, match="'path' or 'bytes'"):
+        VideoReader({"path": None, "bytes": None})
+    with pytest.raises(TypeError, match="int"):
+        VideoReader(7)
+
+
+def test_a_video_cannot_make_the_reader_open_other_files(video, monkeypatch):
+    monkeypatch.chdir(video.parent)
+    playlist = b"ffconcat version 1.0\nfile video.mp4\n"
+    Path("list.mp4").write_bytes(playlist)
+    assert len(plain_decode("list.mp4")) == 120  # FFmpeg by itself follows it
+    for source in ("list.mp4", playlist, "concat:video.mp4|video.mp4", "file:video.mp4"):
+        with pytest.raises(VideoDecodingError):
+            VideoReader(source)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{"max_frames": 119}, {"max_pixels": 48 * 64 - 1}, {"max_duration": 4.7}],
+    ids=lambda value: next(iter(value)),
+)
+def test_limits_are_kept_and_named(limits, video):
+    with pytest.raises(VideoLimitError, match=f"video.mp4.*{next(iter(limits))}="):
+        VideoReader(video, limits=VideoLimits(**limits))
+    roomier = VideoLimits(**{name: value + 1 for name, value in limits.items()})
+    VideoReader(video, limits=roomier).close()
+
+
+def test_errors_survive_pickling():
+    error = VideoDecodingError("message", source="a.mp4", reason="why", num_recovered=3, num_frames=5)
+    for clone in (pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert str(clone) == "message" and vars(clone) == vars(error)
+
+
+def test_a_rejected_packet_costs_its_frame_and_no_other(video, tmp_path):
+    expected = plain_decode(video)
+    path = tmp_path / "damaged.mp4"
+    path.write_bytes(video.read_bytes())
+    order = sorted(range(120), key=lambda number: packet_places(video)[number][0])
+    lost = 50
+    damage_packet(path, order[lost])
+    with VideoReader(path) as reader:
+        # Before the damage, and after the next keyframe (60), frames are what they were, under their own numbers.
+        assert np.array_equal(reader.frames_at([0, 39, 60, 119]), expected[[0, 39, 60, 119]])
+        with pytest.raises(VideoDecodingError, match=rf"damaged\.mp4: frame {lost} is lost.*119 of 120") as caught:
+            reader.frames_at([lost])
+        assert (caught.value.num_recovered, caught.value.num_frames) == (119, 120)
+        repeated = reader.frames_at([lost - 1, lost], on_lost="repeat_last")
+        assert np.array_equal(repeated[0], repeated[1])
+        assert reader.num_frames == 120
+        report = reader.report
+        assert (report.num_rejected_packets, report.num_lost_frames, report.num_repeated_frames) == (1, 1, 1)
+
+
+def test_what_may_show_damage_is_counted_and_logged(video, tmp_path, caplog):
+    path = tmp_path / "damaged.mp4"
+    path.write_bytes(video.read_bytes())
+    number = next(n for n, (_, _, _, is_key) in enumerate(packet_places(video)) if is_key and n > 0)
+    damage_packet(path, number + 1)
+    with VideoReader(path) as reader:
+        reader.frames_at(range(20), on_lost="raise")
+        assert reader.report.num_damaged_frames == 0
+        reader.frames_at(range(20, 40), on_lost="repeat_last")
+        # The whole group hangs on its first predicted frame: all of it but the keyframe and the lost frame.
+        assert reader.report.num_damaged_frames == 18
+        reader.frames_at(range(40, 60), on_lost="raise")
+        assert reader.report.num_damaged_frames == 18
+    assert "damaged.mp4 is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["h264_mkv", "h264_ts_late_start", "mpeg4_avi", "h264_fragmented", "gif", "vp9"])
+def test_a_file_that_was_cut_off_gives_what_is_there(kind, folder, tmp_path):
+    path = write_kind(folder, kind)
+    expected = plain_decode(path)
+    data = path.read_bytes()
+    cut = tmp_path / path.name
+    cut.write_bytes(data[: packet_places(path)[20][1] + 7])
+    with VideoReader(cut) as reader:
+        frames = reader.read(lambda times: np.arange(len(times)), on_lost="repeat_last")
+        assert 10 <= len(frames) <= 21
+        assert np.array_equal(frames[:10], expected[:10])
+
+
+def test_a_clip_is_laid_again_when_fewer_frames_can_be_decoded(video, tmp_path):
+    data = video.read_bytes()
+    path = tmp_path / "tail.mp4"
+    start = min(position for _, position, _, _ in packet_places(video)[100:])
+    end = max(position + size for _, position, size, _ in packet_places(video)[100:])
+    path.write_bytes(data[:start] + bytes(end - start) + data[end:])
+    asked = []
+
+    def last_frames(times):
+        asked.append(len(times))
+        return np.arange(len(times))[-4:]
+
+    with VideoReader(path) as reader:
+        frames = reader.read(last_frames)
+    assert asked == [120, 100]
+    assert np.array_equal(frames, plain_decode(video)[96:100])
+    with VideoReader(path) as reader, pytest.raises(VideoDecodingError, match="only 100 of its 120"):
+        reader.frames_at([119])
+
+
+def test_mutated_files_end_in_frames_or_in_a_named_error(folder):
+    sources = [
+        write_kind(folder, kind).read_bytes() for kind in ("h264_b_frames", "h264_mkv", "vp9", "mpeg4_avi", "gif")
+    ]
+    rng = np.random.default_rng(0)
+    outcomes = {"read": 0, "refused": 0}
+    for number in range(150):
+        data = bytearray(sources[number % len(sources)])
+        if number % 3 == 0:
+            del data[rng.integers(len(data)) :]
+        else:
+            for place in rng.integers(0, len(data) if number % 3 == 1 else 1500, size=12):
+                data[place] = rng.integers(256)
+        try:
+            with VideoReader(bytes(data)) as reader:
+                frames = reader.frames_at([0, -1], size=lambda *_: (16, 16), on_lost="repeat_last")
+            assert frames.shape == (2, 16, 16, 3)
+            outcomes["read"] += 1
+        except VideoDecodingError:
+            outcomes["refused"] += 1
+    assert min(outcomes.values()) > 20
+
+
+def test_nothing_is_left_open(video, tmp_path):
+    (tmp_path / "text.mp4").write_text("not a video " * 100)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(20):
+        _read(video)
+        with pytest.raises(VideoDecodingError):
+            VideoReader(tmp_path / "text.mp4")
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_files_can_be_read_in_data_loader_workers(method, video):
+    loader = torch.utils.data.DataLoader(
+        [str(video)] * 4,
+        batch_size=None,
+        num_workers=2 if method == "fork" else 1,
+        multiprocessing_context=multiprocessing.get_context(method),
+        collate_fn=partial(_read, indices=(5, 50)),
+        timeout=60,
+    )
+    expected = plain_decode(video)[[5, 50]]
+    assert all(np.array_equal(frames, expected) for frames in loader)
+
+
+def test_pyav_is_no_hard_requirement_of_the_source():
+    folder = Path(vivit_hf.video_decoding.__file__).parent
+    files = ("frame_sampling", "video_sources", "video_decoding", "video_frames", "video_processing_vivit")
+    imported = {name for file in files for name in get_imports(folder / f"{file}.py")}
+    assert {"av", "torchvision", "torchcodec", "vivit_hf"}.isdisjoint(imported)
