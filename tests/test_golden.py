@@ -74,5 +74,9 @@ def test_agrees_with_the_official_implementation(case, implementation, dtype):
     for name, array in expected.items():
         assert array.dtype == np.float64 and actual[name].dtype == dtype
         torch.testing.assert_close(
-            actual[name].double(), torch.from_numpy(array), atol=TOLERANCES[dtype], rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+            actual[name].double(),
+            torch.from_numpy(array),
+            atol=TOLERANCES[dtype],
+            rtol=0,
+            msg=lambda m, n=name: f"{n}: {m}",
         )

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTModel
-from vivit_hf.configuration_vivit import ATTENTION_TYPES
+from vivit_hf.configuration_vivit import ATTENTION_TYPES as ATTENTION_TYPES
 
 
-__all__ = ["ATTENTION_TYPES", "CASES", "case_config", "make_clips", "make_model", "randomise", "tiny_config", "token_counts"]
+MODEL_CLASSES = [ViViTModel, ViViTForVideoClassification]
 
 # Everything that changes how a model computes: the variants, and in what they differ from their default.
 CASES: dict[str, dict[str, Any]] = {
@@ -32,7 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(attention_type: str, **overrides: Any) -> ViViTConfig:
-    """8 frames of 24 x 40 in patches of 8 x 8, by default tubelets of 2 frames: 4 x 3 x 5 tokens, no two sides alike."""
+    """8 frames of 24 x 40 pixels in tubelets of 2 x 8 x 8: a grid of 4 x 3 x 5 tokens, no two sides alike."""
     uniform = overrides.get("embedding_type") == "uniform_frame_sampling"
     fields: dict[str, Any] = {
         "attention_type": attention_type,
@@ -84,3 +84,8 @@ def token_counts(config: ViViTConfig) -> tuple[int, int, int]:
     """(time, space, class tokens) of a clip."""
     time, height, width = config.grid_size
     return time, height * width, int(config.pooling == "cls")
+
+
+def first(outputs: Any) -> torch.Tensor:
+    """The first output: logits of a classifier, `last_hidden_state` of a base model."""
+    return outputs.to_tuple()[0].detach()

@@ -4,7 +4,6 @@ import difflib
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
@@ -21,6 +20,7 @@ ATTENTION_TYPES = (
 EMBEDDING_TYPES = ("tubelet", "uniform_frame_sampling")
 ATTENTION_ORDERS = ("space_time", "time_space")
 POOLINGS = ("cls", "mean", "max", "sum")
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 # US spellings, and the names in google-research/scenic projects/vivit, are read and stored in the paper's form.
 _ALIASES = {
@@ -167,14 +167,22 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
             self.num_sampled_frames = max(1, self.num_frames // 2) if isinstance(self.num_frames, int) else None
         if self.pooling is None:
             self.pooling = "mean" if self.is_token_grid else "cls"
+        if self.id2label is None and self.label2id is not None:
+            self.id2label = {int(index): label for label, index in self.label2id.items()}
+        if self.id2label is not None:
+            num_labels = kwargs.pop("num_labels", None)
+            if num_labels not in (None, len(self.id2label)):
+                raise ValueError(
+                    f"`num_labels={num_labels}` contradicts a label map of {len(self.id2label)} labels; give one."
+                )
+            self.label2id = {label: int(index) for index, label in self.id2label.items()}
         super().__post_init__(**kwargs)
         self.check()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        try:
-            super().__setattr__(name, value)
-        except StrictDataclassError as error:  # not a ValueError, which is what a wrong value is everywhere else here
-            raise ValueError(f"`{name}={value!r}` is not valid: {error.__cause__ or error}") from error
+        if name == "problem_type" and value not in (None, *PROBLEM_TYPES):
+            raise ValueError(_unknown_word(name, value, PROBLEM_TYPES))
+        super().__setattr__(name, value)
 
     # Derived sizes
 
@@ -242,13 +250,8 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
             "pooling": POOLINGS,
             "hidden_act": tuple(ACT2FN),
         }.items():
-            value = getattr(self, name)
-            if value in allowed:
-                continue
-            nearest = difflib.get_close_matches(str(value), [*allowed, *_ALIASES.get(name, {})], n=1, cutoff=0.4)
-            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-            choices = f" Expected one of {', '.join(map(repr, allowed))}." if len(allowed) < 10 else ""
-            raise ValueError(f"`{name}={value!r}` is not known.{hint}{choices}")
+            if getattr(self, name) not in allowed:
+                raise ValueError(_unknown_word(name, getattr(self, name), allowed))
 
     def _check_numbers(self) -> None:
         positive = "num_frames num_channels hidden_size num_hidden_layers num_attention_heads intermediate_size".split()
@@ -361,6 +364,13 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
 
+def _unknown_word(name: str, value: Any, allowed: tuple[str, ...]) -> str:
+    nearest = difflib.get_close_matches(str(value), [*allowed, *_ALIASES.get(name, {})], n=1, cutoff=0.4)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    choices = f" Expected one of {', '.join(map(repr, allowed))}." if len(allowed) < 10 else ""
+    return f"`{name}={value!r}` is not known.{hint}{choices}"
+
+
 def _check_whole_number(name: str, value: Any, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"`{name}={value!r}` must be a whole number of at least {minimum}.")
@@ -368,18 +378,9 @@ def _check_whole_number(name: str, value: Any, minimum: int) -> None:
 
 def _settle_labels(config_dict: dict[str, Any], overrides: dict[str, Any]) -> None:
     """Lets new labels replace the stored ones as a whole: half of an old map beside a new one names classes wrongly."""
-    id2label, label2id, num_labels = (overrides.get(name) for name in ("id2label", "label2id", "num_labels"))
-    if id2label is None and label2id is not None:
-        id2label = overrides["id2label"] = {int(index): label for label, index in label2id.items()}
-    if id2label is not None:
-        if num_labels is not None and num_labels != len(id2label):
-            raise ValueError(f"`num_labels={num_labels}` contradicts a label map of {len(id2label)} labels; give one.")
-        if label2id is None:
-            overrides["label2id"] = {label: int(index) for index, label in id2label.items()}
-        overrides.pop("num_labels", None)
-    elif num_labels is not None and config_dict.get("id2label") is not None:
-        if len(config_dict["id2label"]) != num_labels:
-            config_dict.pop("id2label")
-            config_dict.pop("label2id", None)
-        else:
-            overrides.pop("num_labels")
+    stored = config_dict.get("id2label")
+    new_maps = overrides.get("id2label") is not None or overrides.get("label2id") is not None
+    new_count = stored is not None and overrides.get("num_labels") not in (None, len(stored))
+    if new_maps or new_count:
+        config_dict.pop("id2label", None)
+        config_dict.pop("label2id", None)

@@ -1,0 +1,78 @@
+# Every target sets up what it needs by itself; `make help` lists them.
+
+PYTHON ?= python3
+# An additional index to take torch from, such as https://download.pytorch.org/whl/cpu: on Linux, pip's default torch
+# brings gigabytes of CUDA libraries along.
+TORCH_INDEX ?=
+# The torch that `make test-oldest` runs on; see constraints-oldest.txt.
+OLDEST_TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+# A video file that `make demo` also classifies; the shell reads it from the environment, whatever is in its name.
+VIDEO ?=
+export VIDEO
+
+# Two processes, each on one thread; a file's tests stay together, because they share what is slow to make.
+PYTEST = python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+define CHECK_PYTHON
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and \
+	"Python 3.10 or newer is needed, and $(PYTHON) is " + sys.version.split()[0] + ": set PYTHON=")'
+endef
+# torch first and by itself, so that nothing else decides which build of it is taken.
+INSTALL_TORCH = python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.DEFAULT_GOAL := help
+.PHONY: help test demo lint format test-oldest clean
+
+help:
+	@echo 'make test          run the tests'
+	@echo 'make demo          train a small ViViT on videos of moving shapes and classify held-out ones (a few minutes)'
+	@echo 'make demo VIDEO=x  the same, and then classify the video file x'
+	@echo 'make lint          check style and types'
+	@echo 'make format        rewrite the code in that style'
+	@echo 'make test-oldest   run the tests on the oldest supported versions'
+	@echo 'make clean         remove virtual environments, caches and builds'
+	@echo
+	@echo 'PYTHON=python3.11  the interpreter to use, 3.10 or newer'
+	@echo 'TORCH_INDEX=https://download.pytorch.org/whl/cpu  on Linux without a GPU: the small build of torch'
+	@echo 'PYTEST_ARGS, DEMO_ARGS  passed on to pytest and to examples/demo.py'
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(CHECK_PYTHON)
+	$(PYTHON) -m venv .venv
+	.venv/bin/$(INSTALL_TORCH) -c constraints.txt torch
+	.venv/bin/python -m pip install -c constraints.txt -e '.[all]'
+	@touch $@
+
+# One stamp per torch, so that another OLDEST_TORCH is really installed.
+OLDEST_READY = .venv-oldest/ready-$(OLDEST_TORCH)
+
+$(OLDEST_READY): pyproject.toml constraints-oldest.txt
+	@$(CHECK_PYTHON)
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/$(INSTALL_TORCH) -c constraints-oldest.txt torch==$(OLDEST_TORCH)
+	.venv-oldest/bin/python -m pip install -c constraints-oldest.txt -e '.[conversion,demo,test]'
+	@touch $@
+
+test: .venv/ready
+	.venv/bin/$(PYTEST)
+
+demo: .venv/ready
+	.venv/bin/python examples/demo.py $(if $(VIDEO),--video "$$VIDEO") $(DEMO_ARGS)
+
+lint: .venv/ready
+	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
+	.venv/bin/python -m mypy
+
+format: .venv/ready
+	.venv/bin/python -m ruff check --fix .
+	.venv/bin/python -m ruff format .
+
+test-oldest: $(OLDEST_READY)
+	.venv-oldest/bin/python -m pip freeze
+	.venv-oldest/bin/$(PYTEST)
+
+clean:
+	rm -rf .venv .venv-oldest build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,76 @@
+"""The README's snippets run as they stand, in a folder that holds what the README says is there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from moving_shapes import MOTIONS, write_moving_shapes
+from tiny_models import make_model
+from transformers import VivitConfig, VivitForVideoClassification
+
+from vivit_hf import ViViTConfig, ViViTVideoProcessor
+
+
+README = Path(__file__).parents[1] / "README.md"
+SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What `make demo` leaves behind, untrained; and a small checkpoint in the layout of the one on the Hub."""
+    path = tmp_path_factory.mktemp("readme")
+    write_moving_shapes(path / "demo_output" / "videos", clips_per_class=1, seed=0)
+    labels = dict(enumerate(MOTIONS))
+    make_model(ViViTConfig.from_preset("vivit-tiny", id2label=labels)).save_pretrained(path / "demo_output" / "model")
+    ViViTVideoProcessor(
+        num_frames=16, frame_stride=1, size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}
+    ).save_pretrained(path / "demo_output" / "model")
+    torch.manual_seed(0)
+    native = VivitConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    VivitForVideoClassification(native).save_pretrained(path / "google" / "vivit-b-16x2-kinetics400")
+    return path
+
+
+def test_the_readme_has_snippets():
+    assert len(SNIPPETS) >= 5
+
+
+@pytest.mark.parametrize("index", range(len(SNIPPETS)))
+def test_snippet_runs(folder, monkeypatch, capsys, index):
+    monkeypatch.chdir(folder)
+    exec(compile(SNIPPETS[index], f"README.md, snippet {index + 1}", "exec"), {"__name__": "__main__"})
+    if "print(" in SNIPPETS[index]:
+        assert capsys.readouterr().out.strip()
+
+
+def test_the_first_snippet_runs_in_an_interpreter_of_its_own(folder):
+    process = subprocess.run(
+        [sys.executable, "-c", SNIPPETS[0]], cwd=folder, capture_output=True, text=True, timeout=120
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+    lines = [line.split() for line in process.stdout.splitlines()]
+    assert len(lines) == 3 and all(label in MOTIONS and 0 <= float(score) <= 1 for label, score in lines)
+
+
+def test_numbers_of_the_variants_table_are_the_counted_ones():
+    """The first number of each cell is ours, the one in brackets the paper's."""
+    from test_paper import PAPER, count
+
+    rows = re.findall(r"^\| `factorised.*$|^\| `spatio.*$", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert len(rows) == len(PAPER) == 5
+    for row, (preset, parameters, multiply_adds) in zip(rows, PAPER, strict=True):
+        cells = [cell.strip() for cell in row.split("|")]
+        counted = count(preset)
+        assert cells[3] == f"{counted[0]:.2f} ({parameters})"
+        assert cells[4] == f"{counted[1]:.1f} ({multiply_adds})"
+
+
+LINKS = sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text(encoding="utf-8"))))
+
+
+@pytest.mark.parametrize("target", LINKS)
+def test_links_to_files_lead_somewhere(target):
+    assert (README.parent / target).exists()
