@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import make_model, tiny_config
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForVideoClassification, pipeline
-from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
+from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from video_files import write_video
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTModel, ViViTVideoProcessor
@@ -46,7 +46,7 @@ def test_auto_classes_find_the_folder(folder):
     assert type(AutoModelForVideoClassification.from_pretrained(folder)) is ViViTForVideoClassification
     processor = AutoImageProcessor.from_pretrained(folder)
     assert type(processor) is ViViTVideoProcessor and processor.num_frames == 8
-    assert VIDEO_PROCESSOR_MAPPING[ViViTConfig] == {"pil": ViViTVideoProcessor, "torchvision": ViViTVideoProcessor}
+    assert type(AutoVideoProcessor.from_pretrained(folder)) is ViViTVideoProcessor
 
 
 def test_pipeline_on_a_folder_samples_as_the_processor_does(folder, video):

@@ -6,7 +6,7 @@ Importing the package registers it with the Auto classes, so that `AutoModelForV
 """
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForVideoClassification
-from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
+from transformers.models.auto.video_processing_auto import AutoVideoProcessor  # refused elsewhere without torchvision
 
 from .configuration_vivit import ViViTConfig
 from .frame_sampling import sample_frames_uniformly
@@ -23,8 +23,8 @@ AutoModel.register(ViViTConfig, ViViTModel, exist_ok=True)
 AutoModelForVideoClassification.register(ViViTConfig, ViViTForVideoClassification, exist_ok=True)
 # Under both names: transformers takes "pil" where torchvision is missing, and "torchvision" where it is installed.
 _BACKENDS = dict.fromkeys(("pil", "torchvision"), ViViTVideoProcessor)
-AutoImageProcessor.register(ViViTConfig, image_processor_classes=dict(_BACKENDS), exist_ok=True)
-VIDEO_PROCESSOR_MAPPING.register(ViViTConfig, dict(_BACKENDS), exist_ok=True)
+AutoImageProcessor.register(ViViTConfig, image_processor_classes=_BACKENDS, exist_ok=True)
+AutoVideoProcessor.register(ViViTConfig, ViViTVideoProcessor, exist_ok=True)
 
 # Whatever is saved takes the code along that loads it where this package is not installed.
 ViViTConfig.register_for_auto_class("AutoConfig")

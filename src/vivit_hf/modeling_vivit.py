@@ -18,6 +18,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from .auto_class import AutoClassMixin
 from .configuration_vivit import ViViTConfig
 from .embeddings_vivit import ViViTEmbeddings, ViViTTemporalEmbeddings, prepend_class_token
 from .layers_vivit import (
@@ -40,7 +41,7 @@ POOLINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-class ViViTPreTrainedModel(CheckpointLoadingMixin, HubPushMixin, PreTrainedModel):
+class ViViTPreTrainedModel(AutoClassMixin, CheckpointLoadingMixin, HubPushMixin, PreTrainedModel):
     """Loading, saving and initialisation that the ViViT models share."""
 
     config: ViViTConfig

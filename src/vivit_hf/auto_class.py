@@ -1,0 +1,18 @@
+"""Which classes take the code that defines them along to where they are saved."""
+
+from typing import Any
+
+
+class AutoClassMixin:
+    """
+    `register_for_auto_class` for one class at a time.
+
+    A registered class copies its file beside what it saves. In transformers the subclasses inherit that: one that is
+    derived in a training script would publish the script, and the one that FSDP makes from ours, a file of PyTorch.
+    """
+
+    _auto_class: str | None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._auto_class = None

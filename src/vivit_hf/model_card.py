@@ -1,0 +1,264 @@
+"""The model card of a ViViT: the Hub's metadata, what the model is, how it started, and code that loads it."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers.utils import logging
+
+from .configuration_vivit import ViViTConfig
+
+
+logger = logging.get_logger(__name__)
+
+PAPER = "[ViViT (Arnab et al., ICCV 2021)](https://arxiv.org/abs/2103.15691)"
+VARIANTS = {
+    "spatio_temporal": "Model 1, spatio-temporal attention",
+    "factorised_encoder": "Model 2, factorised encoder",
+    "factorised_self_attention": "Model 3, factorised self-attention",
+    "factorised_dot_product_attention": "Model 4, factorised dot-product attention",
+}
+DEFAULT_LICENSE = "apache-2.0"
+DEFAULT_TAGS = ("vivit", "video-classification", "vision")
+
+# What stands between the first two is written anew each time; all around it belongs to the user.
+_BEGIN = "<!-- vivit_hf: from here on, push_to_hub writes this text anew -->"
+_END = "<!-- vivit_hf: your own text is kept above and below -->"
+_INITIALISATION = "## Initialisation\n"
+_STARTED_FROM = "Started from "
+# transformers' empty form, which pushing a processor or a configuration leaves in a new repository.
+_EMPTY_FORM = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
+
+
+class InitialisationSummary(Protocol):
+    """What `InitialisationReport` offers for a card."""
+
+    def to_markdown(self) -> str: ...
+
+
+Report = InitialisationSummary | str
+
+
+def write_model_card(
+    folder: str | os.PathLike,
+    model: Any,
+    *,
+    repo_id: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    datasets: Sequence[str] | str | None = None,
+    metrics: Sequence[str] | None = None,
+    tags: Sequence[str] = (),
+    report: Report | None = None,
+) -> Path:
+    """
+    Writes `README.md`, in the Hub's format for model cards, into a folder.
+
+    A card that is there already is kept: its text as it is but for the part that this function wrote itself, its
+    metadata but for what is given here, with gaps filled.
+
+    Args:
+        folder: of a saved model.
+        model: a `ViViTModel` or `ViViTForVideoClassification`.
+        repo_id: the name on the Hub, by default that of the folder.
+        base_model: the model it was made from; a Hub id goes into the metadata, a path only into the text.
+        license: "apache-2.0" if the card has none.
+        datasets, metrics: names on the Hub, such as "kinetics400" and "accuracy".
+        tags: besides "vivit", "video-classification" and "vision".
+        report: of `initialise_from_vit`, or any Markdown that says where the weights come from.
+
+    Returns:
+        The path of the card.
+    """
+    path = Path(folder) / "README.md"
+    try:
+        old = _read(path)
+    except ValueError as error:
+        logger.warning("%s The card is left as it is.", error)
+        return path
+    given = {
+        "base_model": base_model if is_repo_id(base_model) else None,
+        "license": license,
+        "datasets": [datasets] if isinstance(datasets, str) else datasets and list(datasets),
+        "metrics": metrics and list(metrics),
+    }
+    old_data = old.data.to_dict() if old else {}
+    has_classifier = hasattr(model, "classifier")
+    data = {
+        "library_name": "transformers",
+        "pipeline_tag": "video-classification" if has_classifier else "feature-extraction",
+        "license": DEFAULT_LICENSE,
+        **old_data,
+        **{name: value for name, value in given.items() if value},
+        "tags": list(dict.fromkeys([*(old_data.get("tags") or []), *DEFAULT_TAGS, *tags])),
+    }
+
+    initialisation = _initialisation(base_model, report) or (_initialisation_in(old.text) if old else "")
+    repo_id = repo_id or Path(folder).resolve().name
+    written = f"{_BEGIN}\n{_description(model, repo_id, initialisation)}\n{_END}"
+    if old is None:
+        text = f"\n# {repo_id.rpartition('/')[2]}\n\n{written}\n"
+    elif _BEGIN in old.text and _END in old.text:
+        before, _, rest = old.text.partition(_BEGIN)
+        text = before + written + rest.partition(_END)[2]
+    else:
+        text = old.text
+    path.write_text(f"---\n{ModelCardData(**data)}\n---\n{text}", encoding="utf-8")
+    return path
+
+
+def read_initialisation(folder: str | os.PathLike) -> tuple[str | None, str | None]:
+    """(base model, where the weights come from) as `write_model_card` wrote them into this folder, else None."""
+    try:
+        card = _read(Path(folder) / "README.md")
+    except ValueError:
+        card = None
+    if card is None or _BEGIN not in card.text:
+        return None, None
+    base_model = card.data.to_dict().get("base_model")
+    return base_model if isinstance(base_model, str) else None, _initialisation_in(card.text) or None
+
+
+def _read(path: Path) -> ModelCard | None:
+    """The card; None if there is none, or only transformers' empty form. A ValueError if its metadata is not valid."""
+    content = path.read_text(encoding="utf-8") if path.exists() else _EMPTY_FORM
+    if _EMPTY_FORM in content:
+        return None
+    try:
+        return ModelCard(content)
+    except Exception as error:  # PyYAML's are of no common kind with those of the card itself
+        raise ValueError(f"The metadata at the top of {path} cannot be read: {error}") from error
+
+
+def is_repo_id(name: str | None) -> bool:
+    """Whether the Hub could know something by this name, and it is no path here."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name is not None and not os.path.exists(name)
+
+
+def _initialisation(base_model: str | None, report: Report | None) -> str:
+    text = report if report is None or isinstance(report, str) else report.to_markdown()
+    if base_model and not (text or "").startswith(_STARTED_FROM):  # as a text has that an earlier card is read from
+        link = f"[{base_model}](https://huggingface.co/{base_model})" if is_repo_id(base_model) else f"`{base_model}`"
+        text = f"{_STARTED_FROM}{link}." + (f"\n\n{text}" if text else "")
+    return text or ""
+
+
+def _initialisation_in(text: str) -> str:
+    written = text.partition(_BEGIN)[2].partition(_END)[0]
+    return written.partition(_INITIALISATION)[2].partition("\n## ")[0].strip()
+
+
+def _description(model: Any, repo_id: str, initialisation: str) -> str:
+    config: ViViTConfig = model.config
+    rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(model))
+    parts = [
+        f"A Video Vision Transformer, {PAPER}, in the implementation of `vivit_hf`.",
+        f"| | |\n| --- | --- |\n{rows}",
+        "## Use\n\nWith the package `vivit_hf` installed:\n\n" + _code(_package_snippet(model, repo_id)),
+        "Without it, `transformers` takes the code from this repository (read it first, as with any code that you "
+        "download and run):\n\n" + _code(_remote_code_snippet(model, repo_id)),
+        "Reading video files takes PyAV (`pip install av`); lists of frames and arrays do without.",
+    ]
+    if initialisation:
+        parts.append(f"{_INITIALISATION}\n{initialisation}")
+    height, width = config.frame_size
+    limits = [
+        f"It sees clips of {config.num_frames} frames of {height} x {width} pixels, sampled from the video as the "
+        "processor's configuration says; what happens between these frames or outside of the crop it cannot know.",
+        "Scores depend on the views (clips and crops per video): state them with every result.",
+    ]
+    if hasattr(model, "classifier"):
+        limits.append(
+            f"It tells {config.num_labels} classes apart and gives one of them for any video, also for one that shows "
+            "none of them. It has the biases of the data it was trained on."
+        )
+        if any(status in initialisation for status in ("newly initialised", "Newly initialised")):
+            limits.append("Parameters that are newly initialised mean nothing before they are trained.")
+    parts.append("## Limitations\n\n" + "\n".join(f"- {limit}" for limit in limits))
+    return "\n\n".join(parts)
+
+
+def _facts(model: Any) -> list[tuple[str, str]]:
+    config: ViViTConfig = model.config
+    time, height, width = config.grid_size
+    layers = f"{config.num_hidden_layers} layers"
+    if config.attention_type == "factorised_encoder":
+        layers = f"{config.num_hidden_layers} spatial and {config.num_temporal_layers} temporal layers"
+    parameters = list(model.parameters())
+    size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    count = sum(parameter.numel() for parameter in parameters)
+    dtype = str(model.dtype).removeprefix("torch.")
+    frame, patch = (" x ".join(map(str, sides)) for sides in (config.frame_size, config.tubelet_size))
+    facts = [
+        ("variant", f"{VARIANTS[config.attention_type]} (`{config.attention_type}`)"),
+        ("input", f"{config.num_frames} frames of {frame} pixels, {config.num_channels} channels"),
+        ("tokens", f"{time} x {height} x {width} (`{config.embedding_type}`, {patch})"),
+        ("encoder", f"{layers}, width {config.hidden_size}, {config.num_attention_heads} heads"),
+        ("pooling", f"`{config.pooling}`"),
+        ("parameters", f"{_amount(count)} ({dtype}, {_amount(size)}B)"),
+    ]
+    if hasattr(model, "classifier"):
+        names = [str(config.id2label[index]) for index in sorted(config.id2label)]
+        shown = ", ".join(names[:5]).replace("|", "\\|") + ", ..." * (len(names) > 5)
+        facts.append(("labels", f"{len(names)}: {shown}"))
+    return facts
+
+
+def _amount(number: int) -> str:
+    for unit, factor in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= factor:
+            return f"{number / factor:.1f} {unit}"
+    return f"{number} "
+
+
+def _code(code: str) -> str:
+    return f"```python\n{code}```"
+
+
+def _package_snippet(model: Any, repo_id: str) -> str:
+    if hasattr(model, "classifier"):
+        return (
+            "from transformers import pipeline\n\n"
+            "import vivit_hf  # makes the model known to transformers\n\n\n"
+            f'classify = pipeline("video-classification", model="{repo_id}")\n'
+            'print(classify("video.mp4"))\n'
+        )
+    return (
+        "from vivit_hf import ViViTModel, ViViTVideoProcessor\n\n\n"
+        f'processor = ViViTVideoProcessor.from_pretrained("{repo_id}")\n'
+        f'model = ViViTModel.from_pretrained("{repo_id}")\n'
+        'features = model(**processor("video.mp4")).pooler_output\n'
+    )
+
+
+def _remote_code_snippet(model: Any, repo_id: str) -> str:
+    name = "AutoModelForVideoClassification" if hasattr(model, "classifier") else "AutoModel"
+    lines = [
+        "import torch",
+        f"from transformers import AutoImageProcessor, {name}\n\n",
+        f'repository = "{repo_id}"',
+        "processor = AutoImageProcessor.from_pretrained(repository, trust_remote_code=True)",
+        f"model = {name}.from_pretrained(repository, trust_remote_code=True)\n",
+        'inputs = processor("video.mp4", return_tensors="pt")',
+        "with torch.no_grad():",
+    ]
+    if hasattr(model, "classifier"):
+        lines += [
+            "    logits = model(**inputs).logits.mean(dim=0)  # over the views of the video",
+            "for index in logits.argsort(descending=True)[:5].tolist():",
+            "    print(model.config.id2label[index], logits[index].item())\n",
+        ]
+    else:
+        lines += ["    features = model(**inputs).pooler_output\n"]
+    return "\n".join(lines)
+
+
+__all__ = ["read_initialisation", "write_model_card"]

@@ -1,0 +1,99 @@
+"""What the model card says, and what it leaves alone. That it reaches the Hub: test_hub_roundtrip.py."""
+
+import logging
+
+import pytest
+from huggingface_hub import ModelCard
+from tiny_models import make_model, tiny_config
+
+from vivit_hf import ViViTForVideoClassification, ViViTModel, ViViTVideoProcessor, write_model_card
+from vivit_hf.model_card import VARIANTS, read_initialisation
+
+
+def test_every_variant_is_named(variant, tmp_path):
+    text = write_model_card(tmp_path, make_model(tiny_config(variant))).read_text(encoding="utf-8")
+    assert VARIANTS[variant] in text and f"`{variant}`" in text
+    assert ModelCard(text).data.pipeline_tag == "video-classification"
+    assert "## Initialisation" not in text
+
+
+def test_a_model_without_classifier_is_for_features(tmp_path):
+    text = write_model_card(tmp_path, make_model(tiny_config("spatio_temporal"), ViViTModel)).read_text(
+        encoding="utf-8"
+    )
+    assert ModelCard(text).data.pipeline_tag == "feature-extraction"
+    assert "AutoModel.from_pretrained" in text and "| labels |" not in text
+
+
+def test_a_base_model_that_is_a_folder_is_in_the_text_alone(model, tmp_path):
+    path = write_model_card(tmp_path, model, base_model=str(tmp_path), report="14 newly initialised")
+    read = ModelCard.load(path)
+    assert read.data.base_model is None and f"Started from `{tmp_path}`." in read.text
+    assert "newly initialised mean nothing" in read.text
+
+
+def test_writing_again_changes_only_what_was_written_here(model, tmp_path):
+    path = write_model_card(tmp_path, model, base_model="org/vit", report="| copied | 3 |", tags=["mine"])
+    first = path.read_text(encoding="utf-8")
+    assert write_model_card(tmp_path, model).read_text(encoding="utf-8") == first
+    path.write_text(first.replace("license: apache-2.0", "license: mit") + "\nBy me.\n", encoding="utf-8")
+    second = write_model_card(tmp_path, model, repo_id="org/name").read_text(encoding="utf-8")
+    assert 'pipeline("video-classification", model="org/name")' in second and "| copied | 3 |" in second
+    assert "license: mit" in second and second.endswith("\nBy me.\n") and second.count("Started from") == 1
+    assert "license: bsd" in write_model_card(tmp_path, model, license="bsd").read_text(encoding="utf-8")
+
+
+def test_somebody_elses_card_keeps_its_text_and_gets_the_missing_metadata(model, tmp_path):
+    (tmp_path / "README.md").write_text("---\ntags: [swimming]\n---\n# Swimmers\n\nAll mine.\n", encoding="utf-8")
+    read = ModelCard.load(write_model_card(tmp_path, model, metrics=["accuracy"]))
+    assert read.text.strip() == "# Swimmers\n\nAll mine."
+    assert read.data.tags == ["swimming", "vivit", "video-classification", "vision"]
+    assert read.data.metrics == ["accuracy"] and read.data.library_name == "transformers"
+
+
+def test_a_card_that_cannot_be_read_is_left_as_it_is(model, tmp_path, caplog):
+    broken = "---\ntags: [a\n---\n# Mine\n"
+    (tmp_path / "README.md").write_text(broken, encoding="utf-8")
+    logging.getLogger("vivit_hf").addHandler(caplog.handler)
+    try:
+        path = write_model_card(tmp_path, model)
+    finally:
+        logging.getLogger("vivit_hf").removeHandler(caplog.handler)
+    assert path.read_text(encoding="utf-8") == broken
+    assert str(path) in caplog.text and "left as it is" in caplog.text
+    assert read_initialisation(tmp_path) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["pipe | name", "plain"])
+def test_a_label_does_not_break_the_table(tmp_path, name):
+    model = make_model(tiny_config("spatio_temporal", id2label={0: name, 1: "other"}))
+    row = next(line for line in write_model_card(tmp_path, model).read_text().splitlines() if "| labels |" in line)
+    assert row.replace("\\|", "").count("|") == 3
+
+
+def test_where_a_converted_folder_came_from_goes_with_the_model(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    write_model_card(tmp_path, model, base_model="org/vit", report="| copied | 3 |")
+    loaded = ViViTForVideoClassification.from_pretrained(tmp_path)
+    base_model, report = loaded._known_origin("org/new")
+    (tmp_path / "new").mkdir()
+    text = write_model_card(tmp_path / "new", loaded, base_model=base_model, report=report).read_text(encoding="utf-8")
+    loaded.name_or_path = "runs/that/are/gone"
+    assert loaded._known_origin("org/new") == (None, None)
+    assert base_model == "org/vit" and text.count("Started from") == 1 and "| copied | 3 |" in text
+
+
+def test_only_our_own_classes_take_their_files_along(model, tmp_path):
+    class Mine(ViViTForVideoClassification):
+        pass
+
+    class MyProcessor(ViViTVideoProcessor):
+        pass
+
+    model.save_pretrained(tmp_path / "ours")
+    mine = Mine.from_pretrained(tmp_path / "ours")
+    mine.save_pretrained(tmp_path / "mine")
+    MyProcessor().save_pretrained(tmp_path / "mine")
+    assert (tmp_path / "ours" / "modeling_vivit.py").exists()
+    assert not (tmp_path / "mine" / "test_model_card.py").exists()
+    assert mine.config.auto_map == {"AutoConfig": "configuration_vivit.ViViTConfig"}
