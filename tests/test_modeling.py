@@ -1,6 +1,8 @@
 """What the models compute: the same by every path, with a gradient for every parameter, and the paper's numbers."""
 
+import collections
 import copy
+import re
 import shutil
 
 import pytest
@@ -84,14 +86,18 @@ def test_the_implementation_that_was_asked_for_is_the_one_that_runs(variant):
         assert attention_mask is None and module.is_causal is False
         assert query.ndim == key.ndim == value.ndim == 4, "no kernel takes a fifth axis"
         assert kwargs["scaling"] == pytest.approx(query.shape[-1] ** -0.5)
+        assert kwargs["dropout"] == (0.25 if module.training else 0.0)
         shapes.append(query.shape)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
     AttentionInterface.register("spy", spy)
-    model, clips = make_model(tiny_config(variant)), make_clips(tiny_config(variant))
+    config = tiny_config(variant, attention_probs_dropout_prob=0.25)
+    model, clips = make_model(config), make_clips(config)
     expected = model(clips).logits
     model.set_attn_implementation("spy")
-    torch.testing.assert_close(model(clips).logits, expected)
+    model.train()(clips)
+    shapes.clear()
+    torch.testing.assert_close(model.eval()(clips).logits, expected)
     per_layer = 1 if variant in ATTENTION_TYPES[:2] else 2
     assert len(shapes) == model.config.num_hidden_layers * per_layer + (2 if variant == "factorised_encoder" else 0)
 
@@ -369,6 +375,21 @@ def test_drop_path_is_off_in_evaluation_and_drawn_for_every_residual_in_training
     assert len(kept) == residuals
     assert len({tuple(example.tolist()) for example in kept}) == residuals, "residuals share one draw"
     assert all(0 < example.float().mean() < 1 for example in kept)
+
+
+def test_dropout_is_where_the_official_model_has_it(variant):
+    """Behind the position embeddings, behind every attention, and twice in the MLP; with the configured probability."""
+    model = make_model(tiny_config(variant, hidden_dropout_prob=0.3)).train()
+    calls = collections.Counter()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            assert module.p == 0.3
+            kind = re.sub(r".*?(temporal_)?encoder\.(layer\.\d+\.)?", lambda m: "layer " if m[2] else "encoder ", name)
+            module.register_forward_hook(lambda *_, kind=kind: calls.update([kind]))
+    model(make_clips(model.config))
+    attentions = 2 if variant == "factorised_self_attention" else 1
+    encoders, layers = (2, 4) if variant == "factorised_encoder" else (1, 2)
+    assert calls == {"encoder dropout": encoders, "layer dropout": layers * attentions, "layer mlp.dropout": 2 * layers}
 
 
 # Wrong input

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
@@ -72,6 +72,7 @@ _PRESETS["vivit-tiny"] = {
     "num_temporal_layers": 2,
     "num_attention_heads": 4,
     "intermediate_size": 192,
+    "initializer_range": 0.1,  # about 1 / sqrt(hidden_size); with the 0.02 of wide models it hardly learns
 }
 
 
@@ -125,6 +126,9 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
 
     model_type = "vivit_hf"
     presets: ClassVar[tuple[str, ...]] = tuple(_PRESETS)
+    if TYPE_CHECKING:  # fields of the parent class, which a type checker does not look into
+        id2label: Any
+        label2id: Any
 
     image_size: int | Sequence[int] = 224
     num_frames: int = 32

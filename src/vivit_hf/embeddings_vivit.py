@@ -112,12 +112,12 @@ class ViViTUniformFrameEmbeddings(nn.Module):
     def __init__(self, config: ViViTConfig):
         super().__init__()
         patch = tuple(config.tubelet_size[1:])
-        self.num_sampled_frames = config.num_sampled_frames
+        self.config = config
         self.projection = ViViTPatchProjection(config.num_channels, config.hidden_size, patch, stride=patch)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(batch, frames, channels, height, width) -> (batch, time, height, width, hidden)."""
-        pixel_values = pixel_values[:, _sampled_frames(pixel_values.shape[1], self.num_sampled_frames)]
+        pixel_values = pixel_values[:, _sampled_frames(pixel_values.shape[1], self.config.num_sampled_frames)]
         batch, time = pixel_values.shape[:2]
         patches = self.projection(pixel_values.flatten(0, 1))  # (batch * time, hidden, height, width)
         return patches.permute(0, 2, 3, 1).unflatten(0, (batch, time))
@@ -216,6 +216,11 @@ class ViViTTemporalEmbeddings(nn.Module):
 
 def _resized(embeddings: ViViTEmbeddings | ViViTTemporalEmbeddings, new_grid: Grid, old_grid: Grid) -> nn.Parameter:
     old = embeddings.position_embeddings
+    if old.is_meta:
+        raise ValueError(
+            "The position embeddings are offloaded and cannot be resized. Resize and save the model without a "
+            "`device_map` that offloads them, and load that."
+        )
     new = resample_position_embeddings(old.detach(), new_grid, old_grid, embeddings.num_prefix_tokens)
     return nn.Parameter(new, requires_grad=old.requires_grad)
 

@@ -89,14 +89,19 @@ class ViViTTemporalDotProductAttention(ViViTDotProductAttention):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if output_attentions or self.config.output_attentions:
+            # The recorded weights must be the ones that the context comes from, for gradients with respect to them.
+            grid = query.shape[0], query.shape[2]
+            # (batch, time, space, heads, head_dim) -> (batch * space, time, heads, head_dim)
+            query, key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+            context, weights = super().forward(query, key, value, output_attentions)
+            return context.unflatten(0, grid).transpose(1, 2), weights
         places = query.shape[2:4]
         # Each place is as good as a head of its own: no copy of the grid is needed to bring time next to head_dim.
         # (batch, time, space, heads, head_dim) -> (batch, time, space * heads, head_dim)
         query, key, value = (tensor.flatten(2, 3) for tensor in (query, key, value))
-        context, weights = super().forward(query, key, value, output_attentions)
-        if weights is not None:
-            weights = weights.unflatten(1, places).flatten(0, 1)
-        return context.unflatten(2, places), weights
+        context, _ = super().forward(query, key, value)
+        return context.unflatten(2, places), None
 
 
 class ViViTAttention(nn.Module):

@@ -168,6 +168,11 @@ def _names_other_classes(stored: ViViTConfig, target: ViViTConfig) -> bool:
 
 
 def _renew_classifier(model: Any, stored: ViViTConfig, target: ViViTConfig) -> None:
+    if model.classifier.weight.is_meta:
+        raise ValueError(
+            "The classifier is offloaded and cannot be made anew for other labels. Load the model with these labels "
+            "and without a `device_map` that offloads the classifier, save it, and load that."
+        )
     nn.init.normal_(model.classifier.weight, std=model.config.initializer_range)
     nn.init.zeros_(model.classifier.bias)
     changed = [index for index in target.id2label if stored.id2label.get(index) != target.id2label[index]]

@@ -92,7 +92,7 @@ class ViViTPreTrainedModel(AutoClassMixin, CheckpointLoadingMixin, HubPushMixin,
             num_sampled_frames: for uniform frame sampling, the frames to sample; unchanged if None.
 
         Raises:
-            ValueError: if the configuration would not be valid with the new sizes.
+            ValueError: if the configuration would not be valid with the new sizes, or the weights are offloaded.
         """
         sizes = {"num_frames": num_frames, "image_size": image_size, "num_sampled_frames": num_sampled_frames}
         sizes = {name: size for name, size in sizes.items() if size is not None}
@@ -266,7 +266,9 @@ class ViViTForVideoClassification(ViViTPreTrainedModel):
         Returns:
             `loss` if there are labels, `logits` (batch, num_labels), `hidden_states` and `attentions` if asked for.
         """
-        outputs = self.vivit(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        outputs = self.vivit(
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
+        )
         logits = self.classifier(outputs.pooler_output)
         loss = None
         if labels is not None:
