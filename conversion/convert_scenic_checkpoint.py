@@ -1,33 +1,51 @@
 """
 Converts a ViViT checkpoint of google-research/scenic (flax msgpack) into a `save_pretrained` folder.
 
-    python conversion/convert_scenic_checkpoint.py --checkpoint CHECKPOINT --model-config config.json --output DIR
+    python conversion/convert_scenic_checkpoint.py --checkpoint FILE --model vivit-b-16x2-kinetics400 --output DIR
+    python conversion/convert_scenic_checkpoint.py --checkpoint FILE --model-config config.json --output DIR
 
-Needs neither JAX nor flax: `pip install "vivit-hf[conversion]"` brings msgpack. Every array of the checkpoint's model is
-accounted for: it is mapped, or the conversion stops and names it.
+The first form is for the released models, whose configurations are built in. Needs neither JAX nor flax:
+`pip install "vivit-hf[conversion]"` brings msgpack. Every array of the checkpoint's model is mapped, or the conversion
+stops and names it. What was written is loaded again and run against `scenic_reference.py`.
 """
 
 import argparse
-import json
-import re
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgpack
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
+from conversion_tools import (
+    ConversionError,
+    Result,
+    add_size_argument,
+    beside_and_renamed,
+    count_parameters,
+    describe_processor,
+    make_parser,
+    one_or_pair,
+    processor_for,
+    progress,
+    read_json,
+    run,
+    save,
+    set_labels,
+)
+from parity import chosen_steps, compare, frozen, random_clip, tokens_and_logits
+from scenic_reference import official_forward
+from scenic_releases import RELEASES, find_labels
 
-from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor
+from vivit_hf import ViViTConfig, ViViTForVideoClassification
 
 
 # Layouts of the released files: flax's older optimiser state, and the newer train state.
 WEIGHT_LOCATIONS = (("optimizer", "target"), ("params",))
+
+
+# The configuration
 
 
 def config_from_scenic(
@@ -86,8 +104,8 @@ def config_from_scenic(
     return ViViTConfig(**{**fields, **overrides})
 
 
-# How an official array becomes a tensor of ours. Dense kernels are (in, out), projections to heads (in, heads, head_dim)
-# and from heads (heads, head_dim, out), convolutions (time, height, width, in, out).
+# How an official array becomes a tensor of ours. Dense kernels are (in, out), projections to heads are (in, heads,
+# head_dim) and from heads (heads, head_dim, out), convolutions (time, height, width, in, out).
 def _keep(array: np.ndarray) -> np.ndarray:
     return array
 
@@ -211,11 +229,26 @@ def state_dict_from_scenic(params: Mapping[str, np.ndarray], config: ViViTConfig
             shapes = f"{tuple(tensor.shape)}, the model's {ours} is {tuple(expected[ours].shape)}"
             problems.append(f"another shape: {official} gives {shapes}")
         state_dict[ours] = tensor
-    problems += [f"not mapped: {name} of the model" for name in sorted(set(expected) - set(state_dict) - set(m[1] for m in mapping))]
+    problems += [f"not mapped: {name}" for name in sorted(set(expected) - {ours for _, ours, _ in mapping})]
+    problems += _head_problems(params, config)
     if problems:
         listing = "\n  ".join(problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else []))
-        raise ValueError(f"The checkpoint does not fit the configuration in {len(problems)} places:\n  {listing}")
+        raise ConversionError(f"The checkpoint does not fit the configuration in {len(problems)} places:\n  {listing}")
     return state_dict
+
+
+def _head_problems(params: Mapping[str, np.ndarray], config: ViViTConfig) -> Iterator[str]:
+    """Heads are a side of the official kernels, (in, heads, head_dim), that disappears in ours."""
+    for name, array in params.items():
+        if not name.endswith("/query/kernel") or np.ndim(array) != 3:
+            continue
+        is_temporal = name.startswith("TemporalTransformer/")
+        heads = (is_temporal and config.temporal_num_attention_heads) or config.num_attention_heads
+        if array.shape[1] != heads:
+            yield f"another number of heads: {name} has {array.shape[1]}, the configuration {heads}"
+
+
+# The checkpoint
 
 
 def read_scenic_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
@@ -225,20 +258,35 @@ def read_scenic_checkpoint(path: str | Path) -> dict[str, np.ndarray]:
     Raises:
         ValueError: if the file is not such a checkpoint.
     """
-    data = Path(path).read_bytes()
     try:
-        tree = msgpack.unpackb(data, ext_hook=_decode_array, raw=False, strict_map_key=False)
+        with open(path, "rb") as file:
+            # One value at a time: the optimiser's state, as large as the model, is skipped without being decoded.
+            unpacker = msgpack.Unpacker(
+                file, ext_hook=_decode_array, raw=False, strict_map_key=False, max_buffer_size=0
+            )
+            weights, found = _find_weights(unpacker, WEIGHT_LOCATIONS)
     except (ValueError, msgpack.UnpackException, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a whole flax msgpack checkpoint: {error}") from error
-    for location in WEIGHT_LOCATIONS:
-        weights = tree
-        for key in location:
-            weights = weights.get(key) if isinstance(weights, dict) else None
-        if isinstance(weights, dict):
-            return dict(_flatten(weights))
-    found = sorted(tree) if isinstance(tree, dict) else type(tree).__name__
+        what = str(error) or "it ends in the middle"
+        raise ConversionError(f"{path} is not a whole flax msgpack checkpoint: {what}") from error
+    if isinstance(weights, dict):
+        return dict(_flatten(weights))
     expected = " or ".join("/".join(location) for location in WEIGHT_LOCATIONS)
-    raise ValueError(f"{path} has no weights under {expected}; at the top it has {found}.")
+    raise ConversionError(f"{path} has no weights under {expected}; at the top it has {found}.")
+
+
+def _find_weights(unpacker: msgpack.Unpacker, locations: Sequence[tuple[str, ...]]) -> tuple[Any, list[str]]:
+    """What is at one of the locations in the map that comes next, None if there is nothing, and the map's keys."""
+    weights, keys = None, []
+    for _ in range(unpacker.read_map_header()):
+        keys.append(unpacker.unpack())
+        below = [location[1:] for location in locations if location[0] == keys[-1]]
+        if weights is not None or not below:
+            unpacker.skip()
+        elif () in below:
+            weights = unpacker.unpack()
+        else:
+            weights, _ = _find_weights(unpacker, below)
+    return weights, keys
 
 
 def _decode_array(code: int, data: bytes) -> Any:
@@ -267,103 +315,111 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, np.n
             yield prefix + name, np.asarray(value)
 
 
-def read_labels(path: str | Path) -> dict[int, str]:
-    """
-    Label names from a JSON list, a JSON map of index to name, or a text file with one name per line.
-
-    Raises:
-        ValueError: if the indices are not 0, 1, 2, ...
-    """
-    text = Path(path).read_text(encoding="utf-8")
-    if str(path).endswith(".json"):
-        labels = json.loads(text)
-        labels = dict(enumerate(labels)) if isinstance(labels, list) else {int(k): v for k, v in labels.items()}
-    else:
-        labels = dict(enumerate(line.strip() for line in text.splitlines() if line.strip()))
-    if sorted(labels) != list(range(len(labels))):
-        raise ValueError(f"{path}: the label indices must be 0 to {len(labels) - 1} without a gap.")
-    return {index: str(labels[index]) for index in sorted(labels)}
+# The conversion
 
 
-def save_beside_and_rename(output: Path, save: Callable[[Path], None]) -> None:
-    """Lets `save` write into a folder beside `output`, and gives it that name only when it is whole."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists and is not an empty folder; choose another --output or remove it.")
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        save(unfinished)
-        unfinished.chmod(0o755)
-        if output.exists():
-            output.rmdir()
-        unfinished.rename(output)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+def convert(args: argparse.Namespace) -> Result:
+    release = RELEASES.get(args.model)
+    with progress(steps=5) as begin, beside_and_renamed(args.output) as folder:
+        begin(f"reading {args.checkpoint}")
+        model_config = release.model_config if release else _model_config(args.model_config)
+        params = read_scenic_checkpoint(args.checkpoint)
+        config = _config(args, model_config, params)
+        num_arrays = len(params)
+
+        begin("mapping")
+        with torch.device("meta"):
+            model = ViViTForVideoClassification(config)
+        model.load_state_dict(state_dict_from_scenic(params, config), strict=True, assign=True)
+        frame_stride = release.frame_stride if release else 2
+        processor = processor_for(config, resize=args.resize, frame_stride=frame_stride)
+
+        begin("writing")
+        origin = f"Converted from the official checkpoint `{Path(args.checkpoint).name}` of google-research/scenic."
+        name = args.push_to_hub or Path(args.output).name
+        save(model, processor, folder, name, report=origin, datasets=release and list(release.datasets))
+        result = Result(
+            output=args.output,
+            model=f"{config.attention_type}, {config.num_labels} labels" + (f", {args.model}" if args.model else ""),
+            mapped=num_arrays,
+            num_parameters=count_parameters(model),
+            processor=describe_processor(processor),
+        )
+        del model
+        if not args.skip_parity:
+            begin("running the reference")
+            clip = random_clip(config)
+            steps = chosen_steps(config)
+            expected = _reference_outputs(params, model_config, clip, steps)
+            del params
+            begin("loading what was written, and running it")
+            model = frozen(ViViTForVideoClassification.from_pretrained(folder))
+            what = f"all tokens' embeddings, and logits from time steps {steps} = numpy version of the official code"
+            result.parity = compare(tokens_and_logits(model, clip), expected, what)
+            del model
+    return result
 
 
-def convert(args: argparse.Namespace, console: Console) -> None:
-    model_config = json.loads(Path(args.model_config).read_text(encoding="utf-8"))
-    model_config = model_config.get("model", model_config)
-    params = read_scenic_checkpoint(args.checkpoint)
+def _model_config(path: str) -> Mapping[str, Any]:
+    model_config = read_json(path)
+    if not isinstance(model_config, dict):
+        raise ConversionError(f"{path} does not hold an official configuration, but a {type(model_config).__name__}.")
+    return model_config.get("model", model_config)
+
+
+def _config(args: argparse.Namespace, model_config: Mapping[str, Any], params: Mapping[str, np.ndarray]) -> ViViTConfig:
+    release = RELEASES.get(args.model)
     if "output_projection/bias" not in params:
-        raise ValueError(f"{args.checkpoint} has no output_projection/bias, and so no classifier; it has {sorted(params)[:5]}")
-    labels = read_labels(args.labels) if args.labels else None
-    num_labels = params["output_projection/bias"].shape[0]
-    if labels is not None and len(labels) != num_labels:
-        raise ValueError(f"{args.labels} names {len(labels)} labels, but the classifier has {num_labels} outputs.")
-    image_size = args.image_size[0] if len(args.image_size) == 1 else tuple(args.image_size)
-    config = config_from_scenic(
-        model_config, num_frames=args.num_frames, image_size=image_size, num_labels=num_labels
+        raise ConversionError(
+            f"{args.checkpoint} has no output_projection/bias, and so no classifier; it has {sorted(params)[:5]}."
+        )
+    num_labels = len(params["output_projection/bias"])
+    if release and num_labels != release.num_labels:
+        raise ConversionError(f"{args.checkpoint} has {num_labels} outputs, but {args.model} has {release.num_labels}.")
+    num_frames = args.num_frames or (release.num_frames if release else 32)
+    image_size = one_or_pair(args.image_size) if args.image_size else (release.image_size if release else 224)
+    try:
+        config = config_from_scenic(model_config, num_frames=num_frames, image_size=image_size, num_labels=num_labels)
+    except KeyError as error:
+        raise ConversionError(f"{args.model_config}: the model configuration has no entry {error}.") from error
+    if (labels := find_labels(args.labels, release, num_labels)) is not None:
+        set_labels(config, labels)
+    if release and release.label_groups:
+        config.label_groups = dict(release.label_groups)
+    return config
+
+
+def _reference_outputs(
+    params: Mapping[str, np.ndarray], model_config: Mapping[str, Any], clip: torch.Tensor, steps: list[int]
+) -> dict[str, torch.Tensor]:
+    video = clip.permute(0, 1, 3, 4, 2).numpy()  # channels last
+    tokens, logits = official_forward(params, model_config, video, steps, np.float32)
+    return {"tokens": torch.from_numpy(tokens), "logits": torch.from_numpy(logits)}
+
+
+def parse_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    source = parser.add_argument_group("source")
+    source.add_argument("--checkpoint", required=True, metavar="FILE", help="flax msgpack file of an official release")
+    which = source.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", choices=RELEASES, help="the released model that it is")
+    which.add_argument(
+        "--model-config", metavar="FILE", help="else JSON of the official `config.model` (or with a `model` entry)"
     )
-    if labels is not None:
-        config.id2label, config.label2id = labels, {label: index for index, label in labels.items()}
-    model = ViViTForVideoClassification(config)
-    model.load_state_dict(state_dict_from_scenic(params, config), strict=True)
-    height, width = config.frame_size
-    processor = ViViTVideoProcessor(
-        num_frames=config.num_frames,
-        size={"shortest_edge": args.resize or round(min(height, width) * 256 / 224)},
-        crop_size={"height": height, "width": width},
+    model = parser.add_argument_group("model")
+    model.add_argument("--num-frames", type=int, help="frames in a clip (default: the released model's, else 32)")
+    add_size_argument(model, "--image-size", "one side, or height and width (default: the released model's, else 224)")
+    model.add_argument("--resize", type=int, metavar="PIXELS", help="short side before the crop (default: 256 for 224)")
+    model.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="class names: JSON list, JSON map of index to name, or one per line; "
+        "by default those of the Hub's huggingface/label-files",
     )
-
-    def save(folder: Path) -> None:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-
-    save_beside_and_rename(Path(args.output), save)
-
-    table = Table("", "", show_header=False)
-    table.add_row("arrays mapped", f"{len(params)} of {len(params)}")
-    table.add_row("newly initialised", "none")
-    table.add_row("attention", config.attention_type)
-    table.add_row("parameters", f"{sum(array.size for array in params.values()):,}")
-    table.add_row("labels", f"{num_labels}" + ("" if labels else ", without names (give --labels)"))
-    table.add_row("written to", str(args.output))
-    console.print(table)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=re.split(r"\n\n", __doc__.strip())[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--checkpoint", required=True, help="the flax msgpack file of an official release")
-    parser.add_argument("--model-config", required=True, help="JSON of the official `config.model` (or with a `model` entry)")
-    parser.add_argument("--output", required=True, help="folder to write; must not exist, or be empty")
-    parser.add_argument("--num-frames", type=int, default=32, help="frames in a clip")
-    parser.add_argument("--image-size", type=int, nargs="+", default=[224], help="pixels: one side, or height and width")
-    parser.add_argument("--resize", type=int, help="pixels of the short side before the crop (default: 256 for 224)")
-    parser.add_argument("--labels", help="label names: JSON list, JSON map of index to name, or one name per line")
-    args = parser.parse_args(argv)
-    if len(args.image_size) > 2:
-        parser.error(f"--image-size takes one number or two (height width), not {len(args.image_size)}")
-    try:
-        convert(args, Console())
-    except (OSError, ValueError, KeyError) as error:
-        detail = f"the model configuration has no entry {error}" if isinstance(error, KeyError) else error
-        print(f"error: {detail}", file=sys.stderr)
-        return 1
-    return 0
+    return run(convert, parse_options(make_parser(__doc__)), argv)
 
 
 if __name__ == "__main__":

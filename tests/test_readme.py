@@ -9,7 +9,7 @@ import pytest
 import torch
 from moving_shapes import MOTIONS, write_moving_shapes
 from tiny_models import make_model
-from transformers import VivitConfig, VivitForVideoClassification
+from transformers import ViTConfig, ViTModel, VivitConfig, VivitForVideoClassification
 
 from vivit_hf import ViViTConfig, ViViTVideoProcessor
 
@@ -20,7 +20,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What `make demo` leaves behind, untrained; and a small checkpoint in the layout of the one on the Hub."""
+    """What `make demo` leaves behind, untrained; and small checkpoints in the layouts of those on the Hub."""
     path = tmp_path_factory.mktemp("readme")
     write_moving_shapes(path / "demo_output" / "videos", clips_per_class=1, seed=0)
     labels = dict(enumerate(MOTIONS))
@@ -31,6 +31,8 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     native = VivitConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
     VivitForVideoClassification(native).save_pretrained(path / "google" / "vivit-b-16x2-kinetics400")
+    image = ViTConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    ViTModel(image).save_pretrained(path / "google" / "vit-base-patch16-224-in21k")
     return path
 
 
