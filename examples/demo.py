@@ -1,9 +1,11 @@
 """
-The main job from beginning to end: video files, fine-tuning, saving, reloading with the Auto classes, classification.
+The main job from beginning to end: an image ViT becomes a ViViT, which is fine-tuned on video files, saved, reloaded
+with the Auto classes, and classifies held-out files.
 
     python examples/demo.py                        a few minutes on two CPU cores
     python examples/demo.py --small                about a minute, with less data
     python examples/demo.py --video my_video.mp4   classifies that file, too
+    python examples/demo.py --source google/vit-base-patch16-224-in21k   starts from a real image ViT (wants a GPU)
 
 Nothing is downloaded. The videos show shapes that move along one of the four diagonals (see `moving_shapes.py`): no
 single frame tells which.
@@ -18,14 +20,23 @@ import torch
 from moving_shapes import write_moving_shapes
 from rich.console import Console
 from rich.table import Column, Table
-from transformers import AutoImageProcessor, AutoModelForVideoClassification, Trainer, TrainingArguments, set_seed
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForVideoClassification,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTModel,
+    set_seed,
+)
 
 from vivit_hf import VideoDecodingError, ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor
+from vivit_hf.image_initialisation import InitialisationReport, config_from_vit, initialise_from_vit
 
 
 # Files per class for training and for testing, epochs, and the accuracy to reach (chance is 0.25).
-FULL = {"clips_per_class": 200, "test_clips_per_class": 50, "epochs": 6, "required_accuracy": 0.9}
-SMALL = {"clips_per_class": 100, "test_clips_per_class": 25, "epochs": 8, "required_accuracy": 0.7}
+FULL = {"clips_per_class": 200, "test_clips_per_class": 50, "epochs": 10, "required_accuracy": 0.9}
+SMALL = {"clips_per_class": 100, "test_clips_per_class": 25, "epochs": 12, "required_accuracy": 0.7}
 
 
 class TrainingClips(torch.utils.data.Dataset):
@@ -47,12 +58,24 @@ class TrainingClips(torch.utils.data.Dataset):
         return {"pixel_values": features["pixel_values"][0], "labels": self.labels[index]}
 
 
-def finetune(folder: Path, train_files: list[Path], epochs: float, seed: int) -> None:
-    """Trains a small factorised encoder from random weights, and saves model and processor in `folder`."""
+def build_image_vit(folder: Path) -> None:
+    """Saves a small image ViT with the sizes of `vivit-tiny` and random weights, in the layout of those on the Hub."""
+    tiny = ViViTConfig.from_preset("vivit-tiny")
+    names = "hidden_size num_hidden_layers num_attention_heads intermediate_size image_size initializer_range".split()
+    ViTModel(ViTConfig(**{name: getattr(tiny, name) for name in names})).save_pretrained(folder)
+
+
+def finetune(
+    folder: Path, source: str | Path, train_files: list[Path], epochs: float, seed: int
+) -> InitialisationReport:
+    """Trains a factorised encoder that starts from the image ViT `source`; saves model and processor in `folder`."""
+    vit = ViTModel.from_pretrained(source)
     labels = sorted({file.parent.name for file in train_files})
-    config = ViViTConfig.from_preset(
-        "vivit-tiny",
-        label2id={label: index for index, label in enumerate(labels)},
+    config = config_from_vit(
+        vit.config,
+        attention_type="factorised_encoder",
+        num_frames=16,
+        num_temporal_layers=2,
         id2label=dict(enumerate(labels)),
     )
     processor = ViViTVideoProcessor(
@@ -61,8 +84,8 @@ def finetune(folder: Path, train_files: list[Path], epochs: float, seed: int) ->
         size={"shortest_edge": config.image_size},
         crop_size={"height": config.image_size, "width": config.image_size},
     )
-    set_seed(seed)
     model = ViViTForVideoClassification(config)
+    report = initialise_from_vit(model, vit)
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=epochs,
@@ -80,6 +103,7 @@ def finetune(folder: Path, train_files: list[Path], epochs: float, seed: int) ->
     Trainer(model=model, args=arguments, train_dataset=TrainingClips(train_files, processor, config.label2id)).train()
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    return report
 
 
 def classify(folder: Path, files: list[Path], batch_size: int = 25) -> Iterator[list[tuple[str, float]]]:
@@ -106,6 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Fine-tune a small ViViT on files of moving shapes and try it.")
     parser.add_argument("--small", action="store_true", help="less data and fewer epochs: about a minute")
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="for the videos and the model")
+    parser.add_argument("--source", help="an image ViT, folder or Hub id, to start from (default: a small random one)")
     parser.add_argument("--video", type=Path, help="a video file to classify at the end")
     parser.add_argument("--epochs", type=float, help=f"{FULL['epochs']}, with --small {SMALL['epochs']}")
     parser.add_argument("--seed", type=int, default=0, help="of the videos and of the training")
@@ -125,8 +150,13 @@ def main() -> None:
 
     model_folder = arguments.output / "model"
     epochs = scale["epochs"] if arguments.epochs is None else arguments.epochs
-    finetune(model_folder, train_files, epochs, arguments.seed)
-    console.print(f"{model_folder}: model and processor")
+    set_seed(arguments.seed)
+    source = arguments.source
+    if source is None:
+        source = arguments.output / "image_vit"
+        build_image_vit(source)
+    report = finetune(model_folder, source, train_files, epochs, arguments.seed)
+    console.print(f"{model_folder}: model and processor; from {source}: {report} parameters")
 
     names = [f"{file.parent.name}/{file.name}" for file in test_files]
     predictions = dict(zip(names, classify(model_folder, test_files), strict=True))

@@ -5,6 +5,7 @@ import re
 import demo
 import numpy as np
 import pytest
+from transformers import ViTConfig, ViTForImageClassification
 from video_files import write_video
 
 from vivit_hf import ViViTForVideoClassification
@@ -56,3 +57,12 @@ def test_demo_names_a_video_that_cannot_be_read(run, tmp_path):
     broken.write_bytes(b"not a video")
     with pytest.raises(SystemExit, match=r"broken\.mp4"):
         run("--video", broken)
+
+
+def test_demo_starts_from_the_image_vit_that_it_is_given(run, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, **sizes)).save_pretrained(tmp_path / "my_vit")
+    printed = re.sub(r"\s+", " ", run("--source", tmp_path / "my_vit"))
+    assert "my_vit: " in printed and "1 inflated" in printed and "newly initialised" in printed
+    config = ViViTForVideoClassification.from_pretrained(tmp_path / "out" / "model").config
+    assert (config.hidden_size, config.frame_size, list(config.tubelet_size)) == (32, (32, 32), [2, 8, 8])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hub_server import HubServer
 from huggingface_hub import ModelCard
+from transformers import ViTConfig, ViTModel
 from video_files import write_video
 
 import vivit_hf
@@ -254,3 +255,31 @@ def test_what_is_refused_is_an_error_that_says_why(pushed, case):
 def test_nothing_is_left_of_refused_pushes(hub, pushed):
     assert not {name for name in hub.repositories if name.partition("/")[0] in ("reader", "google")}
     assert not {"tester/models", "tester/my model", "tester/nothing"} & set(hub.repositories)
+
+
+def test_a_conversion_pushes_what_it_wrote(hub, tmp_path):
+    """`--push-to-hub` as a user types it, through the real client."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    ViTModel(ViTConfig(image_size=32, patch_size=16, **sizes)).save_pretrained(tmp_path / "vit")
+    script = TESTS.parent / "conversion" / "convert_vit_checkpoint.py"
+    command = [sys.executable, script, "--source", tmp_path / "vit", "--output", tmp_path / "out", "--num-labels", 3]
+    command += ["--attention-type", "factorised_encoder", "--num-frames", 4, "--image-size", 32]
+    process = subprocess.run(
+        [*map(str, command), "--push-to-hub", "tester/converted", "--private"],
+        env={
+            **os.environ,
+            **hub.environment(tmp_path / "home", "hf_writer"),
+            "PYTHONPATH": str(Path(vivit_hf.__file__).parents[1]),
+        },
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    repository = hub.repositories["tester/converted"]
+    assert repository.private
+    files = repository.files
+    assert {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", *CODE} <= set(files)
+    assert files["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
+    card = files["README.md"].decode()
+    assert "newly initialised" in card and "pipeline_tag: video-classification" in card

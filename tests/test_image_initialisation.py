@@ -242,7 +242,10 @@ def test_model_3_with_zero_output_equals_the_stack_without_temporal_attention(or
     vit = make_vit()
     vivit = make_vivit(vit, "factorised_self_attention", attention_order=order)
     initialise_from_vit(vivit, vit)
-    clips = make_clips(vivit.config)
+    compare_with_spatial_stack(vivit, vit, make_clips(vivit.config))
+
+
+def compare_with_spatial_stack(vivit, vit, clips):
     with torch.no_grad():
         ours = vivit(clips).last_hidden_state
         # the plain spatial stack: transformers' layers on the tokens of each time step
@@ -284,6 +287,10 @@ def test_full_size_base_model_equals_transformers_vit(tmp_path):
         ours = vivit.encode_space(tokens, class_token)
         theirs = torch.stack([vit(clips[:, 2 * i + 1]).last_hidden_state[:, 0] for i in range(2)], dim=1)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+    grid = ViViTModel(config_from_vit(vit.config, attention_type="factorised_self_attention", num_frames=4)).eval()
+    initialise_from_vit(grid, vit)
+    compare_with_spatial_stack(grid, vit, clips)
 
     one = ViViTModel(config_from_vit(vit.config, num_frames=2)).eval()
     initialise_from_vit(one, vit)

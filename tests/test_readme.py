@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 
 
 def test_the_readme_has_snippets():
-    assert len(SNIPPETS) >= 5
+    assert len(SNIPPETS) >= 6
 
 
 @pytest.mark.parametrize("index", range(len(SNIPPETS)))
