@@ -22,20 +22,6 @@ from vivit_hf.configuration_vivit import ATTENTION_TYPES
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 
 
-def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: more of the same, a minute each; run with --slow")
-
-
-def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        config.hook.pytest_deselected(items=[item for item in items if "slow" in item.keywords])
-        items[:] = [item for item in items if "slow" not in item.keywords]
-
-
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

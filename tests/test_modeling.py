@@ -140,24 +140,20 @@ def test_every_parameter_receives_a_gradient(case, initialised):
 
 
 NEEDS_COMPILER = pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="needs a C++ compiler")
+# Inductor in float32: up to torch 2.9 it miscompiles some float64 on CPU.
 COMPILED = [
-    *(pytest.param(case, "aot_eager", 1e-10) for case in CASES),
-    # Inductor's C++ takes its time; the layer with both axes is tried always, the others with --slow.
-    pytest.param("factorised_self_attention", "inductor", 1e-8, marks=NEEDS_COMPILER),
-    *(
-        pytest.param(case, "inductor", 1e-8, marks=[NEEDS_COMPILER, pytest.mark.slow])
-        for case in ("spatio_temporal", "factorised_encoder", "factorised_dot_product_attention")
-    ),
+    *(pytest.param(case, "aot_eager", torch.float64, 1e-10) for case in CASES),
+    *(pytest.param(case, "inductor", torch.float32, 1e-5, marks=NEEDS_COMPILER) for case in ATTENTION_TYPES),
 ]
 
 
-@pytest.mark.parametrize(("case", "backend", "tolerance"), COMPILED)
-def test_compiles_as_one_graph_with_the_same_output_and_gradients(case, backend, tolerance):
+@pytest.mark.parametrize(("case", "backend", "dtype", "tolerance"), COMPILED)
+def test_compiles_as_one_graph_with_the_same_output_and_gradients(case, backend, dtype, tolerance):
     torch.compiler.reset()
     config = case_config(
         case, num_hidden_layers=1, num_temporal_layers=min(1, CASES[case].get("num_temporal_layers", 1))
     )
-    model, clips = make_model(config).double(), make_clips(config).double()
+    model, clips = make_model(config).to(dtype), make_clips(config).to(dtype)
     expected = run_and_backward(model, clips)
     actual = run_and_backward(torch.compile(model, fullgraph=True, backend=backend), clips)
     original = {name.removeprefix("_orig_mod."): gradient for name, gradient in actual[1].items()}
