@@ -51,6 +51,7 @@ _RESAMPLES = {filter.name.lower(): int(filter) for filter in PIL.Image.Resamplin
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 # What transformers writes into processor files besides the parameters.
 _SERVICE_KEYS = {"auto_map", "image_processor_type", "feature_extractor_type", "processor_class", "_processor_class"}
+_MODEL_ARGUMENTS = {"dtype", "torch_dtype", "code_revision", "device_map"}  # pipelines pass them to processors, too
 # transformers' VivitImageProcessor where its files leave a parameter out: [-1, 1], and then normalised once more.
 _NATIVE_VIVIT_DEFAULTS = {"rescale_factor": 1 / 127.5, "offset": True, "do_normalize": True}
 
@@ -158,10 +159,7 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """A processor from the contents of preprocessor_config.json, with `kwargs` in place of what is stored.
-
-        Keys that are no parameter of this class are left out and named in a warning.
-        """
+        """A processor from preprocessor_config.json, with `kwargs` in place of what is stored; warns of other keys."""
         return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
         stored = dict(image_processor_dict)
         if stored.get("image_processor_type") in ("VivitImageProcessor", "VivitImageProcessorFast"):
@@ -172,8 +170,10 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
             )
         stored.update({name: kwargs.pop(name) for name in list(kwargs) if name in _PARAMETERS})
         unknown = sorted(set(stored) - set(_PARAMETERS) - _SERVICE_KEYS)
-        if unknown or (kwargs and not return_unused_kwargs):
-            logger.warning(f"Not a parameter of {cls.__name__}, and left out: {', '.join([*unknown, *kwargs])}.")
+        if not return_unused_kwargs:
+            unknown += sorted(set(kwargs) - _MODEL_ARGUMENTS)
+        if unknown:
+            logger.warning(f"Not a parameter of {cls.__name__}, and left out: {', '.join(unknown)}.")
         processor = cls(**{name: value for name, value in stored.items() if name not in unknown})
         return (processor, kwargs) if return_unused_kwargs else processor
 
