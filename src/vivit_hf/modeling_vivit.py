@@ -124,7 +124,8 @@ class ViViTModel(ViViTPreTrainedModel):
 
     `hidden_states` are the input of the first layer and the output of every layer, before the final LayerNorm: in
     Model 2 those of the spatial encoder, (batch * time, 1 + space, hidden), then those of the temporal one,
-    (batch, 1 + time, hidden); in Models 3 and 4 (batch, time, space, hidden).
+    (batch, 1 + time, hidden); in Models 3 and 4 (batch, time, space, hidden). Where transformers lets
+    `output_hidden_states` be an index, count from the front: its negative ones do not know of the second encoder.
 
     `attentions` come in the order of computation. Model 1: (batch, heads, tokens, tokens) per layer. Model 2: the same
     with batch * time, then the temporal encoder's. Model 3: per layer (batch * space, heads, time, time) and

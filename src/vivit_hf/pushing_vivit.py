@@ -1,5 +1,6 @@
 """To the Hub: weights, configuration, the code that loads them anywhere, and a model card, in one commit."""
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Sequence
@@ -104,11 +105,9 @@ class HubPushMixin:
 
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            try:
+            with contextlib.suppress(EntryNotFoundError):  # a new repository has no card yet
                 card = api.hf_hub_download(repo_id, "README.md", revision=revision)
                 (folder / "README.md").write_bytes(Path(card).read_bytes())
-            except EntryNotFoundError:
-                pass  # a new repository
             self.save_pretrained(folder, max_shard_size=max_shard_size)
             write_model_card(
                 folder,
