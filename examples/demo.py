@@ -30,8 +30,15 @@ from transformers import (
     set_seed,
 )
 
-from vivit_hf import VideoDecodingError, ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor
-from vivit_hf.image_initialisation import InitialisationReport, config_from_vit, initialise_from_vit
+from vivit_hf import (
+    InitialisationReport,
+    VideoDecodingError,
+    ViViTConfig,
+    ViViTForVideoClassification,
+    ViViTVideoProcessor,
+    config_from_vit,
+    initialise_from_vit,
+)
 
 
 # Files per class for training and for testing, epochs, and the accuracy to reach (chance is 0.25).

@@ -10,6 +10,7 @@ from transformers.models.auto.video_processing_auto import AutoVideoProcessor  #
 
 from .configuration_vivit import ViViTConfig
 from .frame_sampling import sample_frames_uniformly
+from .image_initialisation import InitialisationReport, config_from_vit, initialise_from_vit
 from .model_card import write_model_card
 from .modeling_vivit import ViViTForVideoClassification, ViViTModel, ViViTPreTrainedModel
 from .video_decoding import VideoDecodingError
@@ -33,12 +34,15 @@ ViViTForVideoClassification.register_for_auto_class("AutoModelForVideoClassifica
 ViViTVideoProcessor.register_for_auto_class("AutoImageProcessor")
 
 __all__ = [
+    "InitialisationReport",
     "ViViTConfig",
     "ViViTForVideoClassification",
     "ViViTModel",
     "ViViTPreTrainedModel",
     "ViViTVideoProcessor",
     "VideoDecodingError",
+    "config_from_vit",
+    "initialise_from_vit",
     "sample_frames_uniformly",
     "write_model_card",
 ]
