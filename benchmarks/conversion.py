@@ -7,7 +7,6 @@ Each conversion runs as a user runs it: a process of its own, parity check inclu
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -15,14 +14,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgpack
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+from measuring import Row, at_most, report
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,17 +33,6 @@ VARIANTS = (
 BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 BASE_SECONDS, BASE_GIGABYTES, LARGE_GIGABYTES = 20.0, 2.5, 6.0
-
-
-@dataclass
-class Row:
-    """One measured figure; `passed` is None where there is no target."""
-
-    name: str
-    value: float
-    unit: str
-    target: float | None
-    passed: bool | None
 
 
 @dataclass
@@ -163,14 +150,10 @@ def measure(case: Case, output: Path) -> list[Row]:
         raise RuntimeError(f"{case.name} ended with {process.returncode}:\n{printed}")
     gigabytes = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
     return [
-        _row(f"{case.name}: time", seconds, "s", case.seconds),
-        _row(f"{case.name}: processor time", usage.ru_utime + usage.ru_stime, "s", None),
-        _row(f"{case.name}: peak memory", gigabytes, "GB", case.gigabytes),
+        at_most(f"{case.name}: time", seconds, "s", case.seconds),
+        at_most(f"{case.name}: processor time", usage.ru_utime + usage.ru_stime, "s", None),
+        at_most(f"{case.name}: peak memory", gigabytes, "GB", case.gigabytes),
     ]
-
-
-def _row(name: str, value: float, unit: str, target: float | None) -> Row:
-    return Row(name, round(value, 2), unit, target, None if target is None else value < target)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -195,17 +178,7 @@ def main(argv: list[str] | None = None) -> int:
             rows += measure(case, output)
             shutil.rmtree(output)
 
-    table = Table("conversion", "value", "target", "")
-    for row in rows:
-        target = "" if row.target is None else f"< {row.target:g} {row.unit}"
-        table.add_row(row.name, f"{row.value:g} {row.unit}", target, {True: "yes", False: "NO", None: ""}[row.passed])
-    Console().print(table)
-    text = json.dumps([asdict(row) for row in rows], indent=2)
-    if args.json:
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
-    else:
-        print(text)
-    return int(any(row.passed is False for row in rows))
+    return report(rows, args.json)
 
 
 def _write_in_own_process(name: str, path: Path) -> None:

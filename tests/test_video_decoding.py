@@ -82,7 +82,7 @@ def test_sparse_frames_are_reached_by_seeking_and_not_by_decoding_through(video,
     with VideoReader(video) as reader:
         frames = reader.frames_at([1, 61, 101])
     assert np.array_equal(frames, expected[[1, 61, 101]])
-    assert num_decoded == 6
+    assert num_decoded < 20  # the decoder is some frames ahead
 
 
 def test_indices_outside_of_the_video_are_index_errors(video):
@@ -343,6 +343,13 @@ def test_files_can_be_read_in_data_loader_workers(method, video):
 
 def test_pyav_is_no_hard_requirement_of_the_source():
     folder = Path(vivit_hf.video_decoding.__file__).parent
-    files = ("frame_sampling", "video_sources", "video_decoding", "video_frames", "video_processing_vivit")
+    files = (
+        "frame_index",
+        "frame_sampling",
+        "video_sources",
+        "video_decoding",
+        "video_frames",
+        "video_processing_vivit",
+    )
     imported = {name for file in files for name in get_imports(folder / f"{file}.py")}
     assert {"av", "torchvision", "torchcodec", "vivit_hf"}.isdisjoint(imported)

@@ -238,6 +238,22 @@ def three_crops(height: int, width: int, crop_height: int, crop_width: int) -> l
     return [(offset, left, crop_height, crop_width) for offset in (0, top, height - crop_height)]
 
 
+def fixed_crops(
+    height: int, width: int, crop_height: int, crop_width: int, *, num_crops: int
+) -> list[tuple[int, int, int, int]]:
+    """`centre_crop` for 1 crop, `three_crops` for 3, each (top, left, height, width)."""
+    if num_crops == 3:
+        return three_crops(height, width, crop_height, crop_width)
+    return [centre_crop(height, width, crop_height, crop_width)]
+
+
+def window_around(crops: list[tuple[int, int, int, int]]) -> tuple[int, int, int, int]:
+    """The smallest window (top, left, height, width) that holds all of the crops."""
+    top, left = (min(crop[axis] for crop in crops) for axis in (0, 1))
+    bottom, right = (max(crop[axis] + crop[axis + 2] for crop in crops) for axis in (0, 1))
+    return top, left, bottom - top, right - left
+
+
 def random_crop(
     height: int, width: int, crop_height: int, crop_width: int, generator: np.random.Generator
 ) -> tuple[int, int, int, int]:

@@ -17,13 +17,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
+from .frame_index import OutputIndex, PacketIndex, SentPacket, index_packets, tainted_timestamps
 from .video_sources import (
     DecodingReport,
     VideoDecodingError,
@@ -44,14 +46,9 @@ except ImportError:
 
 logger = logging.getLogger(__name__)
 
-# Codecs whose every packet gives one frame and whose keyframes stand on their own. (In APNG, for one, every packet is
-# called a keyframe and depends on the one before.) Files of any other codec are indexed by decoding them.
-# fmt: off
-_ONE_FRAME_PER_PACKET = {
-    "av1", "dnxhd", "ffv1", "gif", "h264", "hevc", "mjpeg", "mpeg1video", "mpeg2video", "mpeg4", "prores", "qtrle",
-    "rawvideo", "vp8", "vp9",
-}
-# fmt: on
+# They store the timestamps by which frames are known when unwanted ones between them are left out.
+_TIMED_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts")
+_FRAMES_AHEAD = 3
 # Decoding on past a few frames is cheaper than a seek.
 _SEEK_GAP = 8
 # libswscale's BILINEAR | ACCURATE_RND | FULL_CHR_H_INT | FULL_CHR_H_INP, by their numbers: PyAV 17 has no names for the
@@ -61,36 +58,21 @@ _SCALER_FLAGS = 0x2 | 0x40000 | 0x2000 | 0x4000
 _MAX_DEMUX_ERRORS = 16
 
 FrameSize = Callable[[int, int], tuple[int, int]]
+FrameWindow = Callable[[int, int], tuple[int, int, int, int]]
+FrameShape = tuple[FrameSize | None, FrameWindow | None]
 
 
 class _IndexMismatchError(Exception):
     """The decoder gave other frames than the packets promised."""
 
 
-@dataclass
-class _TrustedIndex:
-    pts: np.ndarray  # (frames,), sorted: frame i is shown at pts[i]
-    frame_of_pts: dict[int, int]
-    position_of_pts: dict[int, int]  # pts -> place of the packet in the file
-    keyframes: np.ndarray  # (keyframes,), sorted: frames at which decoding can start
-    keyframe_dts: dict[int, int | None]
-
-
-@dataclass
-class _DecodedIndex:
-    frame_of_output: np.ndarray  # (outputs,), sorted: the k-th frame out of the decoder is frame frame_of_output[k]
-    damaged: np.ndarray  # (outputs,), bool
-
-
-def _is_hidden(packet: Any, codec: str) -> bool:
-    """Whether a VP8 or VP9 packet only updates a reference and is never shown (the frame header's show_frame bit)."""
-    data = memoryview(packet)
-    if codec == "vp8":
-        return not data[0] & 0x10
-    is_superframe = data[-1] & 0xE0 == 0xC0
-    is_profile_3 = data[0] & 0x30 == 0x30  # one more bit comes before the two that matter
-    shows_existing, shown = (0x04, 0x01) if is_profile_3 else (0x08, 0x02)
-    return not is_superframe and not data[0] & (shows_existing | shown)
+def _decoded_ahead(frames: Iterator[Any]) -> Generator[Any, None, None]:
+    """The same frames; while one is converted, a thread decodes the next."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque(thread.submit(next, frames, None) for _ in range(_FRAMES_AHEAD))
+        while (frame := waiting.popleft().result()) is not None:
+            waiting.append(thread.submit(next, frames, None))
+            yield frame
 
 
 class VideoReader:
@@ -136,8 +118,9 @@ class VideoReader:
         self._container: Any = None
         self._file: Any = None
         self._owns_file = False
-        self._trusted: _TrustedIndex | None = None
+        self._trusted: PacketIndex | None = None
         self._scanned_pts: np.ndarray | None = None
+        self._sent: list[SentPacket] = []
         try:
             with self._named_errors():
                 self._file, self._owns_file = open_source(source, self.limits)
@@ -166,13 +149,22 @@ class VideoReader:
     def num_frames(self) -> int:
         return len(self.timestamps)
 
-    def frames_at(self, indices: Any, *, size: FrameSize | None = None, on_lost: str = "raise") -> np.ndarray:
+    def frames_at(
+        self,
+        indices: Any,
+        *,
+        size: FrameSize | None = None,
+        window: FrameWindow | None = None,
+        on_lost: str = "raise",
+    ) -> np.ndarray:
         """Frames by index, as numpy would index the whole video: any order, repeats and negative indices included.
 
         Args:
             indices: integers of any shape.
             size: from the (height, width) of the upright frame to the wanted one; scaling (bilinear, antialiased) and
                 colour conversion are then one pass. None keeps the size.
+            window: from the (height, width) that `size` gives to the (top, left, height, width) that is kept of it.
+                None keeps all.
             on_lost: for frames that damage has taken: "raise", or "repeat_last" for the last frame before.
 
         Returns:
@@ -182,13 +174,14 @@ class VideoReader:
             IndexError: an index outside of the video.
             VideoDecodingError: a frame that cannot be recovered.
         """
-        return self.read(lambda _: indices, size=size, on_lost=on_lost)
+        return self.read(lambda _: indices, size=size, window=window, on_lost=on_lost)
 
     def read(
         self,
         choose: Callable[[np.ndarray], Any],
         *,
         size: FrameSize | None = None,
+        window: FrameWindow | None = None,
         on_lost: str = "raise",
     ) -> np.ndarray:
         """`frames_at` for the indices that `choose` picks, given the `timestamps`.
@@ -200,11 +193,12 @@ class VideoReader:
             raise ValueError(f"`on_lost` must be 'raise' or 'repeat_last', got {on_lost!r}.")
         with self._named_errors():
             indices = self._checked(choose(self.timestamps))
+            shape = (size, window)
             if self._trusted is None:
-                return self._read_decoded(indices, size, on_lost)
+                return self._read_decoded(indices, shape, on_lost)
             wanted, places = np.unique(indices, return_inverse=True)
             try:
-                frames = self._converted(self._read_trusted(self._trusted, wanted), len(wanted), size)
+                frames = self._converted(self._read_trusted(self._trusted, wanted), len(wanted), shape)
             except _IndexMismatchError:
                 num_promised = self.num_frames
                 self._decode_index()
@@ -214,7 +208,7 @@ class VideoReader:
                 elif self.num_frames < num_promised and np.any(indices >= self.num_frames):
                     reason = f"only {self.num_frames} of its {num_promised} frames can be decoded"
                     raise self._error(reason, num_recovered=self.num_frames, num_frames=num_promised) from None
-                return self._read_decoded(self._checked(indices), size, on_lost)
+                return self._read_decoded(self._checked(indices), shape, on_lost)
             return self._arranged(frames, places, indices)
 
     def _checked(self, indices: Any) -> np.ndarray:
@@ -298,36 +292,20 @@ class VideoReader:
                 self._num_demux_errors += 1
 
     def _scan_packets(self) -> bool:
-        """Builds the trusted index; False if the packets of this file do not tell its frames."""
-        pts, positions, keyframes, keyframe_dts = [], [], [], {}
-        trusted = self._codec in _ONE_FRAME_PER_PACKET
+        """Builds the trusted index; False if the packets do not tell the frames."""
         self._num_demux_errors = 0
-        for position, packet in enumerate(self._packets()):
-            self._check_limit("max_frames", position + 1)
-            if packet.is_discard or (self._codec in ("vp8", "vp9") and _is_hidden(packet, self._codec)):
-                continue
-            trusted = trusted and not packet.is_corrupt
-            pts.append(packet.pts)
-            positions.append(position)
-            if packet.is_keyframe:
-                keyframes.append(packet.pts)
-                keyframe_dts[packet.pts] = packet.dts
-        is_usable = None not in pts and len(set(pts)) == len(pts) > 0
-        scanned = np.sort(np.array(pts, dtype=np.int64)) if is_usable else None
-        self._scanned_pts = scanned
-        # What is shown before the first keyframe cannot be decoded, or only in part.
-        if not trusted or scanned is None or self._num_demux_errors or not keyframes[:1] == pts[:1] == [scanned[0]]:
+        packets = self._counted(self._packets())
+        self._scanned_pts, index = index_packets(packets, self._codec, self._container.format.name)
+        if index is None or self._num_demux_errors:
             return False
-        frame_of_pts = {value: frame for frame, value in enumerate(scanned.tolist())}
-        self._trusted = _TrustedIndex(
-            pts=scanned,
-            frame_of_pts=frame_of_pts,
-            position_of_pts=dict(zip(pts, positions, strict=True)),
-            keyframes=np.sort(np.array([frame_of_pts[value] for value in keyframes])),
-            keyframe_dts=keyframe_dts,
-        )
-        self._set_timestamps(scanned, len(pts))
+        self._trusted = index
+        self._set_timestamps(index.pts, len(index.pts))
         return True
+
+    def _counted(self, packets: Iterator[Any]) -> Iterator[Any]:
+        for count, packet in enumerate(packets, start=1):
+            self._check_limit("max_frames", count)
+            yield packet
 
     def _set_timestamps(self, pts: np.ndarray | None, num_frames: int) -> None:
         if pts is None:
@@ -340,52 +318,67 @@ class VideoReader:
 
     # Decoding
 
-    def _frames(self, packets: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
-        """Each frame that comes out of the decoder, with whether damage may show in it."""
-        is_broken, tainted = False, set()
+    def _frames(self, packets: Iterator[Any]) -> Iterator[Any]:
+        """Each frame that comes out of the decoder, on past the packets that it rejects; `_sent` keeps account."""
+        self._sent = []
         for packet in packets:
-            is_broken = is_broken and not packet.is_keyframe
+            is_rejected, frames = False, []
             try:
                 frames = packet.decode()
             except av.FFmpegError:
-                self._num_rejected += 1
-                is_broken = True
-                continue
-            if is_broken:  # it may be predicted from the rejected one
-                tainted.add(packet.pts)
-            for frame in frames:
-                yield frame, frame.is_corrupt or frame.pts in tainted
+                is_rejected = True
+            self._sent.append(SentPacket(packet.pts, packet.is_keyframe, is_rejected))
+            yield from frames
         with contextlib.suppress(av.FFmpegError):
-            for frame in self._stream.codec_context.decode(None):
-                yield frame, frame.is_corrupt or frame.pts in tainted
+            yield from self._stream.codec_context.decode(None)
 
-    def _read_trusted(self, index: _TrustedIndex, wanted: np.ndarray) -> Iterator[Any]:
+    def _read_trusted(self, index: PacketIndex, wanted: np.ndarray) -> Generator[Any, None, None]:
         """The frames `wanted` (sorted, unique); _IndexMismatchError once the decoder does not keep to the index."""
-        frames: Iterator[Any] | None = None
+        frames: Iterator[Any] = iter(())
         first = expected = 0
-        self._num_rejected, self._position = 0, -1
+        self._position, self._is_draining, self._sent = -1, False, []
+        wanted_pts = set(index.pts[wanted].tolist())
+        can_skip = self._container.format.name in _TIMED_CONTAINERS and self._codec in ("h264", "hevc")
+
         for target in wanted.tolist():
             keyframe = int(index.keyframes[np.searchsorted(index.keyframes, target, side="right") - 1])
-            if frames is None or index.position_of_pts[int(index.pts[keyframe])] - self._position > _SEEK_GAP:
-                frames = self._frames(self._packets_from(index, keyframe))
+            if self._position < 0 or index.position_of_pts[int(index.pts[keyframe])] - self._position > _SEEK_GAP:
+                self._drain(frames, index, first)
+                frames = self._frames(self._packets_from(index, keyframe, wanted_pts if can_skip else None))
                 first = expected = keyframe
             while expected <= target:
-                frame, is_damaged = next(frames, (None, True))
+                frame = next(frames, None)
                 found = -1 if frame is None else index.frame_of_pts.get(frame.pts, -1)
                 # After a keyframe in the stream there may come pictures to be shown before it.
                 if 0 <= found < first:
                     continue
-                if found != expected or is_damaged:
+                is_next = found == expected or (can_skip and expected < found <= target)
+                if frame is None or not is_next or frame.is_corrupt:
                     raise _IndexMismatchError
-                expected += 1
+                expected = found + 1
             yield frame
+        self._drain(frames, index, first)
 
-    def _packets_from(self, index: _TrustedIndex, keyframe: int) -> Iterator[Any]:
+    def _drain(self, frames: Iterator[Any], index: PacketIndex, first: int) -> None:
+        """Has the decoder hand out what it holds: a damaged frame that is shown later may show in those before."""
+        self._is_draining = True
+        for frame in frames:
+            if frame.is_corrupt and index.frame_of_pts.get(frame.pts, -1) >= first:
+                raise _IndexMismatchError
+        if any(packet.is_rejected for packet in self._sent):
+            raise _IndexMismatchError
+        self._is_draining = False
+
+    def _packets_from(self, index: PacketIndex, keyframe: int, wanted_pts: set[int] | None) -> Iterator[Any]:
         for packet in self._landed_on(index, keyframe):
             self._position = index.position_of_pts.get(packet.pts, self._position)
+            if wanted_pts is not None:
+                self._stream.codec_context.skip_frame = "DEFAULT" if packet.pts in wanted_pts else "NONREF"
             yield packet
+            if self._is_draining:
+                return
 
-    def _landed_on(self, index: _TrustedIndex, keyframe: int) -> Iterator[Any]:
+    def _landed_on(self, index: PacketIndex, keyframe: int) -> Iterator[Any]:
         """The packets from that of `keyframe` on. A seek may land before it, and in some containers behind it."""
         pts = int(index.pts[keyframe])
         start = index.position_of_pts[pts]
@@ -411,21 +404,21 @@ class VideoReader:
     def _decode_index(self) -> None:
         """Builds the index by decoding the whole file once."""
         self._reopen()
-        self._num_rejected = 0
-        pts: list[int] = []
-        damaged, flagged = [], []
-        for frame, is_damaged in self._frames(self._packets()):
-            pts.append(-1 if frame.pts is None else frame.pts)
-            damaged.append(is_damaged)
+        pts: list[int | None] = []
+        flagged = []
+        for frame in self._frames(self._packets()):
+            pts.append(frame.pts)
             flagged.append(frame.is_corrupt)
             self._check_limit("max_frames", len(pts))
+        self._num_rejected = sum(packet.is_rejected for packet in self._sent)
+        tainted = tainted_timestamps(self._sent, {value for value, flag in zip(pts, flagged, strict=True) if flag})
         # The last picture of a file that was cut off is what the decoder made up for it.
         while len(pts) > 1 and flagged[len(pts) - 1]:
             pts.pop()
         num_outputs, scanned = len(pts), self._scanned_pts
         if num_outputs == 0:
             raise self._error("no frame of it can be decoded", num_recovered=0)
-        output_pts = np.array(pts, dtype=np.int64)
+        output_pts = np.array([-1 if value is None else value for value in pts], dtype=np.int64)
         frames = np.arange(num_outputs)
         is_timed = scanned is not None and bool(np.all(np.diff(output_pts) > 0) and np.isin(output_pts, scanned).all())
         if scanned is not None and is_timed and self._num_rejected:
@@ -435,13 +428,13 @@ class VideoReader:
             frames = frames - frames[0]
         self._trusted, self._decoded = (
             None,
-            _DecodedIndex(frame_of_output=frames, damaged=np.array(damaged[:num_outputs])),
+            OutputIndex(frame_of_output=frames, damaged=np.array([value in tainted for value in pts])),
         )
         self._set_timestamps(output_pts if is_timed else None, int(frames[-1]) + 1)
         self.report.num_rejected_packets = self._num_rejected
         self.report.num_lost_frames = self.num_frames - num_outputs
 
-    def _read_decoded(self, indices: np.ndarray, size: FrameSize | None, on_lost: str) -> np.ndarray:
+    def _read_decoded(self, indices: np.ndarray, shape: FrameShape, on_lost: str) -> np.ndarray:
         decoded, report = self._decoded, self.report
         wanted, places = np.unique(indices, return_inverse=True)
         # For each frame the last output at or before it: the frame itself, unless that is lost.
@@ -456,7 +449,7 @@ class VideoReader:
             raise self._error(reason, num_recovered=num_recovered, num_frames=self.num_frames)
         needed, rows = np.unique(outputs, return_inverse=True)
         self._reopen()
-        frames = self._converted(self._read_outputs(needed), len(needed), size)
+        frames = self._converted(self._read_outputs(needed), len(needed), shape)
         report.num_repeated_frames += len(lost)
         report.num_damaged_frames += int(decoded.damaged[needed].sum())
         if report.num_repeated_frames or report.num_damaged_frames:
@@ -466,10 +459,10 @@ class VideoReader:
             )
         return self._arranged(frames, rows.reshape(-1)[places.reshape(-1)], indices)
 
-    def _read_outputs(self, needed: np.ndarray) -> Iterator[Any]:
+    def _read_outputs(self, needed: np.ndarray) -> Generator[Any, None, None]:
         remaining = iter(needed.tolist())
         target = next(remaining)
-        for output, (frame, _) in enumerate(self._frames(self._packets())):
+        for output, frame in enumerate(self._frames(self._packets())):
             if output == target:
                 yield frame
                 target = next(remaining, None)
@@ -477,21 +470,31 @@ class VideoReader:
                     return
         raise self._error("it changed while it was read")
 
-    def _converted(self, frames: Iterator[Any], num_frames: int, size: FrameSize | None) -> np.ndarray:
-        """Scales, converts and turns frames: uint8 RGB (num_frames, height, width, 3)."""
+    def _converted(self, frames: Generator[Any, None, None], num_frames: int, shape: FrameShape) -> np.ndarray:
+        """Scales, converts, turns and cuts frames: uint8 RGB (num_frames, height, width, 3), a view of planes."""
         context = self._stream.codec_context
-        result: Any = None
-        for row, frame in enumerate(frames):
-            quarter_turns = round(frame.rotation / 90) % 4  # anticlockwise
-            if result is None:
-                # A stream whose pictures change size half-way is scaled to the size in its header.
-                stored = (context.height or frame.height, context.width or frame.width)
-                upright = stored[::-1] if quarter_turns % 2 else stored
-                height, width = size(*upright) if size is not None else upright
-                result = np.empty((num_frames, height, width, 3), dtype=np.uint8)
-            scaled = (width, height) if quarter_turns % 2 else (height, width)
-            rgb = self._reformatter.reformat(
-                frame, scaled[1], scaled[0], "rgb24", interpolation=_SCALER_FLAGS, threads=self._num_threads
-            )
-            result[row] = np.rot90(rgb.to_ndarray(), quarter_turns)
-        return result
+        size, window = shape
+        planes: Any = None
+        # Closed at once: a thread must not decode on after an error, when the container is closed.
+        with contextlib.closing(frames if self._num_threads == 1 else _decoded_ahead(frames)) as frames:
+            for row, frame in enumerate(frames):
+                quarter_turns = round(frame.rotation / 90) % 4  # anticlockwise
+                if planes is None:
+                    # A stream whose pictures change size half-way is scaled to the size in its header.
+                    stored = (context.height or frame.height, context.width or frame.width)
+                    upright = stored[::-1] if quarter_turns % 2 else stored
+                    scaled = size(*upright) if size is not None else upright
+                    top, left, height, width = window(*scaled) if window is not None else (0, 0, *scaled)
+                    planes = np.empty((num_frames, 3, height, width), dtype=np.uint8)
+                rows, columns = scaled[::-1] if quarter_turns % 2 else scaled
+                # To planes, libswscale computes the same colours twice as fast as to interleaved pixels.
+                gbr = self._reformatter.reformat(
+                    frame, columns, rows, "gbrp", interpolation=_SCALER_FLAGS, threads=self._num_threads
+                )
+                for channel, plane in zip((1, 2, 0), gbr.planes, strict=True):
+                    pixels = np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(-1, plane.line_size)[
+                        :rows, :columns
+                    ]
+                    pixels = np.rot90(pixels, quarter_turns) if quarter_turns else pixels
+                    planes[row, channel] = pixels[top : top + height, left : left + width]
+        return np.moveaxis(planes, 1, -1)

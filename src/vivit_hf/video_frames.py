@@ -1,6 +1,7 @@
-"""Frames that are already in memory: lists of images, arrays and tensors, all turned into one layout.
+"""Frames that are already in memory: lists of images, arrays and tensors, all turned into one layout;
+and their values turned into those that a model sees.
 
-Everything here is (frames, height, width, channels), uint8 from 0 to 255 or float32 in [0, 1].
+Frames are (frames, height, width, channels), uint8 from 0 to 255 or float32 in [0, 1].
 """
 
 from __future__ import annotations
@@ -142,3 +143,45 @@ def resize_frames(frames: np.ndarray, size: tuple[int, int], resample: int) -> n
             plane = PIL.Image.fromarray(np.ascontiguousarray(frame[..., channel]))
             result[row, ..., channel] = plane.resize(target, resample)
     return result
+
+
+def empty_floats(shape: Sequence[int], device: torch.device | str | None) -> torch.Tensor:
+    """An uninitialised float32 tensor; on a CPU from numpy, which asks for large pages: they fill faster."""
+    if torch.device(device or "cpu").type == "cpu":
+        return torch.from_numpy(np.empty(shape, dtype=np.float32))
+    return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def rescale_and_normalize(values: torch.Tensor, settings: Any, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Rescales and normalises values from 0 to 255, (..., channels, height, width), into float32 `out` or a new one."""
+    mean, std = (
+        torch.tensor(entry, dtype=torch.float64, device=values.device)[:, None, None]
+        for entry in (settings.image_mean, settings.image_std)
+    )
+    if settings.do_normalize and max(len(mean), len(std)) not in (1, values.shape[-3]):
+        raise ValueError(
+            f"`image_mean` and `image_std` are for {max(len(mean), len(std))} channels, the frames have "
+            f"{values.shape[-3]}: give one number each, or leave do_convert_rgb on."
+        )
+    scale, shift = torch.ones_like(std), torch.zeros_like(mean)
+    if settings.do_rescale:
+        scale = scale * settings.rescale_factor
+    if settings.do_normalize:
+        scale, shift = scale / std, -mean / std
+    follows_transformers = settings.do_rescale and settings.offset
+    scale, shift, mean, std = scale.float(), shift.float(), mean.float(), std.float()
+
+    if out is None:
+        out = empty_floats(values.shape, values.device)
+    # On a CPU frame by frame, so that a frame passes from the cache to memory once.
+    is_split = values.device.type == "cpu" and values.ndim > 3
+    pairs = zip(values.flatten(0, -4), out.flatten(0, -4), strict=True) if is_split else [(values, out)]
+    for source, target in pairs:
+        if not follows_transformers:
+            target.copy_(source).mul_(scale).add_(shift)
+            continue
+        # VivitImageProcessor step by step, in its order and precision.
+        target.copy_(source.float().double() * settings.rescale_factor).sub_(1)
+        if settings.do_normalize:
+            target.sub_(mean).div_(std)
+    return out

@@ -13,6 +13,7 @@ import copy
 import difflib
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,19 +28,26 @@ from .auto_class import AutoClassMixin
 from .frame_sampling import (
     CLIP_STARTS,
     SHORT_VIDEO_POLICIES,
-    centre_crop,
     check_choice,
     check_positive_integer,
     check_positive_number,
+    fixed_crops,
     random_crop,
     resized_size,
     sample_clips,
     sample_clips_at_rate,
     sample_uniform_clip,
-    three_crops,
+    window_around,
 )
 from .video_decoding import VideoReader
-from .video_frames import is_frame, num_frames_of, resize_frames, select_frames
+from .video_frames import (
+    empty_floats,
+    is_frame,
+    num_frames_of,
+    rescale_and_normalize,
+    resize_frames,
+    select_frames,
+)
 from .video_sources import DecodingReport, VideoDecodingError, VideoLimits, is_video_source
 
 
@@ -257,7 +265,7 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
         Returns:
             float32 of the same shape.
         """
-        return _rescale_and_normalise(pixel_values.to(torch.float32, copy=True), self)
+        return rescale_and_normalize(pixel_values, self)
 
     def _call_settings(self, overrides: dict[str, Any]) -> SimpleNamespace:
         _check_names(overrides)
@@ -297,6 +305,7 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
                     np.arange(len(times))[None] if call.do_sample_frames is False else _choose_clips(times, call)
                 ),
                 size=(lambda height, width: resized_size(height, width, call.size)) if is_scaled else None,
+                window=partial(_kept_window, call=call) if is_scaled or not call.do_resize else None,
                 on_lost="repeat_last" if call.on_error == "repeat_last" else "raise",
             )
         if call.do_resize and not is_scaled:
@@ -426,17 +435,28 @@ def _choose_clips(timestamps: np.ndarray, call: SimpleNamespace) -> np.ndarray:
     return sample_clips(total, call.num_frames, call.frame_stride, short_video_policy=policy, **shared)
 
 
+def _kept_window(height: int, width: int, call: SimpleNamespace) -> tuple[int, int, int, int]:
+    """What has to be kept of a frame for its crops: (top, left, height, width)."""
+    if not call.do_center_crop or _is_random_crop(call):
+        return 0, 0, height, width
+    return window_around(
+        fixed_crops(height, width, call.crop_size["height"], call.crop_size["width"], num_crops=call.num_crops)
+    )
+
+
+def _is_random_crop(call: SimpleNamespace) -> bool:
+    return call.crop_position == "random" and call.num_crops == 1
+
+
 def _crops(clip: np.ndarray, call: SimpleNamespace) -> list[np.ndarray]:
     """The crops of one clip, (frames, crop height, crop width, channels) each."""
     if not call.do_center_crop:
         return [clip]
     sizes = (clip.shape[1], clip.shape[2], call.crop_size["height"], call.crop_size["width"])
-    if call.num_crops == 3:
-        crops = three_crops(*sizes)
-    elif call.crop_position == "random":
+    if _is_random_crop(call):
         crops = [random_crop(*sizes, call.generator)]
     else:
-        crops = [centre_crop(*sizes)]
+        crops = fixed_crops(*sizes, num_crops=call.num_crops)
     return [clip[:, top : top + height, left : left + width] for top, left, height, width in crops]
 
 
@@ -463,37 +483,19 @@ def _finished(
     results = []
     for group in groups:
         frames, height, width, channels = group[0].shape
-        rows = np.empty((len(group), frames, channels, height, width), dtype=np.result_type(*group))
-        for row, view in zip(rows, group, strict=True):
-            row[:] = view.transpose(0, 3, 1, 2)
-        batch = torch.from_numpy(rows).to(device=device)
-        if call.do_rescale or call.do_normalize:
-            batch = _rescale_and_normalise(batch.to(torch.float32), call)
+        shape = (len(group), frames, channels, height, width)
+        planes = [view.transpose(0, 3, 1, 2) for view in group]
+        if (call.do_rescale or call.do_normalize) and torch.device(device or "cpu").type == "cpu":
+            batch = empty_floats(shape, device)
+            for row, view in zip(batch, planes, strict=True):
+                rescale_and_normalize(torch.from_numpy(view), call, out=row)
+        else:
+            # To another device as they are, uint8 most of the time: a quarter of the bytes.
+            batch = torch.from_numpy(np.stack(planes)).to(device=device)
+            if call.do_rescale or call.do_normalize:
+                batch = rescale_and_normalize(batch, call)
         results.append(batch.to(getattr(torch, name)) if batch.is_floating_point() else batch)
     if return_tensors == "pt":
         return results[0]
     arrays = [batch.cpu().numpy() for batch in results]
     return arrays[0] if return_tensors == "np" else [view for array in arrays for view in array]
-
-
-def _rescale_and_normalise(values: torch.Tensor, settings: Any) -> torch.Tensor:
-    """Rescales and normalises float32 values from 0 to 255, (..., channels, height, width), in place."""
-    mean, std = (
-        torch.tensor(entry, dtype=torch.float64, device=values.device)[:, None, None]
-        for entry in (settings.image_mean, settings.image_std)
-    )
-    if settings.do_normalize and max(len(mean), len(std)) not in (1, values.shape[-3]):
-        raise ValueError(
-            f"`image_mean` and `image_std` are for {max(len(mean), len(std))} channels, the frames have "
-            f"{values.shape[-3]}: give one number each, or leave do_convert_rgb on."
-        )
-    if settings.do_rescale and settings.offset:
-        # transformers' VivitImageProcessor step by step, in its order and precision.
-        values = (values.double() * settings.rescale_factor).float() - 1
-        return values.sub_(mean.float()).div_(std.float()) if settings.do_normalize else values
-    scale, shift = torch.ones_like(std), torch.zeros_like(mean)
-    if settings.do_rescale:
-        scale = scale * settings.rescale_factor
-    if settings.do_normalize:
-        scale, shift = scale / std, -mean / std
-    return values.mul_(scale.float()).add_(shift.float())

@@ -1,0 +1,75 @@
+"""What the benchmarks share: figures with targets, fair timing, and the table and JSON that come out."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass
+class Row:
+    """One measured figure; `target` and `passed` are None where there is no target."""
+
+    name: str
+    value: float
+    unit: str
+    target: float | None = None
+    passed: bool | None = None
+
+
+def at_most(name: str, value: float, unit: str, target: float | None) -> Row:
+    return Row(name, round(value, 3), unit, target, None if target is None else value <= target)
+
+
+def at_least(name: str, value: float, unit: str, target: float | None) -> Row:
+    return Row(name, round(value, 3), unit, target, None if target is None else value >= target)
+
+
+def interleaved_seconds(jobs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every job in every round, after one round to warm up.
+
+    The jobs take turns, so that whatever else the machine does falls on all of them.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for number in range(rounds + 1):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            job()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
+    """The median, over the rounds, of the ratio of two jobs within a round."""
+    return statistics.median(a / b for a, b in zip(seconds, others, strict=True))
+
+
+def report(rows: Sequence[Row], json_file: str | None) -> int:
+    """Prints the rows as a table, writes them as JSON (without a file: prints them); 1 if a target was missed."""
+    table = Table("figure", "value", "target", "reached")
+    for row in rows:
+        target = "" if row.target is None else f"{row.target:g} {row.unit}"
+        reached = {True: "yes", False: "NO", None: ""}[row.passed]
+        table.add_row(row.name, f"{row.value:g} {row.unit}", target, reached)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    text = json.dumps([asdict(row) for row in rows], indent=2) + "\n"
+    if json_file is None:
+        print(text, end="")
+    else:
+        path = Path(json_file)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+            file.write(text)
+        os.replace(file.name, path)
+    return int(any(row.passed is False for row in rows))

@@ -1,0 +1,113 @@
+"""Which frames a video has: what its packets promise, or what its decoder gave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+# Codecs whose every packet gives one frame and whose keyframes stand on their own: not APNG, where every packet is
+# called a keyframe and depends on the one before, nor QuickTime Animation, where a damaged keyframe shows older pixels.
+# Files of any other codec are indexed by decoding them.
+# fmt: off
+_ONE_FRAME_PER_PACKET = {
+    "av1", "dnxhd", "ffv1", "gif", "h264", "hevc", "mjpeg", "mpeg1video", "mpeg2video", "mpeg4", "prores", "rawvideo",
+    "vp8", "vp9",
+}
+# fmt: on
+
+
+@dataclass
+class PacketIndex:
+    """Frames as the packets of a file tell them, without decoding."""
+
+    pts: np.ndarray  # (frames,), sorted: frame i is shown at pts[i]
+    frame_of_pts: dict[int, int]
+    position_of_pts: dict[int, int]  # pts -> place of the packet in the file
+    keyframes: np.ndarray  # (keyframes,), sorted: frames at which decoding can start
+    keyframe_dts: dict[int, int | None]
+
+
+@dataclass
+class OutputIndex:
+    """Frames as they came out of the decoder when it read the whole file."""
+
+    frame_of_output: np.ndarray  # (outputs,), sorted: the k-th frame out of the decoder is frame frame_of_output[k]
+    damaged: np.ndarray  # (outputs,), bool
+
+
+class SentPacket(NamedTuple):
+    """A packet that was given to the decoder."""
+
+    pts: int | None
+    is_keyframe: bool
+    is_rejected: bool
+
+
+def tainted_timestamps(sent: Iterable[SentPacket], corrupt: set[int | None]) -> set[int | None]:
+    """The timestamps of the frames in which damage may show.
+
+    Damage spreads from a rejected packet, or one whose frame is in `corrupt`, to all packets before the next keyframe,
+    and to those after that keyframe which are shown before it: they may be predicted from both sides.
+    """
+    tainted: set[int | None] = set()
+    is_broken = was_broken = False
+    keyframe_pts: int | None = None
+    for packet in sent:
+        if packet.is_keyframe:
+            is_broken, was_broken, keyframe_pts = False, is_broken, packet.pts
+        is_broken = is_broken or packet.is_rejected or packet.pts in corrupt
+        is_leading = packet.pts is not None and keyframe_pts is not None and packet.pts < keyframe_pts
+        if is_broken or (was_broken and is_leading):
+            tainted.add(packet.pts)
+    return tainted
+
+
+def _is_hidden(packet: Any, codec: str) -> bool:
+    """Whether a VP8 or VP9 packet only updates a reference and is never shown (the frame header's show_frame bit)."""
+    data = memoryview(packet)
+    if codec == "vp8":
+        return not data[0] & 0x10
+    is_superframe = data[-1] & 0xE0 == 0xC0
+    is_profile_3 = data[0] & 0x30 == 0x30  # one more bit comes before the two that matter
+    shows_existing, shown = (0x04, 0x01) if is_profile_3 else (0x08, 0x02)
+    return not is_superframe and not data[0] & (shows_existing | shown)
+
+
+def index_packets(packets: Iterable[Any], codec: str, container: str) -> tuple[np.ndarray | None, PacketIndex | None]:
+    """Indexes the packets of a video stream, given from its beginning.
+
+    Returns the sorted timestamps int64 (frames,), None if they are missing or repeated, and the index, None if the
+    packets do not tell which frames there are.
+    """
+    pts, positions, keyframes, keyframe_dts = [], [], [], {}
+    trusted = codec in _ONE_FRAME_PER_PACKET
+    for position, packet in enumerate(packets):
+        if packet.is_discard or (codec in ("vp8", "vp9") and _is_hidden(packet, codec)):
+            continue
+        trusted = trusted and not packet.is_corrupt
+        pts.append(packet.pts)
+        positions.append(position)
+        if packet.is_keyframe:
+            keyframes.append(packet.pts)
+            keyframe_dts[packet.pts] = packet.dts
+    if None in pts or not len(set(pts)) == len(pts) > 0:
+        return None, None
+    sorted_pts = np.sort(np.array(pts, dtype=np.int64))
+    # AVI stores no timestamps. With B-frames they are guessed by counting, and guessed wrong where a packet is missing.
+    trusted = trusted and (container != "avi" or pts == sorted_pts.tolist())
+    # What is shown before the first keyframe cannot be decoded, or only in part.
+    if not trusted or not keyframes[:1] == pts[:1] == [sorted_pts[0]]:
+        return sorted_pts, None
+    frame_of_pts = {value: frame for frame, value in enumerate(sorted_pts.tolist())}
+    index = PacketIndex(
+        pts=sorted_pts,
+        frame_of_pts=frame_of_pts,
+        position_of_pts=dict(zip(pts, positions, strict=True)),
+        keyframes=np.sort(np.array([frame_of_pts[value] for value in keyframes])),
+        keyframe_dts=keyframe_dts,
+    )
+    return sorted_pts, index
