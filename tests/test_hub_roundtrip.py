@@ -22,7 +22,14 @@ NAME = "tester/vivit-tiny"
 CODE = {
     *("configuration_vivit.py", "embeddings_vivit.py", "layers_vivit.py", "loading_vivit.py", "loss_vivit.py"),
     *("modeling_vivit.py", "pushing_vivit.py", "auto_class.py", "model_card.py", "frame_sampling.py"),
-    *("video_processing_vivit.py", "video_decoding.py", "video_frames.py", "video_sources.py", "frame_index.py"),
+    *(
+        "video_processing_vivit.py",
+        "video_decoding.py",
+        "video_frames.py",
+        "video_sources.py",
+        "frame_index.py",
+        "frame_conversion.py",
+    ),
 }
 
 

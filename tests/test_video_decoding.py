@@ -27,7 +27,7 @@ from video_files import (
 
 import vivit_hf.video_decoding
 from vivit_hf.video_decoding import VideoReader
-from vivit_hf.video_sources import VideoDecodingError, VideoLimitError, VideoLimits
+from vivit_hf.video_sources import DecodingReport, VideoDecodingError, VideoLimitError, VideoLimits
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +259,18 @@ def test_what_may_show_damage_is_counted_and_logged(video, tmp_path, caplog):
         reader.frames_at(range(40, 60), on_lost="raise")
         assert reader.report.num_damaged_frames == 18
     assert "damaged.mp4 is damaged" in caplog.text
+
+
+def test_verifying_decodes_everything_and_reports_all_damage(video, tmp_path):
+    with VideoReader(video) as reader:
+        assert reader.verify() == DecodingReport(str(video), num_frames=120)
+    path = tmp_path / "damaged.mp4"
+    path.write_bytes(video.read_bytes())
+    number = next(n for n, (_, _, _, is_key) in enumerate(packet_places(video)) if is_key and n > 0)
+    damage_packet(path, number + 1)
+    with VideoReader(path) as reader:
+        report = reader.verify()
+        assert (report.num_rejected_packets, report.num_lost_frames, report.num_damaged_frames) == (1, 1, 18)
 
 
 @pytest.mark.parametrize("kind", ["h264_mkv", "h264_ts_late_start", "mpeg4_avi", "h264_fragmented", "gif", "vp9"])

@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections import deque
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
+from .frame_conversion import FrameConverter, FrameShape, FrameSize, FrameWindow
 from .frame_index import OutputIndex, PacketIndex, SentPacket, index_packets, tainted_timestamps
 from .video_sources import (
     DecodingReport,
@@ -39,7 +38,6 @@ from .video_sources import (
 try:
     import av
     from av.stream import Disposition
-    from av.video.reformatter import VideoReformatter
 except ImportError:
     av = None  # type: ignore[assignment]
 
@@ -48,31 +46,14 @@ logger = logging.getLogger(__name__)
 
 # They store the timestamps by which frames are known when unwanted ones between them are left out.
 _TIMED_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts")
-_FRAMES_AHEAD = 3
 # Decoding on past a few frames is cheaper than a seek.
 _SEEK_GAP = 8
-# libswscale's BILINEAR | ACCURATE_RND | FULL_CHR_H_INT | FULL_CHR_H_INP, by their numbers: PyAV 17 has no names for the
-# last three. Without them it rounds coarsely and takes every second chroma sample, an error of 1 to 5 grey levels.
-_SCALER_FLAGS = 0x2 | 0x40000 | 0x2000 | 0x4000
 # A demuxer that fails this often in a row will not find another packet.
 _MAX_DEMUX_ERRORS = 16
-
-FrameSize = Callable[[int, int], tuple[int, int]]
-FrameWindow = Callable[[int, int], tuple[int, int, int, int]]
-FrameShape = tuple[FrameSize | None, FrameWindow | None]
 
 
 class _IndexMismatchError(Exception):
     """The decoder gave other frames than the packets promised."""
-
-
-def _decoded_ahead(frames: Iterator[Any]) -> Generator[Any, None, None]:
-    """The same frames; while one is converted, a thread decodes the next."""
-    with ThreadPoolExecutor(1) as thread:
-        waiting = deque(thread.submit(next, frames, None) for _ in range(_FRAMES_AHEAD))
-        while (frame := waiting.popleft().result()) is not None:
-            waiting.append(thread.submit(next, frames, None))
-            yield frame
 
 
 class VideoReader:
@@ -124,7 +105,7 @@ class VideoReader:
         try:
             with self._named_errors():
                 self._file, self._owns_file = open_source(source, self.limits)
-                self._reformatter = VideoReformatter()
+                self._converter = FrameConverter(num_threads)
                 self._reopen()
                 if not self._scan_packets():
                     self._decode_index()
@@ -210,6 +191,19 @@ class VideoReader:
                     raise self._error(reason, num_recovered=self.num_frames, num_frames=num_promised) from None
                 return self._read_decoded(self._checked(indices), shape, on_lost)
             return self._arranged(frames, places, indices)
+
+    def verify(self) -> DecodingReport:
+        """Decodes every frame and keeps none; the report then tells all the damage that a decoder can notice."""
+        with self._named_errors():
+            if self._trusted is not None:
+                try:
+                    for _ in self._read_trusted(self._trusted, np.arange(self.num_frames)):
+                        continue
+                    return self.report
+                except _IndexMismatchError:
+                    self._decode_index()
+            self.report.num_damaged_frames = int(self._decoded.damaged.sum())
+        return self.report
 
     def _checked(self, indices: Any) -> np.ndarray:
         indices = np.asarray(indices)
@@ -471,30 +465,5 @@ class VideoReader:
         raise self._error("it changed while it was read")
 
     def _converted(self, frames: Generator[Any, None, None], num_frames: int, shape: FrameShape) -> np.ndarray:
-        """Scales, converts, turns and cuts frames: uint8 RGB (num_frames, height, width, 3), a view of planes."""
         context = self._stream.codec_context
-        size, window = shape
-        planes: Any = None
-        # Closed at once: a thread must not decode on after an error, when the container is closed.
-        with contextlib.closing(frames if self._num_threads == 1 else _decoded_ahead(frames)) as frames:
-            for row, frame in enumerate(frames):
-                quarter_turns = round(frame.rotation / 90) % 4  # anticlockwise
-                if planes is None:
-                    # A stream whose pictures change size half-way is scaled to the size in its header.
-                    stored = (context.height or frame.height, context.width or frame.width)
-                    upright = stored[::-1] if quarter_turns % 2 else stored
-                    scaled = size(*upright) if size is not None else upright
-                    top, left, height, width = window(*scaled) if window is not None else (0, 0, *scaled)
-                    planes = np.empty((num_frames, 3, height, width), dtype=np.uint8)
-                rows, columns = scaled[::-1] if quarter_turns % 2 else scaled
-                # To planes, libswscale computes the same colours twice as fast as to interleaved pixels.
-                gbr = self._reformatter.reformat(
-                    frame, columns, rows, "gbrp", interpolation=_SCALER_FLAGS, threads=self._num_threads
-                )
-                for channel, plane in zip((1, 2, 0), gbr.planes, strict=True):
-                    pixels = np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(-1, plane.line_size)[
-                        :rows, :columns
-                    ]
-                    pixels = np.rot90(pixels, quarter_turns) if quarter_turns else pixels
-                    planes[row, channel] = pixels[top : top + height, left : left + width]
-        return np.moveaxis(planes, 1, -1)
+        return self._converter.to_rgb(frames, num_frames, (context.height, context.width), shape)
