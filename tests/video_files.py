@@ -39,6 +39,16 @@ KINDS = {
         {"codec": "libx265", "pix_fmt": "yuv420p10le", "options": {"x265-params": "keyint=8:log-level=none"}},
     ),
     "av1": ("av1.mkv", {"codec": "libsvtav1", "options": {"preset": "12"}, "height": 64, "width": 96}),
+    "av1_mp4": ("av1.mp4", {"codec": "libsvtav1", "options": {"preset": "12"}, "height": 64, "width": 96}),
+    "hevc_ts": ("hevc.ts", {"codec": "libx265", "options": {"x265-params": "keyint=8:bframes=3:log-level=none"}}),
+    "h264_10_bit": ("h264_10.mp4", {"pix_fmt": "yuv420p10le", "options": {"bf": "2"}}),
+    "turned_90": ("turned_90.mp4", {"options": {"bf": "2"}, "degrees_clockwise": 90}),
+    "turned_180": ("turned_180.mp4", {"options": {"bf": "2"}, "degrees_clockwise": 180}),
+    "turned_270": ("turned_270.mp4", {"options": {"bf": "2"}, "degrees_clockwise": 270, "height": 50, "width": 66}),
+    "vp9_odd_size": (
+        "vp9_odd.webm",
+        {"codec": "libvpx-vp9", "options": {"deadline": "realtime"}, "height": 51, "width": 67},
+    ),
     "vp9": ("vp9.webm", {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "lag-in-frames": "8"}}),
     "mpeg4_avi": ("mpeg4.avi", {"codec": "mpeg4", "options": {"bf": "2"}}),
     "gif": ("small.gif", {"codec": "gif", "pix_fmt": "rgb8"}),
@@ -100,7 +110,10 @@ def write_video(
 
 def write_kind(folder, kind: str) -> Path:
     name, arguments = KINDS[kind]
-    return write_video(Path(folder) / name, **arguments)
+    arguments = dict(arguments)
+    degrees_clockwise = arguments.pop("degrees_clockwise", 0)
+    path = write_video(Path(folder) / name, **arguments)
+    return set_rotation(path, degrees_clockwise) if degrees_clockwise else path
 
 
 def plain_decode(source) -> np.ndarray:

@@ -13,7 +13,7 @@ from .frame_sampling import sample_frames_uniformly
 from .image_initialisation import InitialisationReport, config_from_vit, initialise_from_vit
 from .model_card import write_model_card
 from .modeling_vivit import ViViTForVideoClassification, ViViTModel, ViViTPreTrainedModel
-from .video_decoding import VideoDecodingError
+from .video_decoding import VideoDecodingError, VideoReader
 from .video_processing_vivit import ViViTVideoProcessor
 
 
@@ -41,6 +41,7 @@ __all__ = [
     "ViViTPreTrainedModel",
     "ViViTVideoProcessor",
     "VideoDecodingError",
+    "VideoReader",
     "config_from_vit",
     "initialise_from_vit",
     "sample_frames_uniformly",

@@ -64,14 +64,22 @@ class FrameConverter:
                     top, left, height, width = window(*scaled) if window is not None else (0, 0, *scaled)
                     planes = np.empty((num_frames, 3, height, width), dtype=np.uint8)
                 rows, columns = scaled[::-1] if quarter_turns % 2 else scaled
-                # To planes, libswscale computes the same colours twice as fast as to interleaved pixels.
-                gbr = self._reformatter.reformat(
-                    frame, columns, rows, "gbrp", interpolation=_SCALER_FLAGS, threads=self._num_threads
-                )
-                for channel, plane in zip((1, 2, 0), gbr.planes, strict=True):
-                    pixels = np.frombuffer(memoryview(plane), dtype=np.uint8).reshape(-1, plane.line_size)[
-                        :rows, :columns
-                    ]
-                    pixels = np.rot90(pixels, quarter_turns) if quarter_turns else pixels
+                for channel, plane in enumerate(self._planes(frame, rows, columns)):
+                    pixels = np.rot90(plane, quarter_turns) if quarter_turns else plane
                     planes[row, channel] = pixels[top : top + height, left : left + width]
         return np.moveaxis(planes, 1, -1)
+
+    def _planes(self, frame: Any, height: int, width: int) -> list[np.ndarray]:
+        """The red, green and blue of a frame, uint8 (height, width) each."""
+        # To planes, libswscale computes the same colours twice as fast as to interleaved pixels; the same but for a
+        # rounding error of 1 where chroma is scaled, which in a frame that keeps its size only odd sizes need.
+        keeps_odd_size = (frame.height, frame.width) == (height, width) and (height % 2 or width % 2)
+        pixel_format = "rgb24" if keeps_odd_size else "gbrp"
+        rgb = self._reformatter.reformat(
+            frame, width, height, pixel_format, interpolation=_SCALER_FLAGS, threads=self._num_threads
+        )
+        if keeps_odd_size:
+            return list(np.moveaxis(rgb.to_ndarray(), -1, 0))
+        lines = [np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size) for plane in rgb.planes]
+        green, blue, red = (plane[:height, :width] for plane in lines)
+        return [red, green, blue]

@@ -1,0 +1,65 @@
+"""The benchmarks run as a user runs them, on small numbers of rounds, and write rows that can be read."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from video_files import write_video
+
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+import measuring  # noqa: E402 (found by the line above)
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+def test_video_benchmark_writes_its_rows(tmp_path):
+    options = {"bf": "3", "x264-params": "scenecut=0:mbtree=0"}
+    write_video(tmp_path / "video.mp4", num_frames=80, height=96, width=128, gop=40, options=options)
+    write_video(tmp_path / "short.mp4")
+    process = run("video.py", "--videos", tmp_path, "--rounds", 1, "--smoke", "--json", tmp_path / "rows.json")
+    assert process.returncode in (0, 1), process.stderr  # speed is not for a test to judge
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert all(set(row) == {"name", "value", "unit", "target", "passed"} for row in rows)
+    assert all((row["target"] is None) == (row["passed"] is None) for row in rows)
+    assert process.returncode == int(any(row["passed"] is False for row in rows))
+    names = [row["name"] for row in rows]
+    assert not any("short.mp4" in name for name in names)
+    assert [name for name in names if name.startswith("video.mp4: time over decoding alone")]
+    assert sum(row["target"] is not None for row in rows) >= 5
+    (memory,) = (row for row in rows if "memory" in row["name"])
+    assert 0 <= memory["value"] < 300 and memory["passed"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--videos", "nowhere"], "there is no folder nowhere"),
+        (["--videos", "."], "no video of at least 64 frames"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    process = run("video.py", *arguments)
+    assert process.returncode == 2 and message in process.stderr
+
+
+def test_figures_know_whether_they_reach_their_target():
+    assert measuring.at_most("time", 1.8, "x", 1.8).passed and not measuring.at_most("time", 1.9, "x", 1.8).passed
+    assert measuring.at_least("speed", 1.7, "x", 1.7).passed and not measuring.at_least("speed", 1.6, "x", 1.7).passed
+    assert measuring.at_least("speed", 1.6, "x", None).passed is None
+    assert measuring.median_ratio([2.0, 9.0, 4.0], [1.0, 1.0, 1.0]) == 4.0
+
+
+def test_jobs_take_turns():
+    calls = []
+    seconds = measuring.interleaved_seconds({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2)
+    assert calls == ["a", "b"] * 3 and {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
