@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_models import make_clips, make_model, tiny_config
 
+from vivit_hf import ViViTConfig
 from vivit_hf.loss_vivit import infer_problem_type, video_classification_loss
 
 
@@ -242,3 +243,80 @@ def test_the_problem_type_of_the_configuration_decides(variant, kind):
     torch.testing.assert_close(outputs.loss, expected)
     assert model.config.problem_type == problem_type
     assert outputs[0] is outputs.loss and model(clips).loss is None
+
+
+GROUPS = {"noun": 4, "verb": 3}
+
+
+def soft_blocks(batch):
+    return torch.cat([torch.rand(batch, size).softmax(dim=1) for size in GROUPS.values()], dim=1)
+
+
+def test_the_loss_of_groups_is_the_mean_of_theirs():
+    torch.manual_seed(0)
+    logits, sizes = torch.randn(5, 7), tuple(GROUPS.values())
+    hard = torch.tensor([[0, 2], [3, 0], [1, 1], [2, 2], [0, 1]])
+    nouns = torch.nn.functional.cross_entropy(logits[:, :4], hard[:, 0])
+    verbs = torch.nn.functional.cross_entropy(logits[:, 4:], hard[:, 1])
+    loss = video_classification_loss(logits, hard, "single_label_classification", None, sizes)
+    torch.testing.assert_close(loss, (nouns + verbs) / 2)
+    one_hot = torch.cat([torch.nn.functional.one_hot(hard[:, g], size) for g, size in enumerate(sizes)], dim=1).float()
+    torch.testing.assert_close(
+        video_classification_loss(logits, one_hot, "single_label_classification", None, sizes), loss
+    )
+    gap = hard.clone()
+    gap[:, 1] = -100
+    torch.testing.assert_close(
+        video_classification_loss(logits, gap, "single_label_classification", None, sizes), nouns
+    )
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_the_pieces_of_a_batch_with_groups_add_up(kind):
+    torch.manual_seed(0)
+    logits, sizes = torch.randn(5, 7), tuple(GROUPS.values())
+    labels = soft_blocks(5) if kind == "soft" else torch.tensor([[0, 2], [3, -100], [1, 1], [2, 2], [-100, 1]])
+    whole = video_classification_loss(logits, labels, "single_label_classification", None, sizes)
+    items = (labels != -100).sum()  # as Trainer counts
+    parts = [
+        video_classification_loss(logits[rows], labels[rows], "single_label_classification", items, sizes)
+        for rows in (slice(0, 2), slice(2, 5))
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_a_model_with_groups_trains_and_is_saved_with_them(tmp_path):
+    model = make_model(tiny_config("factorised_encoder", label_groups=GROUPS, num_labels=7))
+    assert ViViTConfig(label_groups=GROUPS).num_labels == 7
+    labels = torch.tensor([[3, 0], [1, 2]])
+    outputs = model(make_clips(model.config), labels=labels)
+    outputs.loss.backward()
+    assert outputs.logits.shape == (2, 7) and model.classifier.weight.grad.abs().sum() > 0
+    split = model.split_logits(outputs.logits)
+    assert {name: tuple(part.shape) for name, part in split.items()} == {"noun": (2, 4), "verb": (2, 3)}
+    by_hand = sum(torch.nn.functional.cross_entropy(part, labels[:, g]) for g, part in enumerate(split.values())) / 2
+    torch.testing.assert_close(outputs.loss, by_hand)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert list(again.config.label_groups.items()) == list(GROUPS.items())
+    assert again.config.problem_type == "single_label_classification"
+    fresh = type(model).from_pretrained(tmp_path, num_labels=5)
+    assert fresh.config.label_groups is None and fresh.config.num_labels == 5
+    other = type(model).from_pretrained(tmp_path, label_groups={"noun": 2, "verb": 2})
+    assert other.config.num_labels == 4
+    with pytest.raises(ValueError, match="one group"):
+        other.from_pretrained(tmp_path, num_labels=5).split_logits(torch.zeros(1, 5))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"label_groups": {"noun": 5}}, "at least two groups"),
+        ({"label_groups": {"noun": 4, "verb": 0}}, "label_groups\\['verb'\\]=0"),
+        ({"label_groups": GROUPS, "num_labels": 6}, "are 7 labels, but there are 6"),
+        ({"label_groups": GROUPS, "num_labels": 7, "problem_type": "regression"}, "does not go with `label_groups`"),
+    ],
+)
+def test_groups_that_cannot_be_are_errors(fields, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config("factorised_encoder", **fields)

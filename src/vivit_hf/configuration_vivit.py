@@ -117,6 +117,9 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
             Stochastic depth: the rate grows linearly from 0 in the first layer to this value in the last.
         layer_norm_eps (`float`, defaults to 1e-6), qkv_bias (`bool`, defaults to `True`),
         initializer_range (`float`, defaults to 0.02).
+        label_groups (`dict`, *optional*):
+            Several classifications side by side in one output: names and sizes in the order of the output, such as
+            `{"noun": 300, "verb": 97}` for EPIC-Kitchens. `num_labels` is their sum; the loss is their mean.
 
     Raises:
         ValueError: for any value or combination that no model can have; the message names it and the way out.
@@ -154,6 +157,7 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
     layer_norm_eps: float = 1e-6
     qkv_bias: bool = True
     initializer_range: float = 0.02
+    label_groups: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name, aliases in _ALIASES.items():
@@ -180,6 +184,9 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
                     f"`num_labels={num_labels}` contradicts a label map of {len(self.id2label)} labels; give one."
                 )
             self.label2id = {label: int(index) for index, label in self.id2label.items()}
+        elif self.label_groups is not None:
+            self._check_label_groups()
+            kwargs.setdefault("num_labels", sum(self.label_groups.values()))
         super().__post_init__(**kwargs)
         self.check()
 
@@ -224,6 +231,7 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
         self._check_words()
         self._check_numbers()
         self._check_sizes()
+        self._check_label_groups()
         heads = [("num_attention_heads", self.num_attention_heads)]
         if self.temporal_num_attention_heads is not None:
             heads.append(("temporal_num_attention_heads", self.temporal_num_attention_heads))
@@ -309,6 +317,28 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
                     f"{clip} in {axis}: {patch} > {side}. Use a smaller tubelet or a larger clip."
                 )
 
+    def _check_label_groups(self) -> None:
+        if self.label_groups is None:
+            return
+        groups = self.label_groups
+        if not isinstance(groups, dict) or len(groups) < 2 or not all(isinstance(name, str) for name in groups):
+            raise ValueError(
+                f"`label_groups={groups!r}` must name at least two groups of labels and their sizes, for example "
+                "{'noun': 300, 'verb': 97}; leave it out for one classification."
+            )
+        for name, size in groups.items():
+            _check_whole_number(f"label_groups[{name!r}]", size, 1)
+        if self.id2label is not None and len(self.id2label) != sum(groups.values()):
+            raise ValueError(
+                f"`label_groups={groups}` are {sum(groups.values())} labels, but there are {len(self.id2label)} "
+                "(`num_labels`, or the label map)."
+            )
+        if self.problem_type not in (None, "single_label_classification"):
+            raise ValueError(
+                f"`problem_type={self.problem_type!r}` does not go with `label_groups`: each group is a single-label "
+                "classification."
+            )
+
     # Loading and presets
 
     @classmethod
@@ -385,6 +415,9 @@ def _settle_labels(config_dict: dict[str, Any], overrides: dict[str, Any]) -> No
     stored = config_dict.get("id2label")
     new_maps = overrides.get("id2label") is not None or overrides.get("label2id") is not None
     new_count = stored is not None and overrides.get("num_labels") not in (None, len(stored))
-    if new_maps or new_count:
+    groups = overrides.get("label_groups")
+    new_groups = groups is not None and groups != config_dict.get("label_groups")
+    if new_maps or new_count or new_groups:
         config_dict.pop("id2label", None)
         config_dict.pop("label2id", None)
+        config_dict.pop("label_groups", None)

@@ -1,11 +1,15 @@
 """The loss of video classification, exact under gradient accumulation and data parallelism."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 
-def infer_problem_type(labels: torch.Tensor, num_labels: int) -> str:
+def infer_problem_type(labels: torch.Tensor, num_labels: int, has_groups: bool = False) -> str:
     """The `problem_type` that transformers infers: one output is a regression, whole numbers are classes."""
+    if has_groups:
+        return "single_label_classification"
     if num_labels == 1:
         return "regression"
     return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
@@ -16,6 +20,7 @@ def video_classification_loss(
     labels: torch.Tensor,
     problem_type: str,
     num_items_in_batch: torch.Tensor | float | None = None,
+    group_sizes: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """
     Mean loss per example (single label) or per element (multi-label, regression), in float32 or wider.
@@ -32,6 +37,9 @@ def video_classification_loss(
         num_items_in_batch: what to divide the sum by instead of this batch's own count: the label elements of all the
             batches of one optimiser step, the way `transformers.Trainer` counts them. For soft labels it counts
             num_labels elements per example, which is undone here.
+        group_sizes: several classifications side by side in the logits (`ViViTConfig.label_groups`). Labels are then
+            (batch, groups) whole numbers, each counted from 0 within its group, or (batch, num_labels) floats of which
+            each group sums to 1; the loss is the mean over the groups, as in the official code.
 
     Raises:
         ValueError: if labels and logits do not fit together.
@@ -39,15 +47,25 @@ def video_classification_loss(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels = labels.to(logits.device)
     soft = labels.is_floating_point()
-    if problem_type == "single_label_classification" and not soft:
-        labels = _fit(labels, logits.shape[:1], logits, problem_type)
-        total = nn.functional.cross_entropy(logits, labels.long(), ignore_index=-100, reduction="sum")
-        count = (labels != -100).sum()
-    elif problem_type == "single_label_classification":
-        labels = _fit(labels, logits.shape, logits, problem_type).to(logits.dtype)
-        total = nn.functional.cross_entropy(logits, labels, reduction="sum")
-        count = torch.tensor(logits.shape[0], device=logits.device)
-        num_items_in_batch = None if num_items_in_batch is None else num_items_in_batch / logits.shape[1]
+    if problem_type == "single_label_classification":
+        # One classification is one group.
+        sizes = [logits.shape[1]] if group_sizes is None else list(group_sizes)
+        if soft:
+            labels = _fit(labels, logits.shape, logits, problem_type).to(logits.dtype)
+            targets = labels.split(sizes, dim=1)
+            count = torch.tensor(logits.shape[0] * len(sizes), device=logits.device)
+            if num_items_in_batch is not None:
+                num_items_in_batch = num_items_in_batch * len(sizes) / logits.shape[1]
+        else:
+            shape = logits.shape[:1] if group_sizes is None else torch.Size((len(logits), len(sizes)))
+            labels = _fit(labels, shape, logits, problem_type).long()
+            targets = labels.reshape(-1, len(sizes)).unbind(dim=1)
+            count = (labels != -100).sum()
+        parts = zip(logits.split(sizes, dim=1), targets, strict=True)
+        sums = [nn.functional.cross_entropy(*part, ignore_index=-100, reduction="sum") for part in parts]
+        total = torch.stack(sums).sum()
+    elif group_sizes is not None:
+        raise ValueError(f"`problem_type={problem_type!r}` does not go with groups of labels: each has a single label.")
     elif problem_type == "multi_label_classification":
         labels = _fit(labels, logits.shape, logits, problem_type).to(logits.dtype)
         counted = labels != -100

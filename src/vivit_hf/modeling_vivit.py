@@ -259,7 +259,8 @@ class ViViTForVideoClassification(ViViTPreTrainedModel):
             pixel_values: (batch, frames, channels, height, width), floats in [-1, 1].
             labels: classes (batch,) of int64 or, as mixup makes them, class probabilities (batch, num_labels) of
                 floats under `problem_type="single_label_classification"`; 0 and 1 (batch, num_labels) of floats under
-                `"multi_label_classification"`; values under `"regression"`. See `video_classification_loss`.
+                `"multi_label_classification"`; values under `"regression"`. With `label_groups` one class per group
+                (batch, groups), or class probabilities per group. See `video_classification_loss`.
             interpolate_pos_encoding: as in `ViViTModel`.
             num_items_in_batch: elements of the labels of all batches that make one optimiser step, as `Trainer` counts
                 them, so that accumulated gradients are those of the whole batch.
@@ -271,14 +272,22 @@ class ViViTForVideoClassification(ViViTPreTrainedModel):
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
         )
         logits = self.classifier(outputs.pooler_output)
-        loss = None
+        loss, groups = None, self.config.label_groups
         if labels is not None:
             if self.config.problem_type is None:  # kept, as in transformers, so that pipelines know the activation
-                self.config.problem_type = infer_problem_type(labels, self.config.num_labels)
-            loss = video_classification_loss(logits, labels, self.config.problem_type, num_items_in_batch)
+                self.config.problem_type = infer_problem_type(labels, self.config.num_labels, groups is not None)
+            sizes = None if groups is None else tuple(groups.values())
+            loss = video_classification_loss(logits, labels, self.config.problem_type, num_items_in_batch, sizes)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+    def split_logits(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The logits (..., num_labels) of each of the `label_groups` by its name, (..., size of the group)."""
+        if self.config.label_groups is None:
+            raise ValueError("This model has one group of labels: its logits are not to be split.")
+        groups = self.config.label_groups
+        return dict(zip(groups, logits.split(list(groups.values()), dim=-1), strict=True))
 
 
 __all__ = ["ViViTForVideoClassification", "ViViTModel", "ViViTPreTrainedModel"]
