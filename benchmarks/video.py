@@ -9,7 +9,7 @@ of its own: H.264 with B-frames at 340 x 256 and 320 x 180, and AV1 at 640 x 360
 Every ratio is taken within one run, the jobs taking turns; the figure is the median over the rounds. Decoding alone
 (PyAV with its defaults, from opening the file to the last frame that the clip needs, nothing converted) is the floor
 that no reader of the same frames gets under by much. Decord is measured where it is installed and reads the file:
-pip install -e ".[benchmarks]".
+pip install decord.
 """
 
 import argparse

@@ -192,6 +192,25 @@ class VideoReader:
                 return self._read_decoded(self._checked(indices), shape, on_lost)
             return self._arranged(frames, places, indices)
 
+    def describe(self) -> dict[str, Any]:
+        """What the file and its first frame say: `container`, `codec`, `pixel_format`, upright `height` and `width` in
+        pixels, and `rotation` in degrees clockwise (0, 90, 180 or 270)."""
+        with self._named_errors():
+            self._reopen()
+            frame = next(self._frames(self._packets()), None)
+            if frame is None:
+                raise self._error("no frame of it can be decoded", num_recovered=0)
+            quarter_turns = round(frame.rotation / 90) % 4  # anticlockwise
+            size = (frame.width, frame.height) if quarter_turns % 2 else (frame.height, frame.width)
+            return {
+                "container": self._container.format.name,
+                "codec": self._codec,
+                "pixel_format": frame.format.name,
+                "height": size[0],
+                "width": size[1],
+                "rotation": -90 * quarter_turns % 360,
+            }
+
     def verify(self) -> DecodingReport:
         """Decodes every frame and keeps none; the report then tells all the damage that a decoder can notice."""
         with self._named_errors():

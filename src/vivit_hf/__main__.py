@@ -1,0 +1,7 @@
+"""`python -m vivit_hf` is `vivit-hf`."""
+
+from .cli import main
+
+
+if __name__ == "__main__":
+    main()
