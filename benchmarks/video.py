@@ -14,6 +14,7 @@ pip install decord.
 
 import argparse
 import importlib.util
+import os
 import statistics
 import subprocess
 import sys
@@ -165,7 +166,7 @@ def clip_rows(path: Path, rounds: int) -> list[Row]:
             jobs[job] = run
     seconds = interleaved_seconds(jobs, rounds)
     name, ours = path.name, seconds["ours"]
-    limit = [2 * (one + whole) for one, whole in zip(ours, seconds["whole"], strict=True)]
+    limit = [2 * one + whole for one, whole in zip(ours, seconds["whole"], strict=True)]
     return [
         at_most(f"{name}: file to pixel_values", 1e3 * statistics.median(ours), "ms", None),
         at_most(f"{name}: time over decoding alone", median_ratio(ours, seconds["floor"]), "x", FLOOR_TARGET),
@@ -182,7 +183,7 @@ def clip_rows(path: Path, rounds: int) -> list[Row]:
         ),
         at_most(f"{name}: time of 4 x 3 views over one", median_ratio(seconds["views"], ours), "x", None),
         at_most(
-            f"{name}: time of 4 x 3 views over twice (one view + one decode of the whole file)",
+            f"{name}: time of 4 x 3 views over twice one view plus one whole decode",
             median_ratio(seconds["views"], limit),
             "x",
             VIEWS_TARGET,
@@ -240,13 +241,19 @@ processor(sys.argv[2])
 print(peak() - before)
 """
     command = [sys.executable, "-c", code, str(short), str(path)]
-    grown = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    plain = {name: value for name, value in os.environ.items() if name not in KEEP_MEMORY}
+    grown = float(subprocess.run(command, check=True, capture_output=True, text=True, env=plain).stdout)
     return at_most(
         f"10 minutes of {size[1]} x {size[0]}, 32 frames over all of it: growth of peak memory",
         grown,
         "MB",
         MEMORY_TARGET,
     )
+
+
+# Twelve views are 231 MB. What glibc gives back after every call comes back page by page, on a virtual machine from the
+# host, at a cost that varies and swamps the rest; so the process keeps the memory that it has, for all jobs alike.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "4000000000"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -288,4 +295,6 @@ def long_enough(folder: Path, parser: argparse.ArgumentParser) -> list[Path]:
 
 
 if __name__ == "__main__":
+    if sys.platform == "linux" and not KEEP_MEMORY.keys() & os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
     sys.exit(main())
