@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 def test_scan_lists_what_there_is_to_look_at(folder, tmp_path):
     process = run("scan", folder, "--json", tmp_path / "scan.jsonl")
     assert process.returncode == 0, process.stderr
-    assert "clip_with" not in process.stdout and process.stderr == ""
+    assert "clip_with" not in process.stdout and process.stderr.strip() == ""
     lines = {line.split()[1]: line for line in process.stdout.splitlines() if line.startswith("│")}
     assert set(lines) == {"odd/damaged.mp4", "odd/turned_90.mp4", "odd/variable.mp4"}
     assert "damaged: 1 packets are rejected, 1 frames are lost" in lines["odd/damaged.mp4"]

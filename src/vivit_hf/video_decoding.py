@@ -288,6 +288,7 @@ class VideoReader:
         context.thread_type = self._thread_type
         context.thread_count = self._num_threads
         self._codec = context.codec.canonical_name
+        self._header_size = (context.height, context.width)  # decoding changes that of the context
 
     def _packets(self) -> Iterator[Any]:
         """The packets of the video stream from where the container stands, going on past errors of the demuxer."""
@@ -484,5 +485,4 @@ class VideoReader:
         raise self._error("it changed while it was read")
 
     def _converted(self, frames: Generator[Any, None, None], num_frames: int, shape: FrameShape) -> np.ndarray:
-        context = self._stream.codec_context
-        return self._converter.to_rgb(frames, num_frames, (context.height, context.width), shape)
+        return self._converter.to_rgb(frames, num_frames, self._header_size, shape)
