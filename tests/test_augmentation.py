@@ -146,6 +146,27 @@ def test_colours_are_jittered_within_their_ranges(clip):
     assert np.array_equal(dropped[..., 0], dropped[..., 2]) and dropped.std() > 10
 
 
+def test_colours_are_jittered_as_by_hand(clip):
+    """Brightness, then saturation, then contrast about the mean of each channel; where no value is cut off."""
+    middle = (clip.astype(int) // 4 + 96).astype(np.uint8)
+    generator = np.random.default_rng(5)
+    brightness, (saturation, contrast) = generator.uniform(-32, 32), generator.uniform(0.6, 1.4, size=2)
+    values = middle + brightness
+    grey = (values @ [0.299, 0.587, 0.114])[..., None]
+    values = grey + saturation * (values - grey)
+    mean = values.mean(axis=(0, 1, 2))
+    values = mean + contrast * (values - mean)
+
+    class WithoutHue:
+        def __init__(self):
+            self.draws = iter([brightness, (saturation, contrast), 0.0])
+
+        def uniform(self, *_, **__):
+            return next(self.draws)
+
+    assert np.abs(jitter_colours(middle, WithoutHue()) - values).max() <= 3  # of which HSV rounds away two
+
+
 def test_hue_turns_red_to_other_colours():
     red = np.zeros((1, 8, 8, 3), dtype=np.uint8)
     red[..., 0] = 200

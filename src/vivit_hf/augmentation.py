@@ -24,6 +24,7 @@ from .video_frames import resize_frames
 
 
 _GREY = 128  # what comes in from outside of a frame, and fills holes
+_GREY_WEIGHTS = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 _FULL_MAGNITUDE = 10.0
 _TRANSLATION, _CUTOUT = 100, 40  # pixels at the full magnitude
 
@@ -126,21 +127,28 @@ def jitter_colours(clip: Clip, generator: np.random.Generator) -> Clip:
     brightness = generator.uniform(-32, 32)
     saturation, contrast = generator.uniform(0.6, 1.4, size=2)
     hue = generator.uniform(-0.2, 0.2)
-    values = clip.astype(np.float32)
-    values += np.float32(brightness)
-    grey = values @ np.array([0.299, 0.587, 0.114], dtype=np.float32)
-    values = grey[..., None] + np.float32(saturation) * (values - grey[..., None])
-    mean = values.mean(axis=(0, 1, 2), dtype=np.float64).astype(np.float32)
-    values = mean + np.float32(contrast) * (values - mean)
-    shifted = np.clip(np.rint(values), 0, 255).astype(np.uint8)
+    # The first three are linear in a pixel's colour: one matrix, with the means that contrast keeps.
+    to_grey = np.tile(_GREY_WEIGHTS, (3, 1))
+    matrix = saturation * np.eye(3) + (1 - saturation) * to_grey
+    offset = matrix @ np.full(3, brightness)
+    means = matrix @ _channel_means(clip) + offset
+    matrix, offset = contrast * matrix, contrast * offset + (1 - contrast) * means
+    entries = tuple(np.column_stack([matrix, offset]).ravel().tolist())
     steps = round(hue * 256)
 
-    def turn(image: Image.Image) -> Image.Image:
-        hues, *others = image.convert("HSV").split()
+    def jitter(image: Image.Image) -> Image.Image:
+        hues, *others = image.convert("RGB", entries).convert("HSV").split()
         turned = hues.point([(value + steps) % 256 for value in range(256)])
         return Image.merge("HSV", (turned, *others)).convert("RGB")
 
-    return _on_tall_image(shifted, turn)
+    return _on_tall_image(clip, jitter)
+
+
+def _channel_means(clip: Clip) -> np.ndarray:
+    """The means of red, green and blue over a clip, float64 (3,)."""
+    frames, height, width, channels = clip.shape
+    counts = Image.fromarray(clip.reshape(frames * height, width, channels)).histogram()
+    return np.array(counts, dtype=np.float64).reshape(3, 256) @ np.arange(256) / (frames * height * width)
 
 
 # RandAugment
@@ -159,7 +167,7 @@ def _sharpness(clip: Clip, share: float, _: np.random.Generator) -> Clip:
 
 
 def _contrast(clip: Clip, share: float, _: np.random.Generator) -> Clip:
-    mean = round(float(clip.reshape(-1, 3).mean(axis=0) @ np.array([0.299, 0.587, 0.114])))
+    mean = round(float(_channel_means(clip) @ _GREY_WEIGHTS))
     factor = share * 1.8 + 0.1
     table = [round(min(max(mean + factor * (value - mean), 0), 255)) for value in range(256)] * 3
     return _on_tall_image(clip, lambda image: image.point(table))
