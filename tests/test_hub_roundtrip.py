@@ -24,6 +24,7 @@ CODE = {
     *("modeling_vivit.py", "pushing_vivit.py", "auto_class.py", "model_card.py", "frame_sampling.py"),
     *(
         "video_processing_vivit.py",
+        "processing_parameters.py",
         "video_decoding.py",
         "video_frames.py",
         "video_sources.py",

@@ -1,11 +1,11 @@
 """The model card of a ViViT: the Hub's metadata, what the model is, how it started, and code that loads it."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
@@ -29,6 +29,7 @@ DEFAULT_TAGS = ("vivit", "video-classification", "vision")
 _BEGIN = "<!-- vivit_hf: from here on, push_to_hub writes this text anew -->"
 _END = "<!-- vivit_hf: your own text is kept above and below -->"
 _INITIALISATION = "## Initialisation\n"
+_RESULTS = "## Results\n"
 _STARTED_FROM = "Started from "
 # transformers' empty form, which pushing a processor or a configuration leaves in a new repository.
 _EMPTY_FORM = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
@@ -54,6 +55,8 @@ def write_model_card(
     metrics: Sequence[str] | None = None,
     tags: Sequence[str] = (),
     report: Report | None = None,
+    results: Mapping[str, float] | None = None,
+    protocol: str | None = None,
 ) -> Path:
     """
     Writes `README.md`, in the Hub's format for model cards, into a folder.
@@ -70,6 +73,8 @@ def write_model_card(
         datasets, metrics: names on the Hub, such as "kinetics400" and "accuracy".
         tags: besides "vivit", "video-classification" and "vision".
         report: of `initialise_from_vit`, or any Markdown that says where the weights come from.
+        results: scores by name, such as {"top1": 0.8}, for the text and for the Hub's metadata (`model-index`).
+        protocol: the views that the results come from; without them a score cannot be repeated.
 
     Returns:
         The path of the card.
@@ -97,9 +102,16 @@ def write_model_card(
         "tags": list(dict.fromkeys([*(old_data.get("tags") or []), *DEFAULT_TAGS, *tags])),
     }
 
-    initialisation = _initialisation(base_model, report) or (_initialisation_in(old.text) if old else "")
+    initialisation = _initialisation(base_model, report) or (_section_in(old.text, _INITIALISATION) if old else "")
     repo_id = repo_id or Path(folder).resolve().name
-    written = f"{_BEGIN}\n{_description(model, repo_id, initialisation)}\n{_END}"
+    if results:
+        text = _results(results, protocol)
+        data["model_name"] = repo_id.rpartition("/")[2]
+        data["eval_results"] = _eval_results(results, datasets, protocol)
+        data.pop("model-index", None)
+    else:
+        text = _section_in(old.text, _RESULTS) if old else ""
+    written = f"{_BEGIN}\n{_description(model, repo_id, initialisation, text)}\n{_END}"
     if old is None:
         text = f"\n# {repo_id.rpartition('/')[2]}\n\n{written}\n"
     elif _BEGIN in old.text and _END in old.text:
@@ -120,7 +132,7 @@ def read_initialisation(folder: str | os.PathLike) -> tuple[str | None, str | No
     if card is None or _BEGIN not in card.text:
         return None, None
     base_model = card.data.to_dict().get("base_model")
-    return base_model if isinstance(base_model, str) else None, _initialisation_in(card.text) or None
+    return base_model if isinstance(base_model, str) else None, _section_in(card.text, _INITIALISATION) or None
 
 
 def _read(path: Path) -> ModelCard | None:
@@ -151,12 +163,35 @@ def _initialisation(base_model: str | None, report: Report | None) -> str:
     return text or ""
 
 
-def _initialisation_in(text: str) -> str:
+def _results(results: Mapping[str, float], protocol: str | None) -> str:
+    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in results.items())
+    return f"| | |\n| --- | --- |\n{rows}" + (f"\n\nViews per video: {protocol}." if protocol else "")
+
+
+def _eval_results(
+    results: Mapping[str, float], datasets: Sequence[str] | str | None, protocol: str | None
+) -> list[EvalResult]:
+    dataset = datasets if isinstance(datasets, str) else datasets[0] if datasets else "custom"
+    return [
+        EvalResult(
+            task_type="video-classification",
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type="accuracy" if name.endswith(("top1", "top5")) else name,
+            metric_name=f"{name} ({protocol})" if protocol else name,
+            metric_value=round(value, 6),
+        )
+        for name, value in results.items()
+    ]
+
+
+def _section_in(text: str, heading: str) -> str:
+    """What stands under a heading of the part that `write_model_card` wrote."""
     written = text.partition(_BEGIN)[2].partition(_END)[0]
-    return written.partition(_INITIALISATION)[2].partition("\n## ")[0].strip()
+    return written.partition(heading)[2].partition("\n## ")[0].strip()
 
 
-def _description(model: Any, repo_id: str, initialisation: str) -> str:
+def _description(model: Any, repo_id: str, initialisation: str, results: str) -> str:
     config: ViViTConfig = model.config
     rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(model))
     parts = [
@@ -167,6 +202,8 @@ def _description(model: Any, repo_id: str, initialisation: str) -> str:
         "download and run):\n\n" + _code(_remote_code_snippet(model, repo_id)),
         "Reading video files takes PyAV (`pip install av`); lists of frames and arrays do without.",
     ]
+    if results:
+        parts.append(f"{_RESULTS}\n{results}")
     if initialisation:
         parts.append(f"{_INITIALISATION}\n{initialisation}")
     height, width = config.frame_size

@@ -26,11 +26,7 @@ from transformers.utils import logging
 
 from .auto_class import AutoClassMixin
 from .frame_sampling import (
-    CLIP_STARTS,
-    SHORT_VIDEO_POLICIES,
     check_choice,
-    check_positive_integer,
-    check_positive_number,
     fixed_crops,
     random_crop,
     resized_size,
@@ -39,6 +35,7 @@ from .frame_sampling import (
     sample_uniform_clip,
     window_around,
 )
+from .processing_parameters import validated_parameters
 from .video_decoding import VideoReader
 from .video_frames import (
     empty_floats,
@@ -48,14 +45,11 @@ from .video_frames import (
     resize_frames,
     select_frames,
 )
-from .video_sources import DecodingReport, VideoDecodingError, VideoLimits, is_video_source
+from .video_sources import DecodingReport, VideoDecodingError, VideoLimits, is_video_source, source_name
 
 
 logger = logging.get_logger(__name__)
 
-_FRAME_SAMPLINGS = ("clip", "uniform")
-_ERROR_POLICIES = ("raise", "skip", "repeat_last")
-_RESAMPLES = {filter.name.lower(): int(filter) for filter in PIL.Image.Resampling}
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 # What transformers writes into processor files besides the parameters.
 _SERVICE_KEYS = {"auto_map", "image_processor_type", "feature_extractor_type", "processor_class", "_processor_class"}
@@ -158,7 +152,7 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
         super().__init__(**kwargs)
         values["size"] = {"shortest_edge": 256} if size is None else size
         values["crop_size"] = {"height": 224, "width": 224} if crop_size is None else crop_size
-        for name, value in _validated(values).items():
+        for name, value in validated_parameters(values).items():
             setattr(self, name, value)
 
     def to_dict(self) -> dict[str, Any]:
@@ -201,7 +195,8 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
 
         Args:
             videos: one video, or a list of them, of different kinds and sizes if need be. A video is
-                - a file: path, `pathlib.Path`, http(s) URL, bytes, binary file, or {"path": ..., "bytes": ...};
+                - a file: path, `pathlib.Path`, http(s) URL, bytes, binary file, or {"path": ..., "bytes": ...}, there
+                  also with "start" and "end" in seconds from the first frame, for a part of a long video;
                 - a list of frames: PIL images, arrays or tensors (height, width, channels), grey (height, width);
                 - an array or tensor (frames, height, width, channels) or (frames, channels, height, width).
                 One array or tensor with 5 axes is a batch. Channels are 1, 3 or 4. Values are uint8 from 0 to 255, or
@@ -273,7 +268,7 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
         values = {name: getattr(self, name) for name in _PARAMETERS}
         if "frame_stride" in given:
             values["frames_per_second"] = None
-        return SimpleNamespace(**_validated({**values, **given}))
+        return SimpleNamespace(**validated_parameters({**values, **given}))
 
     def _clips(self, video: Any, call: SimpleNamespace) -> tuple[np.ndarray, DecodingReport | None]:
         """The clips of one video, resized: (clips, frames, height, width, channels), uint8 or float32."""
@@ -301,9 +296,7 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
         limits = VideoLimits(**(call.video_limits or {}))
         with VideoReader(video, limits=limits, num_threads=num_threads) as reader:
             clips = reader.read(
-                lambda times: (
-                    np.arange(len(times))[None] if call.do_sample_frames is False else _choose_clips(times, call)
-                ),
+                partial(_choose_frames, source=video, call=call),
                 size=(lambda height, width: resized_size(height, width, call.size)) if is_scaled else None,
                 window=partial(_kept_window, call=call) if is_scaled or not call.do_resize else None,
                 on_lost="repeat_last" if call.on_error == "repeat_last" else "raise",
@@ -328,67 +321,6 @@ def _check_names(given: dict[str, Any], allowed: set[str] | None = None) -> None
             close = difflib.get_close_matches(name, _PARAMETERS, n=1)
             hint = f" Did you mean `{close[0]}`?" if close else f" There are: {', '.join(_PARAMETERS)}."
             raise TypeError(f"`{name}` is not a parameter of ViViTVideoProcessor.{hint}")
-
-
-def _validated(values: dict[str, Any]) -> dict[str, Any]:
-    """Parameters in the one form in which they are stored, or a ValueError that names the wrong one."""
-    values = dict(values)
-    for name in ("do_resize", "do_center_crop", "do_convert_rgb", "do_rescale", "do_normalize", "offset"):
-        if not isinstance(values[name], (bool, np.bool_)):
-            raise ValueError(f"`{name}` must be True or False, got {values[name]!r}.")
-    for name in ("num_frames", "frame_stride", "num_clips"):
-        values[name] = check_positive_integer(name, values[name])
-    if values["frames_per_second"] is not None:
-        values["frames_per_second"] = check_positive_number("frames_per_second", values["frames_per_second"])
-    values["rescale_factor"] = check_positive_number("rescale_factor", values["rescale_factor"])
-    for name in ("clip_start", "crop_position"):
-        values[name] = check_choice(name, "centre" if values[name] == "center" else values[name], CLIP_STARTS)
-    check_choice("frame_sampling", values["frame_sampling"], _FRAME_SAMPLINGS)
-    check_choice("short_video_policy", values["short_video_policy"], SHORT_VIDEO_POLICIES)
-    check_choice("on_error", values["on_error"], _ERROR_POLICIES)
-    if values["frame_sampling"] == "uniform" and values["num_clips"] > 1:
-        raise ValueError(
-            f"frame_sampling='uniform' spreads one clip over the whole video, got num_clips={values['num_clips']}: "
-            "use num_clips=1 or frame_sampling='clip'."
-        )
-    if values["num_crops"] not in (1, 3):
-        raise ValueError(f"`num_crops` must be 1 or 3, got {values['num_crops']!r}.")
-    if values["num_crops"] == 3 and not values["do_center_crop"]:
-        raise ValueError("num_crops=3 needs do_center_crop=True and a `crop_size`.")
-    values["size"] = _size("size", values["size"], "shortest_edge")
-    values["crop_size"] = _size("crop_size", values["crop_size"], "square")
-    resample = values["resample"]
-    values["resample"] = _RESAMPLES.get(resample.lower()) if isinstance(resample, str) else int(resample)
-    if values["resample"] not in _RESAMPLES.values():
-        raise ValueError(f"`resample` must be one of {_RESAMPLES}, got {resample!r}.")
-    for name in ("image_mean", "image_std"):
-        value = values[name]
-        value = [float(entry) for entry in (value if isinstance(value, (Sequence, np.ndarray)) else [value])]
-        if len(value) not in (1, 3, 4) or (name == "image_std" and min(value) <= 0):
-            raise ValueError(
-                f"`{name}` must be one number or one per channel{' above 0' * (name == 'image_std')}, got {value}."
-            )
-        values[name] = value
-    if values["num_threads"] is not None and values["num_threads"] != 0:
-        values["num_threads"] = check_positive_integer("num_threads", values["num_threads"])
-    if unknown := set(values["video_limits"] or {}) - set(VideoLimits.__dataclass_fields__):
-        raise ValueError(f"`video_limits` has {sorted(VideoLimits.__dataclass_fields__)}, got {sorted(unknown)}.")
-    return values
-
-
-def _size(name: str, value: Any, meaning_of_int: str) -> dict[str, int]:
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        edge = int(value)
-        value = {"shortest_edge": edge} if meaning_of_int == "shortest_edge" else {"height": edge, "width": edge}
-    elif isinstance(value, (list, tuple)) and len(value) == 2:
-        value = {"height": value[0], "width": value[1]}
-    keys = [{"height", "width"}] + ([{"shortest_edge"}] if meaning_of_int == "shortest_edge" else [])
-    if not hasattr(value, "items") or set(value) not in keys:
-        expected = " or ".join(str(sorted(key)) for key in keys)
-        raise ValueError(
-            f"`{name}` must be a dictionary with {expected}, an integer, or (height, width), got {value!r}."
-        )
-    return {key: check_positive_integer(f"{name}['{key}']", entry) for key, entry in value.items()}
 
 
 def _generator(generator: np.random.Generator | int | None) -> np.random.Generator:
@@ -433,6 +365,24 @@ def _choose_clips(timestamps: np.ndarray, call: SimpleNamespace) -> np.ndarray:
             f"short_video_policy='{policy}' fills their clips."
         )
     return sample_clips(total, call.num_frames, call.frame_stride, short_video_policy=policy, **shared)
+
+
+def _choose_frames(timestamps: np.ndarray, source: Any, call: SimpleNamespace) -> np.ndarray:
+    """The frame indices of a file's clips, all of them in the part of it that the source asks for."""
+    first, total = 0, len(timestamps)
+    start, end = (source.get(name) for name in ("start", "end")) if isinstance(source, dict) else (None, None)
+    if start is not None or end is not None:
+        # A frame belongs to a part if it appears in it; containers round its moment to their clock.
+        borders = np.array([0.0 if start is None else start, np.inf if end is None else end]) - 1e-3
+        first, last = np.searchsorted(timestamps - timestamps[0], borders)
+        total = last - first
+        if total < 1:
+            reason = f"there is no frame between {start} and {end} seconds, of {timestamps[-1] - timestamps[0]:.3f}"
+            name = source_name(source)
+            raise VideoDecodingError(f"Cannot read {name}: {reason}.", source=name, reason=reason)
+    if call.do_sample_frames is False:
+        return first + np.arange(total)[None]
+    return first + _choose_clips(timestamps[first : first + total], call)
 
 
 def _kept_window(height: int, width: int, call: SimpleNamespace) -> tuple[int, int, int, int]:

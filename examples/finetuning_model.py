@@ -1,0 +1,210 @@
+"""The model of `finetune.py`: a ViViT, a preset, or an image ViT that becomes a ViViT; with its processor."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from finetuning_data import DataArguments
+from transformers import AutoConfig, AutoModel
+from transformers.image_processing_base import ImageProcessingMixin
+
+from vivit_hf import (
+    InitialisationReport,
+    ViViTConfig,
+    ViViTForVideoClassification,
+    ViViTVideoProcessor,
+    config_from_vit,
+    initialise_from_vit,
+)
+from vivit_hf.configuration_vivit import ATTENTION_TYPES, EMBEDDING_TYPES
+from vivit_hf.image_initialisation import TEMPORAL_ATTENTION_INITS, TEMPORAL_ENCODER_INITS, TUBELET_INITS
+from vivit_hf.labels import LabelMap
+from vivit_hf.training import FREEZINGS, LORA_TARGETS
+
+
+_IMAGE_TYPES = ("vit", "vit_msn", "vit_mae")
+
+
+@dataclass
+class ModelArguments:
+    """What to start from, and what is trained of it."""
+
+    model_name_or_path: str = field(
+        default="google/vit-base-patch16-224-in21k",
+        metadata={"help": "a ViViT or an image ViT, Hub id or folder, or a preset such as vivit-tiny"},
+    )
+    attention_type: str | None = field(
+        default=None,
+        metadata={"help": f"from an image ViT: {', '.join(ATTENTION_TYPES)} (default: factorised_encoder)"},
+    )
+    embedding_type: str | None = field(
+        default=None, metadata={"help": f"from an image ViT: {', '.join(EMBEDDING_TYPES)}"}
+    )
+    tubelet_size: str | None = field(default=None, metadata={"help": "from an image ViT: time,height,width"})
+    num_sampled_frames: int | None = field(default=None, metadata={"help": "with uniform_frame_sampling"})
+    num_temporal_layers: int | None = field(default=None, metadata={"help": "Model 2; 0 is the average-pool baseline"})
+    tubelet_init: str = field(default="central_frame", metadata={"help": f"{', '.join(TUBELET_INITS)}, or random"})
+    temporal_attention_init: str = field(
+        default="zero_output", metadata={"help": f"Model 3: {', '.join(TEMPORAL_ATTENTION_INITS)}"}
+    )
+    temporal_encoder_init: str = field(
+        default="random", metadata={"help": f"Model 2: {', '.join(TEMPORAL_ENCODER_INITS)}"}
+    )
+    num_frames: int | None = field(default=None, metadata={"help": "in a clip; position embeddings are resized"})
+    image_size: int | None = field(default=None, metadata={"help": "side of a frame; position embeddings are resized"})
+    drop_path_rate: float | None = field(default=None, metadata={"help": "stochastic depth"})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    freeze: str = field(default="none", metadata={"help": ", ".join(FREEZINGS)})
+    lora_rank: int = field(
+        default=0, metadata={"help": "train low-rank updates of queries and values instead; needs peft"}
+    )
+    lora_alpha: float = field(default=16.0, metadata={"help": "their scale"})
+
+
+@dataclass
+class Start:
+    """What training starts from: the model, the processor that feeds it, and where the weights come from."""
+
+    model: Any
+    processor: ViViTVideoProcessor
+    source: str
+    report: InitialisationReport | None = None
+
+    @property
+    def is_pretrained(self) -> bool:
+        return self.source not in ViViTConfig.presets
+
+
+def build_model(
+    arguments: ModelArguments, data: DataArguments, label_map: LabelMap, say: Callable[[str], None]
+) -> Start:
+    """Loads or makes the model. Raises ValueError for a source or a setting that does not go with it."""
+    source = arguments.model_name_or_path
+    sizes = {
+        name: value
+        for name in ("num_frames", "image_size", "drop_path_rate")
+        if (value := getattr(arguments, name)) is not None
+    }
+    structure = {
+        name: value
+        for name in ("attention_type", "embedding_type", "num_sampled_frames", "num_temporal_layers")
+        if (value := getattr(arguments, name)) is not None
+    }
+    if arguments.tubelet_size is not None:
+        structure["tubelet_size"] = tuple(int(side) for side in arguments.tubelet_size.split(","))
+    settings: dict[str, Any] = {}
+    report = None
+    if source in ViViTConfig.presets:
+        config = ViViTConfig.from_preset(source, **{**structure, **sizes, **label_map.config_fields()})
+        model = ViViTForVideoClassification(config)
+        say(f"{source}: new weights")
+    else:
+        stored = AutoConfig.from_pretrained(source)
+        if stored.model_type in ("vivit_hf", "vivit"):
+            model = _from_vivit(source, stored, structure, sizes, label_map, say)
+            settings = _processor_settings(source)
+        elif stored.model_type in _IMAGE_TYPES:
+            model, report = _from_image(source, arguments, structure, sizes, label_map, say)
+            kept = ("image_mean", "image_std", "rescale_factor", "do_normalize", "do_rescale")
+            settings = {name: value for name, value in _processor_settings(source).items() if name in kept}
+        else:
+            raise ValueError(
+                f"{source} is a {stored.model_type}; expected a ViViT or an image ViT of transformers. Weights of timm "
+                "and of the JAX ViTs become a ViViT with conversion/convert_vit_checkpoint.py."
+            )
+    if arguments.attn_implementation is not None:
+        model.set_attn_implementation(arguments.attn_implementation)
+    if arguments.lora_rank:
+        if arguments.freeze != "none":
+            raise ValueError("--lora_rank freezes all but its updates and the classifier: leave --freeze out.")
+        model = _with_lora(model, arguments)
+    return Start(model, _processor(model.config, settings, data), source, report)
+
+
+def _from_vivit(
+    source: str, stored: Any, structure: dict, sizes: dict, label_map: LabelMap, say: Callable[[str], None]
+) -> ViViTForVideoClassification:
+    old = ViViTForVideoClassification.config_class.from_pretrained(source)
+    for name, value in structure.items():
+        there = getattr(old, name)
+        if (list(value) if isinstance(value, tuple) else value) != there:
+            raise ValueError(f"{source} has {name}={there!r}, which is in its weights: leave --{name} {value} out.")
+    fields = label_map.config_fields()
+    has_same = sorted(LabelMap.from_config(old).names) == sorted(label_map.names) if old.num_labels else False
+    if has_same:  # its classifier goes on, in its order
+        say(f"{source}: the same {old.num_labels} classes, and so the same classifier")
+        fields = {"problem_type": fields["problem_type"]}
+    model = ViViTForVideoClassification.from_pretrained(source, **sizes, **fields)
+    if not has_same:
+        with torch.no_grad():
+            torch.nn.init.normal_(model.classifier.weight, std=model.config.initializer_range)
+            torch.nn.init.zeros_(model.classifier.bias)
+        say(f"{source}: a new classifier for {len(label_map.names)} classes")
+    return model
+
+
+def _from_image(
+    source: str,
+    arguments: ModelArguments,
+    structure: dict,
+    sizes: dict,
+    label_map: LabelMap,
+    say: Callable[[str], None],
+) -> ViViTForVideoClassification:
+    vit = AutoModel.from_pretrained(source)
+    structure = {"attention_type": "factorised_encoder", **structure}
+    config = config_from_vit(vit.config, **{**structure, **sizes, **label_map.config_fields()})
+    model = ViViTForVideoClassification(config)
+    inits = {
+        "temporal_attention_init": arguments.temporal_attention_init,
+        "temporal_encoder_init": arguments.temporal_encoder_init,
+    }
+    is_random = arguments.tubelet_init == "random"
+    kernel = model.vivit.embeddings.patch_embeddings.projection.weight.detach().clone()
+    report = initialise_from_vit(
+        model, vit, tubelet_init="central_frame" if is_random else arguments.tubelet_init, **inits
+    )
+    if is_random:
+        model.vivit.embeddings.patch_embeddings.projection.weight.data.copy_(kernel)
+        report.parameters["vivit.embeddings.patch_embeddings.projection.weight"] = "newly initialised"
+    say(f"{source}: {report} parameters")
+    return model, report
+
+
+def _with_lora(model: ViViTForVideoClassification, arguments: ModelArguments) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(
+        r=arguments.lora_rank,
+        lora_alpha=arguments.lora_alpha,
+        target_modules=LORA_TARGETS,
+        modules_to_save=["classifier"],
+    )
+    return get_peft_model(model, settings)
+
+
+def _processor_settings(source: str) -> dict[str, Any]:
+    try:
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(source)
+    except OSError:  # there is none
+        return {}
+    return settings
+
+
+def _processor(config: Any, settings: dict[str, Any], data: DataArguments) -> ViViTVideoProcessor:
+    height, width = config.frame_size
+    processor = ViViTVideoProcessor.from_dict({**settings, "num_frames": config.num_frames})
+    changes: dict[str, Any] = {"crop_size": {"height": height, "width": width}}
+    old_crop = min(processor.crop_size.values())
+    if data.resize is not None:
+        changes["size"] = {"shortest_edge": data.resize}
+    elif changes["crop_size"] != processor.crop_size:
+        old_side = min(processor.size.values())
+        changes["size"] = {"shortest_edge": round(min(height, width) * old_side / old_crop)}
+    for name in ("frame_stride", "frames_per_second"):
+        if getattr(data, name) is not None:
+            changes[name] = getattr(data, name)
+    if data.frame_stride is not None:
+        changes["frames_per_second"] = None
+    return ViViTVideoProcessor.from_dict({**processor.to_dict(), **changes})

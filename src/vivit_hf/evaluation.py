@@ -1,0 +1,148 @@
+"""Scores of video classification: views averaged per video, top-1 and top-5, mean average precision, noun-verb actions.
+
+A video's views are averaged as class probabilities ("probabilities", the softmax of each view) or before the softmax
+("logits", as the paper's section 4 has it). Whatever the way, a score depends on the views: state them with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from .labels import IGNORED, LabelMap
+
+
+AVERAGINGS = ("probabilities", "logits")
+_COLLAPSE = 0.95  # share of the predictions that are of one class
+_MIN_PREDICTIONS = 12  # among fewer it can be chance
+
+
+def average_views(logits: torch.Tensor, label_map: LabelMap, averaging: str = "probabilities") -> torch.Tensor:
+    """
+    The views of each video as one row of logits, whose softmax (sigmoid with several labels) is the averaged score.
+
+    Args:
+        logits: (batch, views, num_labels).
+        averaging: "probabilities" or "logits".
+
+    Returns:
+        float32 or wider, (batch, num_labels).
+    """
+    if averaging not in AVERAGINGS:
+        raise ValueError(f"`averaging` must be one of {', '.join(AVERAGINGS)}, got {averaging!r}.")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if averaging == "logits" or logits.shape[1] == 1:
+        return logits.mean(dim=1)
+    if label_map.has_several:  # log(p / (1 - p)) of the mean p
+        log_count = np.log(logits.shape[1])
+        yes, no = (torch.nn.functional.logsigmoid(sign * logits).logsumexp(dim=1) - log_count for sign in (1, -1))
+        return yes - no
+    parts = logits.split(label_map.sizes, dim=-1)
+    return torch.cat([part.log_softmax(dim=-1).logsumexp(dim=1) - np.log(part.shape[1]) for part in parts], dim=-1)
+
+
+def to_probabilities(logits: torch.Tensor, label_map: LabelMap) -> torch.Tensor:
+    """(..., num_labels): softmax within each group, or sigmoid with several labels per video."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if label_map.has_several:
+        return logits.sigmoid()
+    return torch.cat([part.softmax(dim=-1) for part in logits.split(label_map.sizes, dim=-1)], dim=-1)
+
+
+def classification_metrics(logits: np.ndarray, labels: np.ndarray, label_map: LabelMap) -> dict[str, float]:
+    """
+    Fractions from 0 to 1.
+
+    Args:
+        logits: (videos, num_labels).
+        labels: as `LabelMap.encode` gives them; -100 does not count.
+
+    Returns:
+        `top1` and `top5`; with groups these of each, such as `noun_top1`, and those of all together (`action_top1`,
+        from the product of the softmaxes; `top1` and `top5` are the same numbers); with several labels `map`, the mean
+        over the labels that occur. A video whose logits are not finite counts as wrong.
+    """
+    logits = np.asarray(logits, dtype=np.float64)
+    labels = np.asarray(labels)
+    if label_map.has_several:
+        counted = (labels != IGNORED).all(axis=1)
+        return {"map": mean_average_precision(logits[counted], labels[counted])}
+    labels = labels.reshape(len(labels), -1)
+    counted = (labels != IGNORED).all(axis=1)
+    logits, labels = logits[counted], labels[counted]
+    if not label_map.is_grouped:
+        return _top_k(ranks(logits, labels[:, 0]))
+    metrics: dict[str, float] = {}
+    parts = np.split(logits, np.cumsum(label_map.sizes)[:-1], axis=1)
+    for group, (name, part) in enumerate(zip(label_map.groups, parts, strict=True)):
+        metrics |= {f"{name}_{key}": value for key, value in _top_k(ranks(part, labels[:, group])).items()}
+    together = _top_k(joint_ranks(parts, labels))
+    return metrics | {f"action_{key}": value for key, value in together.items()} | together
+
+
+def _top_k(found: np.ndarray) -> dict[str, float]:
+    if len(found) == 0:
+        return {"top1": float("nan"), "top5": float("nan")}
+    return {f"top{k}": float((found < k).mean()) for k in (1, 5)}
+
+
+def ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """How many classes stand before the right one, int64 (videos,). Of equal scores the lower index stands first."""
+    right = np.take_along_axis(scores, labels[:, None], axis=1)
+    before = np.arange(scores.shape[1]) < labels[:, None]
+    found = ((scores > right) | ((scores == right) & before)).sum(axis=1)
+    return np.where(np.isfinite(scores).all(axis=1), found, scores.shape[1])
+
+
+def joint_ranks(parts: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
+    """`ranks` of the tuples of one class of each part, by the product of the parts' softmaxes: int64 (videos,)."""
+    found = np.empty(len(labels), dtype=np.int64)
+    for row in range(len(labels)):
+        joint, right = np.zeros(1), 0
+        for part, label in zip(parts, labels[row], strict=True):
+            logits = part[row] - part[row].max()
+            log_probabilities = logits - np.log(np.exp(logits).sum())
+            joint = (joint[:, None] + log_probabilities[None]).reshape(-1)
+            right = right * part.shape[1] + int(label)
+        found[row] = ranks(joint[None], np.array([right]))[0]
+    return found
+
+
+def mean_average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
+    """The mean over the labels that occur of the area under their precision-recall steps. (videos, num_labels) both."""
+    occurring = np.flatnonzero((labels > 0.5).any(axis=0))
+    if len(occurring) == 0:
+        return float("nan")
+    return float(np.mean([_average_precision(scores[:, index], labels[:, index] > 0.5) for index in occurring]))
+
+
+def _average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
+    scores = np.where(np.isfinite(scores), scores, -np.inf)
+    order = np.argsort(-scores, kind="stable")
+    hits = np.cumsum(positive[order])
+    # Equal scores are one step: no order among them is better than another.
+    ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
+    precision = hits[ends] / (ends + 1)
+    recall_steps = np.diff(hits[ends], prepend=0) / hits[-1]
+    return float((precision * recall_steps).sum())
+
+
+def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """How many videos of class i (rows) are taken for class j (columns), int64 (classes, classes)."""
+    labels = np.asarray(labels).reshape(-1)
+    counted = labels != IGNORED
+    num_classes = logits.shape[1]
+    places = labels[counted] * num_classes + logits[counted].argmax(axis=1)
+    return np.bincount(places, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def collapsed_class(predictions: np.ndarray, labels: np.ndarray) -> int | None:
+    """The class that nearly all predictions are of although the labels are not; None if there is none, or too few."""
+    if len(predictions) < _MIN_PREDICTIONS:
+        return None
+    counts = np.bincount(predictions)
+    winner = int(counts.argmax())
+    is_collapsed = counts[winner] >= _COLLAPSE * len(predictions) and (labels == winner).mean() < (1 + _COLLAPSE) / 3
+    return winner if is_collapsed else None

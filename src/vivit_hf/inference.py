@@ -1,0 +1,96 @@
+"""From video files to scores: views decoded once per file, in workers, averaged per video."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from .evaluation import average_views, to_probabilities
+from .labels import LabelMap
+from .video_processing_vivit import ViViTVideoProcessor
+from .video_sources import VideoDecodingError
+
+
+@dataclass
+class VideoPrediction:
+    """`index` of the video in the input; `logits` and `probabilities`, float32 (num_labels,), or `error`."""
+
+    index: int
+    logits: np.ndarray | None = None
+    probabilities: np.ndarray | None = None
+    error: str | None = None
+
+
+class _Views(Dataset):
+    def __init__(self, videos: Sequence[Any], processor: ViViTVideoProcessor, num_clips: int, num_crops: int):
+        self.videos, self.processor = videos, processor
+        self.views: dict[str, Any] = {"num_clips": num_clips, "num_crops": num_crops}
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, str | None]:
+        try:
+            return index, self.processor(self.videos[index], **self.views)["pixel_values"], None
+        except (VideoDecodingError, OSError, ValueError) as error:
+            return index, None, str(error)
+
+
+def predict_views(model: torch.nn.Module, pixel_values: torch.Tensor, max_clips: int = 16) -> torch.Tensor:
+    """Logits (batch, views, labels) of (batch, views, frames, channels, height, width), some clips at a time."""
+    views = pixel_values.flatten(0, 1)
+    logits = torch.cat([model(pixel_values=part).logits for part in views.split(max_clips)])
+    return logits.unflatten(0, pixel_values.shape[:2])
+
+
+def predict_videos(
+    model: Any,
+    processor: ViViTVideoProcessor,
+    videos: Sequence[Any],
+    *,
+    num_clips: int = 1,
+    num_crops: int = 1,
+    averaging: str = "probabilities",
+    batch_size: int = 8,
+    num_workers: int = 0,
+) -> Iterator[VideoPrediction]:
+    """
+    Classifies videos in their order; one that cannot be read has an `error` in its place.
+
+    Args:
+        model: a `ViViTForVideoClassification`, which is used on its device and in its dtype.
+        videos: what the processor takes.
+        num_clips, num_crops: the views of a video.
+        averaging: see `average_views`.
+        batch_size: clips that the model sees at a time.
+        num_workers: processes that decode.
+    """
+    label_map = LabelMap.from_config(model.config)
+    loader = DataLoader(
+        _Views(videos, processor, num_clips, num_crops),
+        batch_size=max(1, batch_size // (num_clips * num_crops)),
+        num_workers=num_workers,
+        collate_fn=list,
+    )
+    for items in loader:
+        good = [views for _, views, _ in items if views is not None]
+        # Without a crop, videos can be of different sizes.
+        is_one_size = len({views.shape for views in good}) == 1
+        alike = [good] if is_one_size else [[views] for views in good]
+        rows: list[torch.Tensor] = []
+        with torch.inference_mode():
+            for group in alike:
+                logits = predict_views(model, torch.stack(group).to(model.device, model.dtype), batch_size)
+                rows += average_views(logits, label_map, averaging).cpu()
+        remaining = iter(rows)
+        for index, views, error in items:
+            if views is None:
+                yield VideoPrediction(index, error=error)
+            else:
+                row = next(remaining)
+                yield VideoPrediction(index, row.numpy(), to_probabilities(row, label_map).numpy())

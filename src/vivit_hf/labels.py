@@ -1,0 +1,269 @@
+"""From the names of labels to numbers and back, the split into training and validation, and weights for uneven data."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .annotations import ONE_GROUP, AnnotationError, LabelledVideo
+
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """The labels of a data set, in the order of a model's output.
+
+    `groups`: names by group, such as {"noun": (...), "verb": (...)}; one classification is the group "".
+    `has_several`: whether a video has any number of the labels instead of one per group.
+    """
+
+    groups: Mapping[str, Sequence[str]]
+    has_several: bool = False
+
+    @classmethod
+    def of(
+        cls, videos: Iterable[LabelledVideo], groups: Sequence[str] = (ONE_GROUP,), has_several: bool = False
+    ) -> LabelMap:
+        """The labels that the videos have, sorted. Raises AnnotationError if there are fewer than two."""
+        names: dict[str, set[str]] = {group: set() for group in groups}
+        for one in videos:
+            if has_several:
+                names[groups[0]].update(one.labels)
+                continue
+            if len(one.labels) != len(groups):
+                raise AnnotationError(
+                    f"{one.where}: {len(one.labels)} labels ({', '.join(one.labels)}) where {len(groups)} is expected; "
+                    "for any number of labels per video set problem_type to 'multi_label_classification'."
+                )
+            for group, label in zip(groups, one.labels, strict=True):
+                names[group].add(label)
+        label_map = cls({group: tuple(sorted(group_names)) for group, group_names in names.items()}, has_several)
+        for group, found in label_map.groups.items():
+            if len(found) < 2:
+                of = f" of {group!r}" if group else ""
+                raise AnnotationError(
+                    f"The training data have {len(found)} class{'es' * (len(found) != 1)}{of}"
+                    f"{': ' + found[0] if found else ''}; at least 2 are needed."
+                )
+        return label_map
+
+    @classmethod
+    def from_config(cls, config: Any) -> LabelMap:
+        """The labels of a model."""
+        names = [str(config.id2label[index]) for index in range(config.num_labels)]
+        if config.label_groups is None:
+            return cls({ONE_GROUP: tuple(names)}, config.problem_type == "multi_label_classification")
+        groups, start = {}, 0
+        for group, size in config.label_groups.items():
+            groups[group] = tuple(name.removeprefix(f"{group}: ") for name in names[start : start + size])
+            start += size
+        return cls(groups)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike, has_several: bool = False) -> LabelMap:
+        """Names from a file: one per line, a CSV with a column `key` or `name`, a JSON list, a JSON map of names to
+        numbers (Something-Something's) or of numbers to names, or a JSON map of groups to lists."""
+        path = Path(path)
+        if not path.is_file():
+            raise AnnotationError(f"{path}: there is no such file of labels.")
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".json":
+            try:
+                stored = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise AnnotationError(f"{path}:{error.lineno}: this is not JSON ({error.msg}).") from None
+            if isinstance(stored, dict) and stored and all(isinstance(names, list) for names in stored.values()):
+                groups = {group: tuple(map(str, names)) for group, names in stored.items()}
+            else:
+                groups = {ONE_GROUP: _ordered_names(stored, path)}
+        elif path.suffix == ".csv":
+            rows = list(csv.DictReader(text.splitlines()))
+            column = next((name for name in ("key", "name") if rows and name in rows[0]), None)
+            if column is None:
+                raise AnnotationError(f"{path}:1: there is no column 'key' or 'name' with the labels.")
+            groups = {ONE_GROUP: tuple(row[column] for row in rows)}
+        else:
+            groups = {ONE_GROUP: tuple(line.strip() for line in text.splitlines() if line.strip())}
+        for group, names in groups.items():
+            if len(names) < 2 or len(set(names)) < len(names):
+                twice = [name for name, count in Counter(names).items() if count > 1]
+                reason = f"{', '.join(twice)} stands there twice" if twice else f"there are {len(names)}"
+                raise AnnotationError(
+                    f"{path}: at least 2 different labels are needed{f' of {group}' * bool(group)}: {reason}."
+                )
+        return cls(groups, has_several)
+
+    @cached_property
+    def _indices(self) -> list[dict[str, int]]:
+        return [{name: index for index, name in enumerate(names)} for names in self.groups.values()]
+
+    @property
+    def is_grouped(self) -> bool:
+        return list(self.groups) != [ONE_GROUP]
+
+    @property
+    def names(self) -> list[str]:
+        """All names in the order of the output; with several groups as `noun: pan`."""
+        return [f"{group}: {name}" if group else name for group, names in self.groups.items() for name in names]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(names) for names in self.groups.values()]
+
+    def config_fields(self) -> dict[str, Any]:
+        """The fields of `ViViTConfig` that say the same."""
+        groups = {group: len(names) for group, names in self.groups.items()} if self.is_grouped else None
+        problem = "multi_label_classification" if self.has_several else "single_label_classification"
+        return {"id2label": dict(enumerate(self.names)), "label_groups": groups, "problem_type": problem}
+
+    def encode(self, one: LabelledVideo) -> torch.Tensor:
+        """int64 () for one label, (groups,) for groups, float32 (num_labels,) of 0 and 1 for several labels.
+
+        A number that is no name counts as the place of the label in its group, as EPIC-Kitchens has it. Raises
+        AnnotationError for what is neither.
+        """
+        if self.has_several:
+            target = torch.zeros(len(self.names))
+            target[[self._index(0, label, one.where) for label in one.labels]] = 1.0
+            return target
+        if len(one.labels) != len(self.groups):
+            raise AnnotationError(f"{one.where}: {len(one.labels)} labels where {len(self.groups)} is expected.")
+        indices = [self._index(group, label, one.where) for group, label in enumerate(one.labels)]
+        return torch.tensor(indices if self.is_grouped else indices[0])
+
+    def ignored(self) -> torch.Tensor:
+        """The labels, as `encode` gives them, of a video that is not to count."""
+        if self.has_several:
+            return torch.full((len(self.names),), float(IGNORED))
+        return torch.tensor([IGNORED] * len(self.groups) if self.is_grouped else IGNORED)
+
+    def _index(self, group: int, label: str, where: str) -> int:
+        indices = self._indices[group]
+        if label in indices:
+            return indices[label]
+        if label.isdigit() and int(label) < len(indices):
+            return int(label)
+        raise AnnotationError(
+            f"{where}: the label {label!r} is not among the {len(indices)} of the model: {', '.join(list(indices)[:5])}"
+            f"{', ...' * (len(indices) > 5)}."
+        )
+
+
+def _ordered_names(stored: Any, path: Path) -> tuple[str, ...]:
+    if isinstance(stored, list):
+        return tuple(map(str, stored))
+    if isinstance(stored, dict):
+        by_index = {str(index): str(name) for name, index in stored.items()}
+        if set(stored) == {str(index) for index in range(len(stored))}:
+            by_index = {index: str(name) for index, name in stored.items()}
+        if set(by_index) == {str(index) for index in range(len(stored))}:
+            return tuple(by_index[str(index)] for index in range(len(stored)))
+    raise AnnotationError(f"{path}: expected a list of names, or a map between names and the numbers from 0 on.")
+
+
+def split_videos(
+    videos: Sequence[LabelledVideo], fraction: float, seed: int = 0
+) -> tuple[list[LabelledVideo], list[LabelledVideo]]:
+    """
+    Training and validation, the same for the same seed: of every class `fraction`, at least one video on either side.
+
+    Videos with several labels are stratified by the whole of their labels as far as these repeat. Parts of one file
+    stay together if that leaves both sides every class. Raises AnnotationError for a class with a single video.
+    """
+    if not 0 < fraction < 1:
+        raise AnnotationError(f"The share of the validation split must be between 0 and 1, got {fraction}.")
+    generator = np.random.default_rng(seed)
+    by_labels: dict[tuple[str, ...], list[int]] = {}
+    for index, one in enumerate(videos):
+        by_labels.setdefault(one.labels, []).append(index)
+    validation: set[int] = set()
+    leftovers: list[int] = []
+    for labels, indices in sorted(by_labels.items()):
+        if len(indices) == 1:
+            if len(labels) == 1:
+                raise AnnotationError(
+                    f"{videos[indices[0]].where}: the class {labels[0]!r} has a single video, too few for training and "
+                    "validation: add videos, leave the class out, or give a validation set."
+                )
+            leftovers += indices
+            continue
+        count = min(max(1, round(fraction * len(indices))), len(indices) - 1)
+        validation.update(generator.permutation(indices)[:count].tolist())
+    if leftovers:
+        validation.update(generator.permutation(leftovers)[: round(fraction * len(leftovers))].tolist())
+    return (
+        [one for index, one in enumerate(videos) if index not in validation],
+        [one for index, one in enumerate(videos) if index in validation],
+    )
+
+
+def check_splits(
+    train: Sequence[LabelledVideo],
+    validation: Sequence[LabelledVideo] | None,
+    label_map: LabelMap,
+    allow_missing_labels: bool = False,
+) -> list[str]:
+    """
+    Raises AnnotationError if a split is empty, a label is unknown, or a class of the training set has no validation
+    video (with `allow_missing_labels` their names are returned instead).
+    """
+    for name, videos in (("training", train), ("validation", validation)):
+        if videos is None:
+            continue
+        if not videos:
+            raise AnnotationError(f"The {name} split is empty.")
+        for one in videos:
+            label_map.encode(one)
+    if validation is None:
+        return []
+    places: dict[str, str] = {}
+    for one in train:
+        for label in one.labels:
+            places.setdefault(label, one.where)
+    known = {label for one in validation for label in one.labels}
+    missing = [label for label in places if label not in known]
+    if missing and not allow_missing_labels:
+        shown = ", ".join(f"{label!r} ({places[label]})" for label in missing[:5])
+        raise AnnotationError(
+            f"{len(missing)} of the {len(places)} classes of the training split have no video in the validation split "
+            f"({validation[0].where} and on): {shown}{', ...' * (len(missing) > 5)}. Their accuracy could not be "
+            "measured; add videos, or set allow_missing_labels."
+        )
+    return missing
+
+
+def class_weights(targets: Sequence[torch.Tensor], label_map: LabelMap) -> torch.Tensor:
+    """One weight per label, float32 (num_labels,): inverse to how often it occurs, and 1 on average over the videos.
+
+    A label that never occurs has weight 1. `targets` are what `LabelMap.encode` gives.
+    """
+    if label_map.has_several:
+        raise ValueError("Class weights are for one label per video; leave them out with several labels per video.")
+    stacked = torch.stack(list(targets)).reshape(len(targets), -1)
+    weights = []
+    for group, size in enumerate(label_map.sizes):
+        counts = torch.bincount(stacked[:, group], minlength=size).float()
+        occurring = int((counts > 0).sum())
+        weights.append(torch.where(counts > 0, len(targets) / (occurring * counts.clamp(min=1)), torch.ones(size)))
+    return torch.cat(weights)
+
+
+def balanced_weights(targets: Sequence[torch.Tensor], label_map: LabelMap) -> torch.Tensor:
+    """How often each video is to be drawn, float64 (videos,), so that labels come up equally often; with groups by the
+    rarer of a video's labels."""
+    weights = class_weights(targets, label_map).double()
+    starts = torch.tensor([0, *label_map.sizes]).cumsum(0)[:-1]
+    stacked = torch.stack(list(targets)).reshape(len(targets), -1)
+    return weights[stacked + starts].amax(dim=1)

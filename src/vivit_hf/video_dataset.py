@@ -1,0 +1,238 @@
+"""Video files as a data set of clips: deterministic per (seed, epoch, index), and not stopped by a damaged file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset, Sampler
+
+from .annotations import LabelledVideo
+from .augmentation import ClipAugmentation, clip_generator
+from .labels import LabelMap, balanced_weights
+from .video_processing_vivit import ViViTVideoProcessor
+from .video_sources import VideoDecodingError, source_name
+
+
+_ORDER, _REPLACEMENT = 0x6F72646572, 0x7265706C  # keep these random numbers apart from those of the augmentation
+
+
+class _ClipMaker:
+    """One video to the `pixel_values` of its clip or of its views."""
+
+    def __init__(
+        self, processor: ViViTVideoProcessor, augmentation: ClipAugmentation | None, num_clips: int, num_crops: int
+    ):
+        self.processor, self.augmentation = processor, augmentation
+        self.num_clips, self.num_crops = num_clips, num_crops
+
+    def augmented(self, video: Any, generator: np.random.Generator) -> torch.Tensor:
+        """A random clip, (frames, channels, height, width)."""
+        if self.augmentation is None:
+            raise ValueError("There is no augmentation to make a random clip with.")
+        # The whole frame as uint8: where it is cropped, the augmentation decides.
+        features = self.processor(
+            video,
+            clip_start="random",
+            generator=generator,
+            do_center_crop=False,
+            do_rescale=False,
+            do_normalize=False,
+            return_tensors="np",
+        )
+        frames = features["pixel_values"][0].transpose(0, 2, 3, 1)
+        clip = self.augmentation(np.ascontiguousarray(frames), generator)
+        clip = torch.from_numpy(np.require(clip, requirements="W"))  # what Pillow leaves is read-only
+        return self.processor.rescale_and_normalize(clip.permute(0, 3, 1, 2))
+
+    def views(self, video: Any) -> torch.Tensor:
+        """The views of the evaluation, (views, frames, channels, height, width)."""
+        return self.processor(video, num_clips=self.num_clips, num_crops=self.num_crops)["pixel_values"]
+
+
+class VideoClips(Dataset):
+    """
+    A map-style data set of labelled videos.
+
+    With an augmentation (training) an item is a random clip, `pixel_values` (frames, channels, height, width); without
+    one (evaluation) it has all views of its video, (views, frames, channels, height, width). Besides there are
+    `labels` (see `LabelMap.encode`), `index`, `epoch`, and `damaged_files`, a list of (file, reason).
+
+    A file that cannot be read is replaced in training by another video, chosen by (seed, epoch, index), and in
+    evaluation by zeros with labels that do not count; either way it is named in `damaged_files`.
+
+    Args:
+        videos: what there is.
+        processor: which frames, in which size and range.
+        label_map: the order of the labels.
+        augmentation: for training.
+        seed: of what is random.
+        num_clips, num_crops: the views of the evaluation.
+        max_replacements: how many damaged files in a row are replaced before it is an error.
+    """
+
+    def __init__(
+        self,
+        videos: Sequence[LabelledVideo],
+        processor: ViViTVideoProcessor,
+        label_map: LabelMap,
+        *,
+        augmentation: ClipAugmentation | None = None,
+        seed: int = 0,
+        num_clips: int = 1,
+        num_crops: int = 1,
+        max_replacements: int = 10,
+    ):
+        self.videos, self.label_map, self.augmentation, self.seed = videos, label_map, augmentation, seed
+        self.targets = [label_map.encode(one) for one in videos]
+        self.max_replacements = max_replacements
+        self._make = _ClipMaker(processor, augmentation, num_clips, num_crops)
+        # In shared memory: workers that outlive an epoch see the next one begin.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch[0] = int(epoch)
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"There is no video {index} of {len(self)}.")
+        index %= len(self)
+        if self.augmentation is None:
+            return self._evaluation_item(index)
+        epoch = int(self._epoch[0])
+        generator = clip_generator(self.seed, epoch, index)
+        chosen, damaged = index, []
+        for attempt in range(self.max_replacements + 1):
+            one = self.videos[chosen]
+            try:
+                clip = self._make.augmented(one.source(), generator)
+            except (VideoDecodingError, OSError) as error:
+                damaged.append(_damage(one, error))
+                replacement = np.random.default_rng((_REPLACEMENT, self.seed, epoch, index, attempt))
+                chosen = int(replacement.integers(len(self)))
+                continue
+            return {
+                "pixel_values": clip,
+                "labels": self.targets[chosen],
+                "index": index,
+                "epoch": epoch,
+                "damaged_files": damaged,
+            }
+        listed = "; ".join(f"{name}: {reason}" for name, reason in damaged[:3])
+        raise VideoDecodingError(
+            f"{len(damaged)} videos in a row cannot be read, which is too many to go on ({listed}; ...). "
+            "`vivit-hf scan` lists what is wrong with a folder."
+        )
+
+    def _evaluation_item(self, index: int) -> dict[str, Any]:
+        one, labels, damaged = self.videos[index], self.targets[index], []
+        try:
+            views = self._make.views(one.source())
+        except (VideoDecodingError, OSError) as error:
+            damaged, labels = [_damage(one, error)], self.label_map.ignored()
+            views = _empty_views(self._make)
+        return {"pixel_values": views, "labels": labels, "index": index, "epoch": 0, "damaged_files": damaged}
+
+
+class StreamedClips(IterableDataset):
+    """
+    Clips of a data set that is read in one pass, such as a streamed one of the Hub: items as those of `VideoClips`.
+
+    Args:
+        videos: an iterable of `LabelledVideo`, read anew in every epoch. It has to share itself out among workers, as
+            those of `datasets` do.
+        processor, label_map, augmentation, seed, num_clips, num_crops: as for `VideoClips`.
+
+    A file that cannot be read is left out, and named with the next item. What is random depends on (seed, epoch, place
+    in the stream of the worker).
+    """
+
+    def __init__(
+        self,
+        videos: Iterable[LabelledVideo],
+        processor: ViViTVideoProcessor,
+        label_map: LabelMap,
+        *,
+        augmentation: ClipAugmentation | None = None,
+        seed: int = 0,
+        num_clips: int = 1,
+        num_crops: int = 1,
+    ):
+        self.videos, self.label_map, self.augmentation, self.seed = videos, label_map, augmentation, seed
+        self._make = _ClipMaker(processor, augmentation, num_clips, num_crops)
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch[0] = int(epoch)
+        if hasattr(self.videos, "set_epoch"):
+            self.videos.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = torch.utils.data.get_worker_info()
+        epoch, damaged = int(self._epoch[0]), []
+        for place, one in enumerate(self.videos):
+            index = place if worker is None else place * worker.num_workers + worker.id
+            try:
+                if self.augmentation is None:
+                    clip = self._make.views(one.source())
+                else:
+                    clip = self._make.augmented(one.source(), clip_generator(self.seed, epoch, index))
+            except (VideoDecodingError, OSError) as error:
+                damaged.append(_damage(one, error))
+                continue
+            yield {
+                "pixel_values": clip,
+                "labels": self.label_map.encode(one),
+                "index": index,
+                "epoch": epoch,
+                "damaged_files": damaged,
+            }
+            damaged = []
+
+
+def _damage(one: LabelledVideo, error: Exception) -> tuple[str, str]:
+    name = one.where if callable(one.video) else source_name(one.video)
+    return name, getattr(error, "reason", None) or str(error)
+
+
+def _empty_views(make: _ClipMaker) -> torch.Tensor:
+    processor = make.processor
+    if not processor.do_center_crop:
+        raise ValueError("Evaluation goes on past a damaged file only if all clips have one size: set a crop.")
+    size = (processor.crop_size["height"], processor.crop_size["width"])
+    return torch.zeros(make.num_clips * make.num_crops, processor.num_frames, 3, *size)
+
+
+class ClipSampler(Sampler):
+    """
+    The order of the videos in an epoch, the same in every process and for any number of workers.
+
+    Args:
+        dataset: whose epoch is set along with the sampler's.
+        seed: of the order.
+        is_balanced: draw, with repetition, so that all labels come up equally often; else every video comes once.
+    """
+
+    def __init__(self, dataset: VideoClips, seed: int = 0, is_balanced: bool = False):
+        self.dataset, self.seed, self.epoch = dataset, seed, 0
+        self.weights = balanced_weights(dataset.targets, dataset.label_map).numpy() if is_balanced else None
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = int(epoch)
+        self.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng((_ORDER, self.seed, self.epoch))
+        if self.weights is None:
+            order = generator.permutation(len(self))
+        else:
+            order = generator.choice(len(self), size=len(self), p=self.weights / self.weights.sum())
+        return iter(order.tolist())
