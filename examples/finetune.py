@@ -30,8 +30,10 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 from vivit_hf import write_model_card
 from vivit_hf.annotations import AnnotationError
 from vivit_hf.augmentation import ClipAugmentation, names_with_sides
+from vivit_hf.inference import describe_views
 from vivit_hf.labels import LabelMap, class_weights
 from vivit_hf.mixing import ClipCollator
+from vivit_hf.model_card import is_repo_id
 from vivit_hf.recipes import RECIPES
 from vivit_hf.training import (
     ClipTrainer,
@@ -80,9 +82,9 @@ class FineTuningArguments(TrainingArguments):
     dataloader_num_workers: int = field(
         default=min(8, os.cpu_count() or 1), metadata={"help": "processes that decode, per device"}
     )
-    report_to: Any = field(
-        default_factory=lambda: ["tensorboard"] if importlib.util.find_spec("tensorboard") else ["none"],
-        metadata={"help": "none, tensorboard, wandb, ..."},
+    report_to: str = field(
+        default="tensorboard" if importlib.util.find_spec("tensorboard") else "none",
+        metadata={"help": "tensorboard, wandb, all, none, ..."},
     )
 
 
@@ -284,17 +286,6 @@ def try_one_batch(trainer: ClipTrainer, training: FineTuningArguments) -> None:
     sys.exit(0 if report.is_reached else 1)
 
 
-def protocol(processor: Any, data: DataArguments, training: FineTuningArguments) -> str:
-    rate = (
-        f"{processor.frames_per_second:g} per second"
-        if processor.frames_per_second
-        else f"stride {processor.frame_stride}"
-    )
-    size, crop = (" x ".join(map(str, one.values())) for one in (processor.size, processor.crop_size))
-    views = f"{data.num_clips} clip(s) x {data.num_crops} crop(s) of {processor.num_frames} frames, {rate}"
-    return f"{views}, resized to {size}, cropped to {crop}, {training.averaging} averaged"
-
-
 def report_results(trainer: ClipTrainer, split: str, metrics: dict[str, Any]) -> None:
     trainer.log_metrics(split, metrics)
     trainer.save_metrics(split, metrics)
@@ -328,12 +319,14 @@ def main(argv: list[str] | None = None) -> None:
 
     result = trainer.train(resume_from_checkpoint=checkpoint)
     damaged = trainer.all_damaged_files()
-    metrics = {**result.metrics, "train_samples": len(splits.train) if isinstance(splits.train, list) else None}
-    report_results(trainer, "train", {**metrics, "train_damaged_files": len(damaged)})
+    metrics = {**result.metrics, "train_damaged_files": len(damaged)}
+    if isinstance(splits.train, list):
+        metrics["train_samples"] = len(splits.train)
+    report_results(trainer, "train", metrics)
     results: dict[str, Any] = {}
     if final_validation is not None:
         results = trainer.evaluate(final_validation)
-        results["eval_protocol"] = protocol(processor, data, training)
+        results["eval_protocol"] = describe_views(processor, data.num_clips, data.num_crops, training.averaging)
         results["eval_damaged_files"] = len(set(trainer.all_damaged_files()) - set(damaged))
         if isinstance(splits.validation, list):
             results["eval_samples"] = len(splits.validation)
@@ -367,21 +360,19 @@ def save(
         for name, value in results.items()
         if name.endswith(("top1", "top5", "_map")) and isinstance(value, float)
     }
-    write_model_card(
-        folder,
-        model,
-        repo_id=training.hub_model_id,
-        base_model=start.source if start.is_pretrained else None,
-        report=start.report,
-        datasets=data.dataset_name,
-        metrics=["accuracy"],
-        results=scores,
-        protocol=results.get("eval_protocol"),
-    )
+    card = {
+        "base_model": start.source if start.is_pretrained else None,
+        "report": start.report,
+        "datasets": data.dataset_name if is_repo_id(data.dataset_name) else None,
+        "metrics": ["accuracy"],
+        "results": scores,
+        "protocol": results.get("eval_protocol"),
+    }
+    write_model_card(folder, model, repo_id=training.hub_model_id, **card)
     if uploads:
         repository = training.hub_model_id or folder.resolve().name
         private = bool(training.hub_private_repo)
-        model.push_to_hub(repository, private=private, token=training.hub_token)
+        model.push_to_hub(repository, private=private, token=training.hub_token, **card)
         start.processor.push_to_hub(repository, private=private, token=training.hub_token)
         say(training, f"Uploaded to {repository}.")
 

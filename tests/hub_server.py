@@ -190,9 +190,15 @@ class _Handler(BaseHTTPRequestHandler):
         block = re.match(r"---\n(.*?)\n---\n", content, re.DOTALL)
         data = yaml.safe_load(block[1]) if block else {}
         known = {"base_model", "datasets", "library_name", "license", "metrics", "pipeline_tag", "tags", "language"}
+        known.add("model-index")
         wrong = [key for key in data if key not in known]
         wrong += [key for key in ("datasets", "metrics", "tags") if not isinstance(data.get(key, []), list)]
         wrong += [] if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", data.get("base_model", "a")) else ["base_model"]
+        for entry in data.get("model-index", []):
+            for result in entry["results"]:
+                needed = [result["task"].get("type"), *(result["dataset"].get(key) for key in ("name", "type"))]
+                needed += [metric.get(key) for metric in result["metrics"] for key in ("type", "value")]
+                wrong += ["model-index"] * (None in needed or not entry.get("name"))
         errors = [{"message": f"{key} is not allowed"} for key in wrong]
         self.send_json({"errors": errors, "warnings": []}, 400 if errors else 200)
 

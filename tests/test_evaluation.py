@@ -42,8 +42,14 @@ def test_actions_are_pairs_by_the_product_of_the_softmaxes():
     metrics = classification_metrics(logits, np.array([[1, 1]]), GROUPED)
     # p(noun) = .665 .245 .090, p(verb) = .378 .622; pairs: .414 .251 | .152 .092 | .056 .034; lid, wash: third
     assert metrics == {
-        **{"noun_top1": 0.0, "noun_top5": 1.0, "verb_top1": 1.0, "verb_top5": 1.0},
-        **{"action_top1": 0.0, "action_top5": 1.0, "top1": 0.0, "top5": 1.0},
+        "noun_top1": 0.0,
+        "noun_top5": 1.0,
+        "verb_top1": 1.0,
+        "verb_top5": 1.0,
+        "action_top1": 0.0,
+        "action_top5": 1.0,
+        "top1": 0.0,
+        "top5": 1.0,
     }
     assert joint_ranks([logits[:, :3], logits[:, 3:]], np.array([[1, 1]])).tolist() == [2]
 

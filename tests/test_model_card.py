@@ -97,3 +97,17 @@ def test_only_our_own_classes_take_their_files_along(model, tmp_path):
     assert (tmp_path / "ours" / "modeling_vivit.py").exists()
     assert not (tmp_path / "mine" / "test_model_card.py").exists()
     assert mine.config.auto_map == {"AutoConfig": "configuration_vivit.ViViTConfig"}
+
+
+def test_results_stand_in_text_and_metadata_with_their_views(model, tmp_path):
+    scores, views = {"top1": 0.8125, "top5": 1.0}, "4 clips x 3 crops of 32 frames"
+    path = write_model_card(tmp_path, model, repo_id="org/name", datasets="org/clips", results=scores, protocol=views)
+    read = ModelCard.load(path)
+    assert "| top1 | 0.8125 |" in read.text and f"Views per video: {views}." in read.text
+    found = {result.metric_name: result for result in read.data.eval_results}
+    assert found[f"top1 ({views})"].metric_value == 0.8125
+    assert {result.dataset_type for result in found.values()} == {"org/clips"}
+    first = path.read_text(encoding="utf-8")
+    assert write_model_card(tmp_path, model, repo_id="org/name").read_text(encoding="utf-8") == first
+    again = write_model_card(tmp_path, model, repo_id="org/name", results={"map": 0.5}).read_text(encoding="utf-8")
+    assert "| map | 0.5000 |" in again and "0.8125" not in again

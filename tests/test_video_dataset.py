@@ -93,7 +93,6 @@ def test_two_workers_or_none_give_the_same_batches(files, processor):
 def test_an_item_depends_on_seed_epoch_and_index_alone(files, processor):
     data = VideoClips(good(files), processor, LABELS, augmentation=AUGMENTATION, seed=1)
     first = data[3]["pixel_values"]
-    np.random.seed(0)
     torch.manual_seed(123)
     data[0]
     assert torch.equal(data[3]["pixel_values"], first)
@@ -160,9 +159,9 @@ def test_streams_leave_damaged_files_out_and_name_them(files, processor):
     items = list(stream)
     assert [item["labels"].item() for item in items] == [0, 1, 1, 1, 0]
     assert [name for item in items for name, _ in item["damaged_files"]] == [files[2].video, files[4].video]
-    assert torch.equal(list(stream)[0]["pixel_values"], items[0]["pixel_values"])
+    assert torch.equal(next(iter(stream))["pixel_values"], items[0]["pixel_values"])
     stream.set_epoch(1)
-    assert not torch.equal(list(stream)[0]["pixel_values"], items[0]["pixel_values"])
+    assert not torch.equal(next(iter(stream))["pixel_values"], items[0]["pixel_values"])
 
 
 def test_a_part_of_a_long_video_is_a_clip_of_its_own(tmp_path, processor):

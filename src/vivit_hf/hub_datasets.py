@@ -45,6 +45,16 @@ def hub_videos(
     ]
 
 
+def unlabelled_videos(
+    dataset: datasets.Dataset, name: str, *, video_column: str | None = None
+) -> list[tuple[str, partial]]:
+    """What each video of a split is called, as `name[3]`, and a function that gives it to the processor."""
+    column = _column(name, list(dataset.features), video_column, ("video", *VIDEO_COLUMNS), "of videos")
+    if isinstance(dataset.features[column], datasets.Video):
+        dataset = dataset.cast_column(column, datasets.Video(decode=False))
+    return [(f"{name}[{index}]", partial(_video, dataset, index, column)) for index in range(len(dataset))]
+
+
 class StreamedVideos:
     """An iterable of `LabelledVideo`; `datasets` shares it out among data loader workers."""
 

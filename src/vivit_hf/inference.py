@@ -35,8 +35,10 @@ class _Views(Dataset):
         return len(self.videos)
 
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, str | None]:
+        video = self.videos[index]
         try:
-            return index, self.processor(self.videos[index], **self.views)["pixel_values"], None
+            video = video() if callable(video) else video
+            return index, self.processor(video, **self.views)["pixel_values"], None
         except (VideoDecodingError, OSError, ValueError) as error:
             return index, None, str(error)
 
@@ -64,7 +66,7 @@ def predict_videos(
 
     Args:
         model: a `ViViTForVideoClassification`, which is used on its device and in its dtype.
-        videos: what the processor takes.
+        videos: what the processor takes, or functions without arguments that give it.
         num_clips, num_crops: the views of a video.
         averaging: see `average_views`.
         batch_size: clips that the model sees at a time.
@@ -94,3 +96,25 @@ def predict_videos(
             else:
                 row = next(remaining)
                 yield VideoPrediction(index, row.numpy(), to_probabilities(row, label_map).numpy())
+
+
+def describe_views(
+    processor: ViViTVideoProcessor, num_clips: int, num_crops: int, averaging: str = "probabilities"
+) -> str:
+    """The protocol that a score has to be stated with."""
+    rate = f"stride {processor.frame_stride}"
+    if processor.frames_per_second is not None:
+        rate = f"{processor.frames_per_second:g} per second"
+    if processor.frame_sampling == "uniform":
+        rate = "spread over the video"
+    parts = [f"{num_clips} clip{'s' * (num_clips > 1)} x {num_crops} crop{'s' * (num_crops > 1)}"]
+    parts[0] += f" of {processor.num_frames} frames, {rate}"
+    if processor.do_resize:
+        edge = processor.size.get("shortest_edge")
+        sides = f"short side {edge}" if edge else f"{processor.size['height']} x {processor.size['width']}"
+        parts.append(f"resized to {sides}")
+    if processor.do_center_crop:
+        parts.append(f"cropped to {processor.crop_size['height']} x {processor.crop_size['width']}")
+    if num_clips * num_crops > 1:
+        parts.append(f"{averaging} averaged")
+    return ", ".join(parts)

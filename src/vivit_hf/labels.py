@@ -149,6 +149,19 @@ class LabelMap:
             return torch.full((len(self.names),), float(IGNORED))
         return torch.tensor([IGNORED] * len(self.groups) if self.is_grouped else IGNORED)
 
+    def best(self, probabilities: np.ndarray | None, top_k: int = 1, *, with_scores: bool = False) -> Any:
+        """The `top_k` names of each group, the likeliest first, with their probabilities if wanted; None for None."""
+        if probabilities is None:
+            return None
+        start, found = 0, []
+        for group, names in self.groups.items():
+            part = probabilities[start : start + len(names)]
+            start += len(names)
+            for index in np.argsort(-part, kind="stable")[:top_k]:
+                name = f"{group}: {names[index]}" if group else names[index]
+                found.append((name, float(part[index])) if with_scores else name)
+        return found
+
     def _index(self, group: int, label: str, where: str) -> int:
         indices = self._indices[group]
         if label in indices:

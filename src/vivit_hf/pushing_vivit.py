@@ -3,7 +3,7 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,8 @@ class HubPushMixin:
         datasets: Sequence[str] | str | None = None,
         metrics: Sequence[str] | None = None,
         report: Report | None = None,
+        results: Mapping[str, float] | None = None,
+        protocol: str | None = None,
     ) -> CommitInfo:
         """
         Uploads the model and a model card to a repository on the Hub, which is created if it is not there.
@@ -74,9 +76,9 @@ class HubPushMixin:
             revision: the branch to push to, created if it is not there.
             create_pr: open a pull request instead of committing.
             max_shard_size: weights above this size are split into files of at most this size.
-            tags, base_model, license, datasets, metrics, report: for the model card, see `write_model_card`. Without
-                `base_model` and `report`, those in the card of the folder or the repository that the model was loaded
-                from are taken over.
+            tags, base_model, license, datasets, metrics, report, results, protocol: for the model card, see
+                `write_model_card`. Without `base_model` and `report`, those in the card of the folder or the
+                repository that the model was loaded from are taken over.
 
         Returns:
             The commit: `str(...)` is its address, `.repo_url.repo_id` the full name of the repository.
@@ -119,6 +121,8 @@ class HubPushMixin:
                 metrics=metrics,
                 tags=[*(self.model_tags or []), *tags],
                 report=report,
+                results=results,
+                protocol=protocol,
             )
             files = {path.name: path for path in sorted(folder.iterdir())}
             there = api.list_repo_files(repo_id, revision=revision)

@@ -316,6 +316,11 @@ class ClipTrainer(Trainer):
 
     # Evaluation
 
+    def evaluation_loop(self, *arguments: Any, **settings: Any) -> Any:
+        # A run that is resumed behind an evaluation must not miss the random numbers that it drew.
+        with torch.random.fork_rng():
+            return super().evaluation_loop(*arguments, **settings)
+
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:

@@ -44,8 +44,8 @@ class _ClipMaker:
         )
         frames = features["pixel_values"][0].transpose(0, 2, 3, 1)
         clip = self.augmentation(np.ascontiguousarray(frames), generator)
-        clip = torch.from_numpy(np.require(clip, requirements="W"))  # what Pillow leaves is read-only
-        return self.processor.rescale_and_normalize(clip.permute(0, 3, 1, 2))
+        values = torch.from_numpy(np.require(clip, requirements="W"))  # what Pillow leaves is read-only
+        return self.processor.rescale_and_normalize(values.permute(0, 3, 1, 2))
 
     def views(self, video: Any) -> torch.Tensor:
         """The views of the evaluation, (views, frames, channels, height, width)."""

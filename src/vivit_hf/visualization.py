@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,8 @@ def draw_confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: str | 
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
     figure.colorbar(image, ax=axes, label="share of the videos of a class", shrink=0.8)
-    axes.set(xlabel="predicted", ylabel="true", title=title)
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_title(textwrap.fill(title, round(12 * side)), fontsize=9)
     if size <= 100:
         axes.set_xticks(range(size), names, rotation=90, fontsize=8)
         axes.set_yticks(range(size), names, fontsize=8)

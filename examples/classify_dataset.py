@@ -1,0 +1,165 @@
+"""
+Classifies any number of videos, in shards: killed and started again, it goes on, and nothing is lost or done twice.
+
+    python examples/classify_dataset.py --model my_vivit --videos folder_or_list --output_dir labels
+    accelerate launch --num_processes 8 examples/classify_dataset.py ...     the shards are shared out
+
+--videos is a folder, or a text file with a path or URL per line. The output folder gets part-00000.parquet and so on,
+each with the columns index, video, labels and scores (the best first) and error; a part is there whole or not at all.
+run.json holds what they were made from, and another run with other settings or videos is refused.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import torch
+from accelerate import PartialState
+from datasets import load_dataset
+
+from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
+from vivit_hf.dataset_scan import find_videos
+from vivit_hf.hub_datasets import unlabelled_videos
+from vivit_hf.inference import describe_views, predict_videos
+from vivit_hf.labels import LabelMap
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a fine-tuned ViViT, folder or Hub id")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--videos", type=Path, help="a folder, or a file with one path or URL per line")
+    source.add_argument("--dataset_name", help="a data set on the Hub, or a folder of one")
+    parser.add_argument("--dataset_config_name", help="its configuration")
+    parser.add_argument("--split", default="train", help="of the data set")
+    parser.add_argument("--video_column_name", help="of the data set (default: video, path, ...)")
+    parser.add_argument("--output_dir", required=True, type=Path)
+    parser.add_argument("--shard_size", type=int, default=256, help="videos per part: what is lost at most")
+    parser.add_argument("--top_k", type=int, default=5, help="labels per video (and per group of labels)")
+    parser.add_argument("--num_clips", type=int, default=1)
+    parser.add_argument("--num_crops", type=int, default=1, choices=[1, 3])
+    parser.add_argument("--batch_size", type=int, default=16, help="clips that the model sees at a time")
+    parser.add_argument("--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--use_cpu", action="store_true", help="even if there is a GPU")
+    return parser.parse_args(argv)
+
+
+def list_videos(args: argparse.Namespace) -> tuple[list[str], list[Any], str]:
+    """The names of the videos, what the processor takes, and a digest that tells other videos apart."""
+    if args.dataset_name is not None:
+        dataset = load_dataset(args.dataset_name, args.dataset_config_name, split=args.split)
+        pairs = unlabelled_videos(dataset, f"{args.dataset_name}/{args.split}", video_column=args.video_column_name)
+        names, videos = [name for name, _ in pairs], [video for _, video in pairs]
+        digest = dataset._fingerprint
+    else:
+        source: Path = args.videos
+        if source.is_dir():
+            names = [str(path) for path in find_videos(source)]
+        elif source.is_file():
+            lines = (line.strip() for line in source.read_text(encoding="utf-8").splitlines())
+            names = [line for line in lines if line]
+        else:
+            raise SystemExit(f"--videos {source}: there is no such folder or file")
+        videos, digest = list(names), hashlib.sha256("\n".join(names).encode()).hexdigest()
+    if not names:
+        raise SystemExit(f"{args.dataset_name or args.videos}: there are no videos")
+    return names, videos, digest
+
+
+def check_run(folder: Path, settings: dict[str, Any], is_main: bool) -> None:
+    """Writes what this run is made from, or refuses to go on with a run that was made from something else."""
+    path = folder / "run.json"
+    if path.exists():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        changed = [name for name in settings if stored.get(name) != settings[name]]
+        if changed:
+            listed = ", ".join(f"{name} {stored.get(name)!r} -> {settings[name]!r}" for name in changed)
+            raise SystemExit(f"{folder} holds another run ({listed}): choose another --output_dir, or remove it.")
+    elif is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / ".run.json.unfinished"
+        unfinished.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        os.replace(unfinished, path)
+
+
+def write_part(path: Path, rows: list[dict[str, Any]]) -> None:
+    schema = pyarrow.schema(
+        [
+            ("index", pyarrow.int64()),
+            ("video", pyarrow.string()),
+            ("labels", pyarrow.list_(pyarrow.string())),
+            ("scores", pyarrow.list_(pyarrow.float32())),
+            ("error", pyarrow.string()),
+        ]
+    )
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), unfinished)
+    os.replace(unfinished, path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    names, videos, digest = list_videos(args)
+    state = PartialState(cpu=args.use_cpu)
+    if int(os.environ.get("WORLD_SIZE", "1")) != state.num_processes:
+        raise SystemExit(f"{os.environ['WORLD_SIZE']} processes were started, but each is alone: add --use_cpu.")
+    fixed = ("model", "shard_size", "top_k", "num_clips", "num_crops", "dtype")
+    settings = {name: getattr(args, name) for name in fixed}
+    settings |= {"num_videos": len(videos), "videos_digest": digest}
+    check_run(args.output_dir, settings, state.is_main_process)
+    state.wait_for_everyone()
+
+    starts = range(0, len(videos), args.shard_size)
+    parts = {args.output_dir / f"part-{number:05d}.parquet": start for number, start in enumerate(starts)}
+    waiting = [path for path in parts if not path.exists()]
+    state.wait_for_everyone()  # all have looked before the first part is written
+    mine = waiting[state.process_index :: state.num_processes]
+    if state.is_main_process:
+        print(f"{len(videos)} videos in {len(parts)} parts, {len(parts) - len(waiting)} of them finished", flush=True)
+    if mine:
+        model = ViViTForVideoClassification.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+        model.to(state.device).eval()
+        processor = ViViTVideoProcessor.from_pretrained(args.model)
+        label_map = LabelMap.from_config(model.config)
+        if state.is_main_process:
+            print(f"views per video: {describe_views(processor, args.num_clips, args.num_crops)}", flush=True)
+    for path in mine:
+        begin, start = time.monotonic(), parts[path]
+        found = predict_videos(
+            model,
+            processor,
+            videos[start : start + args.shard_size],
+            num_clips=args.num_clips,
+            num_crops=args.num_crops,
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+        )
+        rows = []
+        for one in found:
+            best = label_map.best(one.probabilities, args.top_k, with_scores=True)
+            rows.append(
+                {
+                    "index": start + one.index,
+                    "video": names[start + one.index],
+                    "labels": None if best is None else [label for label, _ in best],
+                    "scores": None if best is None else [score for _, score in best],
+                    "error": one.error,
+                }
+            )
+        write_part(path, rows)
+        failed = sum(row["error"] is not None for row in rows)
+        rate = len(rows) / (time.monotonic() - begin)
+        print(f"{path.name}: {len(rows)} videos, {failed} not readable, {rate:.1f} per second", flush=True)
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

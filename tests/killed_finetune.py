@@ -1,0 +1,61 @@
+"""
+examples/finetune.py, but the process kills itself (kill -9) at a chosen moment; for test_finetune.py.
+
+    python tests/killed_finetune.py step:5 ...            in the 5th training step
+    python tests/killed_finetune.py optimizer.pt:2 ...    with half of the 2nd optimizer.pt written
+"""
+
+import io
+import os
+import signal
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import finetune
+import torch
+
+from vivit_hf.training import ClipTrainer
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    what, _, number = sys.argv[1].partition(":")
+    remaining = int(number)
+
+    if what == "step":
+        step = ClipTrainer.training_step
+
+        def counted_step(self, *arguments, **settings):
+            nonlocal remaining
+            remaining -= 1
+            if remaining == 0:
+                kill()
+            return step(self, *arguments, **settings)
+
+        ClipTrainer.training_step = counted_step
+    else:
+        save = torch.save
+
+        def half_save(value, file, *arguments, **settings):
+            nonlocal remaining
+            if os.path.basename(str(file)) == what:
+                remaining -= 1
+                if remaining == 0:
+                    whole = io.BytesIO()
+                    save(value, whole, *arguments, **settings)
+                    Path(file).write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+                    kill()
+            return save(value, file, *arguments, **settings)
+
+        torch.save = half_save
+    finetune.main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()
