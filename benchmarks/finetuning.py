@@ -132,7 +132,8 @@ def finetune(folder: Path, start: Path, videos: Path, arguments: dict[str, objec
         if process.returncode:
             raise RuntimeError(f"{folder}: {process.stderr[-3000:]}")
     history = json.loads(state.read_text())["log_history"]
-    return [entry["eval_top1"] for entry in history if "eval_top1" in entry]
+    # The last one is that of the end, once more of the last epoch.
+    return [entry["eval_top1"] for entry in history if "eval_top1" in entry][:-1]
 
 
 Accuracies = dict[str, list[list[float]]]  # row -> seeds -> epochs

@@ -151,14 +151,14 @@ def say(training: TrainingArguments, text: str) -> None:
 
 def check_processes(training: TrainingArguments) -> None:
     """Launchers that seem to train on several processes and do not: they are errors here."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and training.device.type == "cpu":
+        sys.exit("FSDP is set up, but on CPUs it would silently be plain data parallelism: it needs GPUs.")
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != training.world_size:
         sys.exit(
             f"{started} processes were started, but this one trains by itself (world size {training.world_size}): "
             f"there would be {started} independent copies. On CPUs add --use_cpu --ddp_backend gloo."
         )
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and training.device.type == "cpu":
-        sys.exit("FSDP is set up, but on CPUs it would silently be plain data parallelism: it needs GPUs.")
     if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" and started == 1:
         say(training, "One process only. On CPUs, `torchrun --nproc_per_node N ... --use_cpu` starts several.")
     say(training, f"Training on {training.world_size} process(es), device type {training.device.type}.")
@@ -318,8 +318,7 @@ def main(argv: list[str] | None = None) -> None:
         try_one_batch(trainer, training)
 
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    damaged = trainer.all_damaged_files()
-    metrics = {**result.metrics, "train_damaged_files": len(damaged)}
+    metrics = {**result.metrics, "train_damaged_files": len(trainer.all_damaged_files()["train"])}
     if isinstance(splits.train, list):
         metrics["train_samples"] = len(splits.train)
     report_results(trainer, "train", metrics)
@@ -327,23 +326,30 @@ def main(argv: list[str] | None = None) -> None:
     if final_validation is not None:
         results = trainer.evaluate(final_validation)
         results["eval_protocol"] = describe_views(processor, data.num_clips, data.num_crops, training.averaging)
-        results["eval_damaged_files"] = len(set(trainer.all_damaged_files()) - set(damaged))
+        results["eval_damaged_files"] = len(trainer.all_damaged_files()["eval"])
         if isinstance(splits.validation, list):
             results["eval_samples"] = len(splits.validation)
         report_results(trainer, "eval", results)
     trainer.save_state()
+    damaged = trainer.all_damaged_files()
     if hasattr(model, "merge_and_unload") and training.should_save:
         model.save_pretrained(Path(training.output_dir) / "adapter")
         model = model.merge_and_unload()
     if training.should_save:
-        save(arguments, trainer, model, start, results, uploads)
+        save(arguments, trainer, model, start, results, damaged, uploads)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
 def save(
-    arguments: Arguments, trainer: ClipTrainer, model: Any, start: Start, results: dict[str, Any], uploads: bool
+    arguments: Arguments,
+    trainer: ClipTrainer,
+    model: Any,
+    start: Start,
+    results: dict[str, Any],
+    damaged: dict[str, dict[str, str]],
+    uploads: bool,
 ) -> None:
     """Model, processor, the list of damaged files and a card with the scores; and the upload, if it is wanted."""
     _, data, _, training = arguments
@@ -351,10 +357,10 @@ def save(
     model = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
     model.save_pretrained(folder)
     start.processor.save_pretrained(folder)
-    files = trainer.damaged_files
-    (folder / "damaged_files.json").write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
-    if files:
-        say(training, f"{len(files)} files could not be read: see {folder / 'damaged_files.json'}")
+    (folder / "damaged_files.json").write_text(json.dumps(damaged, indent=2) + "\n", encoding="utf-8")
+    if any(damaged.values()):
+        counts = " and ".join(f"{len(files)} {split}" for split, files in damaged.items())
+        say(training, f"Files that could not be read ({counts}): see {folder / 'damaged_files.json'}")
     scores = {
         name.removeprefix("eval_"): value
         for name, value in results.items()

@@ -1,6 +1,7 @@
 """The benchmarks run as a user runs them, on small numbers of rounds, and write rows that can be read."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,17 @@ def test_video_benchmark_writes_its_rows(tmp_path):
     assert sum(row["target"] is not None for row in rows) >= 5
     (memory,) = (row for row in rows if "memory" in row["name"])
     assert 0 <= memory["value"] < 300 and memory["passed"]
+
+
+def test_fine_tuning_benchmark_writes_its_table(tmp_path):
+    rows = ["Model 3", "average pool, 2D patches"]
+    process = run("finetuning.py", "--output", tmp_path, "--smoke", "--only", *rows, "--json", tmp_path / "rows.json")
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert re.search(r"^\| Model 3 \| \d\.\d\d \(\d\.\d\d to \d\.\d\d\) \|$", process.stdout, re.MULTILINE)
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert len(found) == 2 and all(0 <= row["value"] <= 1 and row["target"] is None for row in found)
+    again = run("finetuning.py", "--output", tmp_path, "--smoke", "--only", *rows)
+    assert again.returncode == 0 and "The image ViT tells" not in again.stdout, "what is finished is not repeated"
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,29 @@ def test_evaluation_that_cannot_work(data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_nouns_verbs_and_actions(data, tmp_path):
+    groups = {"noun": 3, "verb": 2}
+    names = dict(enumerate(("noun: a", "noun: b", "noun: c", "verb: x", "verb: y")))
+    model = make_model(
+        ViViTConfig.from_preset("vivit-tiny", num_frames=8, image_size=32, id2label=names, label_groups=groups)
+    )
+    model.save_pretrained(tmp_path / "model")
+    ViViTVideoProcessor.from_pretrained(data / "model").save_pretrained(tmp_path / "model")
+    files = sorted((data / "videos" / "test").rglob("*.mp4"))
+    lines = [f"{file},{'abc'[index % 3]},{'xy'[index % 2]}" for index, file in enumerate(files)]
+    (tmp_path / "table.csv").write_text("\n".join(["path,noun,verb", *lines]))
+    arguments = ["--data", tmp_path / "table.csv", "--label_column_name", "noun,verb", "--model", tmp_path / "model"]
+    evaluate.main(list(map(str, [*options(data, tmp_path / "out"), *arguments, "--averaging", "logits"])))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    found = predictions(tmp_path / "out")
+    both = [
+        labels == [name[-1] for name in predicted]
+        for labels, predicted in zip(found["labels"], found["predicted"], strict=True)
+    ]
+    assert results["eval_top1"] == results["eval_action_top1"] == np.mean(both)
+    assert results["eval_verb_top5"] == 1.0 and results["eval_protocol"].endswith("logits averaged")
+
+
 # classify_dataset.py
 
 

@@ -182,7 +182,10 @@ def test_training_goes_on_past_a_damaged_file_and_names_it(videos, tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 9 and np.isfinite(losses).all()
-    assert list(trainer.all_damaged_files()) == [videos[7].video]
+    assert list(trainer.all_damaged_files()["train"]) == [videos[7].video]
+    assert trainer.all_damaged_files()["eval"] == {}
+    trainer.evaluate()
+    assert list(trainer.all_damaged_files()["eval"]) == [videos[7].video]
 
 
 def test_the_log_has_the_gradient_of_each_part_before_clipping(videos, tmp_path):

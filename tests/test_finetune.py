@@ -265,6 +265,28 @@ def test_epic_kitchens_has_two_heads(data, tmp_path):
     assert model.config.label_groups == {"noun": 300, "verb": 97} and model.classifier.out_features == 397
 
 
+def test_kinetics_and_something_something(data, tmp_path, capsys):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    kinetics, something = [], []
+    for number, (path, label) in enumerate(files_of(data)):
+        shutil.copy(path, folder / f"id{number}_000001_000011.mp4")
+        shutil.copy(path, folder / f"{number}.webm")
+        kinetics.append((label, f"id{number}", 1, 11, "train"))
+        something.append({"id": str(number), "label": "x", "template": f"Moving [something] {label[-4:]}"})
+    kinetics.append(("up_left", "gone", 1, 11, "train"))
+    table = write_table(tmp_path / "k400.csv", kinetics, ["label", "youtube_id", "time_start", "time_end", "split"])
+    given = {"train_dir": None, "validation_dir": None, "video_root": folder, "max_steps": 1}
+    run(data, tmp_path / "k400", **given, train_file=table, missing_videos="skip")
+    assert "12 videos to train on, 4 for validation, 4 classes" in capsys.readouterr().out
+    (tmp_path / "train.json").write_text(json.dumps(something))
+    labels = {f"Moving something {label}": str(index) for index, label in enumerate(("ight", "left"))}
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    run(data, tmp_path / "ssv2", **given, train_file=tmp_path / "train.json", labels_file=tmp_path / "labels.json")
+    config = ViViTForVideoClassification.from_pretrained(tmp_path / "ssv2").config
+    assert list(config.id2label.values()) == ["Moving something ight", "Moving something left"]
+
+
 def test_data_sets_as_the_hub_has_them(data, tmp_path, capsys):
     given = {"train_dir": None, "validation_dir": None, "dataset_name": data / "videos"}
     results = run(data, tmp_path / "whole", **given)
@@ -289,7 +311,7 @@ def test_a_damaged_file_is_named_and_counted(data, tmp_path):
     assert results["train_damaged_files"] == 1 and results["eval_damaged_files"] == 0
     assert len(losses(tmp_path / "out")) == 8
     report = json.loads((tmp_path / "out" / "damaged_files.json").read_text())
-    assert list(report) == [str(broken)] and report[str(broken)]
+    assert list(report["train"]) == [str(broken)] and report["train"][str(broken)] and report["eval"] == {}
 
 
 def wrong_inputs(data, folder):
@@ -469,13 +491,21 @@ def test_kill_9_and_resume_give_the_same_loss_curve_to_the_bit(uninterrupted, tm
 # Several processes
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--master_port=0"]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
 def test_two_processes_train_like_one_with_the_same_batch(data, tmp_path):
     plain = {"max_steps": 3, "lr_scheduler_type": "constant", "optim": "sgd", "learning_rate": 0.1}
+    # The processes see examples 0, 1 and 2, 3 of each batch of 4; crops are random per (seed, epoch, index), and so is
+    # what stands in for the damaged files.
+    videos = tmp_path / "videos"
+    shutil.copytree(data / "videos", videos)
+    broken = [videos / "train" / "up_left" / "000.mp4", videos / "train" / "up_right" / "001.mp4"]
+    for file in (*broken, videos / "test" / "up_left" / "000.mp4"):
+        file.write_bytes(b"broken")
+    plain |= {"train_dir": videos / "train", "validation_dir": videos / "test", "max_steps": 4}
     one = settings_for(data, tmp_path / "one", **plain)
     two = settings_for(data, tmp_path / "two", per_device_train_batch_size=2, ddp_backend="gloo", **plain)
-    # The processes see examples 0, 1 and 2, 3 of each batch of 4; crops are random per (seed, epoch, index).
     results = []
     for command, settings in (([sys.executable], one), (TORCHRUN, two)):
         process = start([*command, EXAMPLES / "finetune.py", *to_argv(settings)])
@@ -488,17 +518,35 @@ def test_two_processes_train_like_one_with_the_same_batch(data, tmp_path):
     for name, tensor in expected.items():
         torch.testing.assert_close(ours[name], tensor, atol=2e-6, rtol=1e-4, msg=name)
     scores = [json.loads((tmp_path / name / "all_results.json").read_text()) for name in ("one", "two")]
-    assert scores[0]["eval_top1"] == scores[1]["eval_top1"]
+    for name in ("eval_top1", "train_damaged_files", "eval_damaged_files"):
+        assert scores[0][name] == scores[1][name]
+    reports = [json.loads((tmp_path / name / "damaged_files.json").read_text()) for name in ("one", "two")]
+    assert reports[0] == reports[1] and list(reports[0]["train"]) == list(map(str, broken))
 
 
-def test_launchers_that_would_train_copies_are_refused(data, tmp_path):
-    settings = settings_for(data, tmp_path)
-    process = start(
-        [sys.executable, EXAMPLES / "finetune.py", *to_argv(settings)], WORLD_SIZE="2", RANK="0", LOCAL_RANK="-1"
-    )
-    assert process.returncode != 0
-    process = start([sys.executable, EXAMPLES / "finetune.py", *to_argv(settings)], ACCELERATE_USE_FSDP="true")
-    assert process.returncode != 0 and "it needs GPUs" in process.stderr
+LAUNCHERS = {
+    "copies": (TORCHRUN, "2 processes were started, but this one trains by itself"),
+    "sharded": (
+        [*LAUNCH, "--config_file", EXAMPLES / "fsdp2.yaml", "--num_processes", 2, "--main_process_port", 0],
+        "FSDP is set up, but on CPUs it would silently be plain data parallelism",
+    ),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers_that_would_not_do_what_they_seem_to_are_refused(data, tmp_path, launcher):
+    command, message = LAUNCHERS[launcher]
+    settings = settings_for(data, tmp_path, use_cpu=None)
+    process = start([*command, EXAMPLES / "finetune.py", *to_argv(settings)], CUDA_VISIBLE_DEVICES="")
+    assert process.returncode != 0 and message in process.stderr
+    assert not any(tmp_path.iterdir())
+
+
+def test_accelerate_on_cpus_says_that_it_is_one_process(data, tmp_path):
+    settings = settings_for(data, tmp_path, max_steps=1)
+    process = start([*LAUNCH, "--cpu", "--num_processes", 2, EXAMPLES / "finetune.py", *to_argv(settings)])
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "One process only. On CPUs, `torchrun" in process.stdout
 
 
 # Why it fails

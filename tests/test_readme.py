@@ -1,6 +1,7 @@
 """The README's snippets run as they stand, in a folder that holds what the README says is there."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,31 @@ def test_snippet_runs(folder, monkeypatch, capsys, index):
     exec(compile(SNIPPETS[index], f"README.md, snippet {index + 1}", "exec"), {"__name__": "__main__"})
     if "print(" in SNIPPETS[index]:
         assert capsys.readouterr().out.strip()
+
+
+SMALL = {
+    "finetune.py": ["--max_steps", "1", "--use_cpu", "--num_frames", "4", "--num_clips", "1", "--num_crops", "1"],
+    "evaluate.py": ["--use_cpu", "--num_workers", "0"],
+    "classify_dataset.py": ["--use_cpu", "--num_workers", "0"],
+}
+
+
+def test_the_commands_for_training_run_one_after_the_other(folder):
+    """With a step instead of epochs: the lines are those of the README, and each goes on from what is there."""
+    text = README.read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = [shlex.split(line) for line in re.findall(r"^python (examples/.*)$", text, flags=re.MULTILINE)]
+    assert [Path(command[0]).name for command in commands] == list(SMALL)
+    for script, *arguments in commands:
+        small = SMALL[Path(script).name]
+        process = subprocess.run(
+            [sys.executable, str(README.parent / script), *arguments, *small],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert process.returncode == 0, f"{script}: {process.stderr[-2000:]}"
+    assert (folder / "scores" / "confusion_matrix.png").exists() and (folder / "labels" / "part-00000.parquet").exists()
 
 
 def test_the_first_snippet_runs_in_an_interpreter_of_its_own(folder):

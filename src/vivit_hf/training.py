@@ -189,7 +189,7 @@ class ClipTrainer(Trainer):
 
     Beyond transformers': evaluation averages the views of a video and gives top-1 and top-5, mean average precision or
     noun, verb and action scores; the learning rate can fall from layer to layer; the order of the videos depends on
-    seed and epoch alone; files that could not be read are gathered in `damaged_files`; the log has the norm of the
+    seed and epoch alone; files that could not be read are gathered (`all_damaged_files`); the log has the norm of the
     gradient per part of the model, before it is clipped; and predictions that collapse to one class are warned of.
 
     Args:
@@ -213,7 +213,7 @@ class ClipTrainer(Trainer):
         super().__init__(*arguments, **settings)
         self.label_map, self.layer_decay, self.is_balanced = label_map, layer_decay, is_balanced
         self.averaging = averaging
-        self.damaged_files: dict[str, str] = {}
+        self.damaged_files: dict[str, dict[str, str]] = {"train": {}, "eval": {}}
         self._gradient_norms: dict[str, torch.Tensor] = {}
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -252,19 +252,22 @@ class ClipTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = dict(inputs)
+        known = self.damaged_files["train" if self.model.training else "eval"]
         for file, reason in inputs.pop("damaged_files", ()):
-            if file not in self.damaged_files:
-                self.damaged_files[file] = reason
+            if file not in known:
+                known[file] = reason
                 logger.warning(f"A video cannot be read. {file}: {reason}")
         return super()._prepare_inputs(inputs)
 
-    def all_damaged_files(self) -> dict[str, str]:
-        """The files of all processes with the reasons, sorted."""
+    def all_damaged_files(self) -> dict[str, dict[str, str]]:
+        """For "train" and "eval", the files of all processes with the reasons, sorted."""
         found = [self.damaged_files]
         if self.args.world_size > 1:
-            found = [None] * self.args.world_size  # type: ignore[list-item]
+            found = [{}] * self.args.world_size
             torch.distributed.all_gather_object(found, self.damaged_files)
-        return dict(sorted(item for files in found for item in files.items()))
+        return {
+            split: dict(sorted(item for files in found for item in files[split].items())) for split in ("train", "eval")
+        }
 
     # Optimisation
 
