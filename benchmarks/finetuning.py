@@ -46,20 +46,19 @@ MODEL_1, MODEL_2, MODEL_3, MODEL_4 = (
         "factorised_dot_product_attention",
     )
 )
+# A tubelet of two frames sees a little motion by itself; a 2D patch sees none.
+FRAMES = {"embedding_type": "uniform_frame_sampling", "num_sampled_frames": 8}
 ROWS = {
     "Model 1": MODEL_1,
     "Model 2": {**MODEL_2, "num_temporal_layers": 2},
     "Model 3": MODEL_3,
     "Model 4": MODEL_4,
-    "average pool, 2D patches": {
-        **MODEL_2,
-        "num_temporal_layers": 0,
-        "embedding_type": "uniform_frame_sampling",
-        "num_sampled_frames": 8,
-    },
+    "average pool, 2D patches": {**MODEL_2, "num_temporal_layers": 0, **FRAMES},
     "Model 1, filter inflation": {**MODEL_1, "tubelet_init": "filter_inflation"},
     "Model 1, random tubelets": {**MODEL_1, "tubelet_init": "random"},
     "Model 3, temporal attention `zero`": {**MODEL_3, "temporal_attention_init": "zero"},
+    "Model 3, 2D patches": {**MODEL_3, **FRAMES},
+    "Model 3, 2D patches, temporal attention `zero`": {**MODEL_3, **FRAMES, "temporal_attention_init": "zero"},
 }
 TRAINING = {
     "num_frames": 16,

@@ -27,7 +27,7 @@ from finetuning_data import DataArguments, Splits, load_splits
 from finetuning_model import ModelArguments, Start, build_model
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
-from vivit_hf import write_model_card
+from vivit_hf import ViViTForVideoClassification, write_model_card
 from vivit_hf.annotations import AnnotationError
 from vivit_hf.augmentation import ClipAugmentation, names_with_sides
 from vivit_hf.inference import describe_views
@@ -115,6 +115,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
         parser.error("--output_dir is needed: the folder for checkpoints and results")
     arguments = parser.parse_dict(settings)
     training: FineTuningArguments = arguments[3]
+    training.do_train = bool(given.get("do_train", not given.get("do_eval")))  # --do_eval alone only evaluates
     if recipe and "learning_rate" not in given:
         batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
         training.learning_rate = RECIPES[recipe].learning_rate(batch)
@@ -317,11 +318,12 @@ def main(argv: list[str] | None = None) -> None:
     if training.overfit_one_batch:
         try_one_batch(trainer, training)
 
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = {**result.metrics, "train_damaged_files": len(trainer.all_damaged_files()["train"])}
-    if isinstance(splits.train, list):
-        metrics["train_samples"] = len(splits.train)
-    report_results(trainer, "train", metrics)
+    if training.do_train:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        metrics = {**result.metrics, "train_damaged_files": len(trainer.all_damaged_files()["train"])}
+        if isinstance(splits.train, list):
+            metrics["train_samples"] = len(splits.train)
+        report_results(trainer, "train", metrics)
     results: dict[str, Any] = {}
     if final_validation is not None:
         results = trainer.evaluate(final_validation)
@@ -330,32 +332,28 @@ def main(argv: list[str] | None = None) -> None:
         if isinstance(splits.validation, list):
             results["eval_samples"] = len(splits.validation)
         report_results(trainer, "eval", results)
-    trainer.save_state()
     damaged = trainer.all_damaged_files()
-    if hasattr(model, "merge_and_unload") and training.should_save:
-        model.save_pretrained(Path(training.output_dir) / "adapter")
-        model = model.merge_and_unload()
-    if training.should_save:
-        save(arguments, trainer, model, start, results, damaged, uploads)
+    if training.do_train:
+        trainer.save_state()
+        if not model_arguments.lora_rank:
+            trainer.save_model()  # in all processes: each may hold a part of it
+        elif training.should_save:
+            model.save_pretrained(Path(training.output_dir) / "adapter")
+            model.merge_and_unload().save_pretrained(training.output_dir)
+        if training.should_save:
+            finish(arguments, start, results, damaged, uploads)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
-def save(
-    arguments: Arguments,
-    trainer: ClipTrainer,
-    model: Any,
-    start: Start,
-    results: dict[str, Any],
-    damaged: dict[str, dict[str, str]],
-    uploads: bool,
+def finish(
+    arguments: Arguments, start: Start, results: dict[str, Any], damaged: dict[str, dict[str, str]], uploads: bool
 ) -> None:
-    """Model, processor, the list of damaged files and a card with the scores; and the upload, if it is wanted."""
+    """What belongs to the saved model: processor, damaged files, a card with the scores; and the upload, if wanted."""
     _, data, _, training = arguments
     folder = Path(training.output_dir)
-    model = trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
-    model.save_pretrained(folder)
+    model = ViViTForVideoClassification.from_pretrained(folder)
     start.processor.save_pretrained(folder)
     (folder / "damaged_files.json").write_text(json.dumps(damaged, indent=2) + "\n", encoding="utf-8")
     if any(damaged.values()):
