@@ -1,5 +1,5 @@
 """
-examples/finetune.py, but the process kills itself (kill -9) at a chosen moment; for test_finetune.py.
+examples/finetune.py, but the process kills itself (kill -9) at a chosen moment; for test_finetune_processes.py.
 
     python tests/killed_finetune.py step:5 ...            in the 5th training step
     python tests/killed_finetune.py optimizer.pt:2 ...    with half of the 2nd optimizer.pt written

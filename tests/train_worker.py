@@ -1,5 +1,5 @@
 """
-Trains each kind of labels for three steps and saves the weights; run alone or under torchrun by test_training.py.
+Trains each kind of labels for three steps and saves the weights; run alone or under torchrun by test_trainer.py.
 
     python tests/train_worker.py OUTPUT.pt --batch 8 --accumulation 1
 """
