@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -149,11 +150,28 @@ class ViViTMLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, intermediate_size or config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
+        self.gelu_approximation = {"gelu_pytorch_tanh": "tanh", "gelu": "none"}.get(config.hidden_act)
         self.fc2 = nn.Linear(self.fc1.out_features, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.fc2(self.dropout(self.activation(self.fc1(hidden_states)))))
+        inner = self.fc1(hidden_states)
+        if self.may_overwrite() and inner is not hidden_states:
+            torch.ops.aten.gelu_(inner, approximate=self.gelu_approximation)
+        else:
+            inner = self.activation(inner)
+        return self.dropout(self.fc2(self.dropout(inner)))
+
+    def may_overwrite(self) -> bool:
+        """
+        Whether the widest tensor of the layer can be activated in place: without gradients nobody needs what was there,
+        and fresh memory for a second one costs more time than the GELU. Not under a compiler, which does better, and
+        not if a hook may have kept it.
+        """
+        if self.gelu_approximation is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        watched = (_global_forward_hooks, self.fc1._forward_hooks, self.activation._forward_hooks)
+        return not (any(watched) or self.activation._forward_pre_hooks or _global_forward_pre_hooks)
 
 
 class ViViTDropPath(nn.Module):

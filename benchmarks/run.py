@@ -1,0 +1,372 @@
+"""
+How fast the models are: against the machine's own matrix products, and against the peers, all in one run.
+
+    python benchmarks/run.py --quick            every figure that has a target, about 12 minutes on 2 cores
+    python benchmarks/run.py                    all of it, with batches, frames and resolutions
+    python benchmarks/run.py --device cuda      the same on a GPU
+    python benchmarks/run.py --smoke            tiny sizes, a minute: shows that it runs, and measures nothing
+
+The jobs of a section take turns, figures are medians over the rounds, and ratios are taken within a round. A model's
+share of the limit is its counted multiply-adds over its time, divided by the rate of the machine's matrix product (a
+linear layer of the model's own shape, in the same dtype and run). Exits with 1 if a target is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import Row, at_least, at_most, interleaved_seconds, median_ratio, report
+from peers import PlainViViT, fetch_lucidrains, lucidrains_vivit, transformers_vivit
+from torch.utils.flop_counter import FlopCounterMode
+
+from vivit_hf import ViViTConfig, ViViTForVideoClassification
+
+
+VARIANTS = {
+    "Model 1": "vivit-b-16x2",
+    "Model 2": "vivit-b-16x2-fe",
+    "Model 3": "vivit-b-16x2-fsa",
+    "Model 4": "vivit-b-16x2-fdpa",
+}
+SMOKE = {
+    "num_frames": 4,
+    "image_size": 32,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+}
+TARGETS = {  # dtype -> share of the limit, speed over transformers' Model 1
+    "float32": (0.85, 1.15),
+    "bfloat16": (0.60, 1.6),
+}
+MEMORY_TARGETS = {"Model 1": 450, "Model 2": 300, "Model 3": 300, "Model 4": 300}  # MB at batch 1, float32
+
+
+class Bench:
+    """The settings of a run, and the rows that it gathers."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.device = torch.device(args.device)
+        self.sizes = SMOKE if args.smoke else {}
+        self.is_smoke, self.is_quick = args.smoke, args.quick
+        self.rounds = args.rounds or (1 if args.smoke else 3)
+        self.rows: list[Row] = []
+        self.skipped: list[str] = []
+        self.lucidrains = None if args.no_download else fetch_lucidrains(args.peers)
+        if self.lucidrains is None:
+            self.skipped.append("lucidrains' ViViT: it could not be downloaded")
+
+    def config(self, name: str, **changes: Any) -> ViViTConfig:
+        return ViViTConfig.from_preset(VARIANTS[name], **{**self.sizes, "num_labels": 400, **changes})
+
+    def model(self, name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> ViViTForVideoClassification:
+        torch.manual_seed(0)
+        return ViViTForVideoClassification(self.config(name, **changes)).to(self.device, dtype).eval()
+
+    def clips(self, config: ViViTConfig, dtype: torch.dtype, batch: int = 1) -> torch.Tensor:
+        shape = (batch, config.num_frames, 3, *config.frame_size)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device, dtype)
+
+    def timed(self, jobs: dict[str, Callable[[], Any]], rounds: int | None = None) -> dict[str, list[float]]:
+        def synchronised(job: Callable[[], Any]) -> Callable[[], Any]:
+            def run() -> None:
+                job()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+
+            return run
+
+        return interleaved_seconds({name: synchronised(job) for name, job in jobs.items()}, rounds or self.rounds)
+
+    def add(self, row: Row) -> None:
+        if self.is_smoke:
+            row.target = row.passed = None
+        self.rows.append(row)
+        print(f"{row.name}: {row.value:g} {row.unit}", flush=True)
+
+
+def multiply_adds(config: ViViTConfig) -> float:
+    """Of one clip, counted from the model as it runs, attention included; nothing is computed."""
+    config = ViViTConfig.from_dict({**config.to_dict()})
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        model = ViViTForVideoClassification(config)
+        clips = torch.empty(1, config.num_frames, 3, *config.frame_size)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(clips)
+    return counter.get_total_flops() / 2
+
+
+def limit_job(bench: Bench, dtype: torch.dtype) -> tuple[Callable[[], Any], float]:
+    """The matrix product of an MLP of Model 1, there and back, and its multiply-adds."""
+    config = bench.config("Model 1")
+    time, height, width = config.grid_size
+    tokens, hidden, inner = time * height * width, config.hidden_size, config.intermediate_size
+    x, y = (torch.randn(tokens, size, device=bench.device, dtype=dtype) for size in (hidden, inner))
+    up, down = (torch.randn(shape, device=bench.device, dtype=dtype) for shape in ((inner, hidden), (hidden, inner)))
+
+    def job() -> None:
+        for _ in range(4):
+            torch.nn.functional.linear(x, up)
+            torch.nn.functional.linear(y, down)
+
+    return job, 8.0 * tokens * hidden * inner
+
+
+@torch.inference_mode()
+def measure_inference(bench: Bench, dtype: torch.dtype, batch: int = 1) -> None:
+    """Latency of every variant, its share of the limit, and its speed over the peers'.
+
+    What is compared runs side by side, the limit included: the rate of a shared machine changes within minutes.
+    """
+    word = str(dtype).removeprefix("torch.")
+    share_target, native_target = TARGETS[word] if batch == 1 else (None, None)
+    limit, limit_count = limit_job(bench, dtype)
+    prefix, rates = f"{word}, batch {batch}: ", []
+    for name in VARIANTS:
+        model = bench.model(name, dtype)
+        clip = bench.clips(model.config, dtype, batch)
+        jobs: dict[str, Callable[[], Any]] = {"limit": limit, "ours": lambda model=model, clip=clip: model(clip).logits}
+        peer_target = None
+        if name == "Model 1":
+            native = transformers_vivit(model).to(bench.device, dtype)
+            jobs["transformers' Vivit"] = lambda clip=clip: native(clip).logits
+            peer_target = native_target
+        elif name in ("Model 2", "Model 3") and bench.lucidrains is not None:
+            peer = lucidrains_vivit(bench.lucidrains, model.config).to(bench.device, dtype)
+            video = clip.transpose(1, 2).contiguous()
+            jobs["lucidrains'"] = lambda peer=peer, video=video: peer(video)
+            peer_target = 1.1 if batch == 1 and dtype == torch.float32 else None
+        plain = PlainViViT(model)
+        jobs["the plain copy"] = lambda plain=plain, clip=clip: plain(clip)
+        seconds = bench.timed(jobs)
+
+        rates += [limit_count / time for time in seconds["limit"]]
+        time = statistics.median(seconds["ours"])
+        spread = (max(seconds["ours"]) - min(seconds["ours"])) / time
+        bench.add(at_most(f"{prefix}{name}, latency (spread {spread:.0%})", time * 1000, "ms", None))
+        share = batch * multiply_adds(model.config) * median_ratio(seconds["limit"], seconds["ours"]) / limit_count
+        bench.add(at_least(f"{prefix}{name}, share of the limit", share, "", share_target))
+        for other in [one for one in jobs if one not in ("limit", "ours")]:
+            ratio = median_ratio(seconds[other], seconds["ours"])
+            target = None if other == "the plain copy" else peer_target
+            bench.add(at_least(f"{prefix}{name}, speed over {other}", ratio, "x", target))
+    bench.add(at_least(f"{prefix}matrix product (the limit)", statistics.median(rates) / 1e9, "GMAC/s", None))
+
+
+def peak_megabytes(bench: Bench, job: Callable[[], Any]) -> float:
+    """How far memory grows above what is there before, at its peak, while the job runs."""
+    gc.collect()
+    if bench.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        job()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = _status("VmRSS")
+    job()
+    return (_status("VmHWM") - before) / 1e3
+
+
+def _status(name: str) -> float:
+    """Kilobytes, as the kernel counts them."""
+    return float(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
+
+
+def training_step(model: torch.nn.Module, clips: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+
+    def step() -> None:
+        loss = model(pixel_values=clips, labels=labels).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def measure_training(bench: Bench) -> None:
+    """A step of Model 1 and of transformers', and what checkpointing costs and saves; each alone in memory."""
+    names = ["transformers", "Model 1", "Model 1, checkpointing"]
+    jobs, memory = {}, {}
+    for name in names:
+        code = f"import run; run.print_training({name!r}, {bench.sizes!r}, {str(bench.device)!r})"
+        memory[name] = float(_in_a_process(code))
+    ours = bench.model("Model 1").train()
+    clips, labels = bench.clips(ours.config, torch.float32), torch.tensor([0], device=bench.device)
+    native = transformers_vivit(ours).to(bench.device).train()
+    jobs["transformers"] = training_step(native, clips, labels)
+    plain_step = training_step(ours, clips, labels)
+
+    def without() -> None:
+        ours.gradient_checkpointing_disable()
+        plain_step()
+
+    def checkpointed() -> None:
+        ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        plain_step()
+
+    jobs |= {"Model 1": without, "Model 1, checkpointing": checkpointed}
+    seconds = bench.timed(jobs, rounds=min(bench.rounds, 2))
+    prefix = "float32, training step: "
+    for name in names:
+        bench.add(at_most(f"{prefix}{name}, time", statistics.median(seconds[name]), "s", None))
+        bench.add(at_most(f"{prefix}{name}, growth of memory", memory[name], "MB", None))
+    ratio = median_ratio(seconds["transformers"], seconds["Model 1"])
+    bench.add(at_least(f"{prefix}Model 1, speed over transformers'", ratio, "x", 1.1))
+    ratio = memory["Model 1"] / max(memory["transformers"], 1)
+    bench.add(at_most(f"{prefix}Model 1, memory over transformers'", ratio, "x", 1.0))
+    saved = 1 - memory["Model 1, checkpointing"] / max(memory["Model 1"], 1)
+    bench.add(at_least(f"{prefix}memory that checkpointing saves", saved, "", 0.6))
+    slower = median_ratio(seconds["Model 1, checkpointing"], seconds["Model 1"]) - 1
+    bench.add(at_most(f"{prefix}time that checkpointing adds", slower, "", 0.35))
+
+
+class _Settings(argparse.Namespace):
+    smoke, quick, rounds, no_download, peers = False, True, 1, True, Path()
+
+
+def _bench_of(sizes: dict[str, Any], device: str) -> Bench:
+    bench = Bench(_Settings(device=device))
+    bench.sizes = sizes
+    return bench
+
+
+def print_training(name: str, sizes: dict[str, Any], device: str) -> None:
+    """In a process of its own: how far memory grows in a step, above the model and its gradients."""
+    bench = _bench_of(sizes, device)
+    model: Any = bench.model("Model 1").train()
+    clips, labels = bench.clips(model.config, torch.float32), torch.tensor([0], device=bench.device)
+    if name == "transformers":
+        model = transformers_vivit(model).to(bench.device).train()
+    elif name.endswith("checkpointing"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def step() -> None:
+        model(pixel_values=clips, labels=labels).loss.backward()
+
+    print(peak_megabytes(bench, step))
+
+
+def print_inference_memory(name: str, sizes: dict[str, Any], device: str) -> None:
+    bench = _bench_of(sizes, device)
+    model = bench.model(name)
+    clip = bench.clips(model.config, torch.float32)
+    with torch.inference_mode():
+        print(peak_megabytes(bench, lambda: model(clip)))
+
+
+def _in_a_process(code: str) -> str:
+    """What the code prints, in a fresh process that finds these files."""
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    if process.returncode:
+        raise RuntimeError(process.stderr[-2000:])
+    return process.stdout.strip().splitlines()[-1]
+
+
+def measure_memory(bench: Bench) -> None:
+    for name, target in MEMORY_TARGETS.items():
+        code = f"import run; run.print_inference_memory({name!r}, {bench.sizes!r}, {str(bench.device)!r})"
+        grown = float(_in_a_process(code))
+        bench.add(at_most(f"float32, batch 1: {name}, growth of memory", grown, "MB", target))
+
+
+def measure_start(bench: Bench, folder: Path) -> None:
+    """Importing the package against transformers' own model, and loading a model against reading its bytes."""
+    imports = {
+        "ours": "import vivit_hf",
+        "transformers'": "from transformers import VivitForVideoClassification, VivitImageProcessor, "
+        "AutoModelForVideoClassification, AutoImageProcessor, AutoModel, AutoConfig",
+    }
+    jobs = {name: lambda code=code: _in_a_process(f"{code}; print()\nprint(0)") for name, code in imports.items()}
+    seconds = interleaved_seconds(jobs, 1 if bench.is_smoke else 5)
+    ratio = median_ratio(seconds["ours"], seconds["transformers'"])
+    bench.add(at_most("import of vivit_hf over that of transformers' model", ratio, "x", 1.1))
+
+    saved = folder / "model"
+    bench.model("Model 2").cpu().save_pretrained(saved)
+
+    def read() -> None:
+        for path in saved.glob("*.safetensors"):
+            path.read_bytes()
+
+    jobs = {"read": read, "load": lambda: ViViTForVideoClassification.from_pretrained(saved)}
+    seconds = interleaved_seconds(jobs, 1 if bench.is_smoke else 5)
+    bench.add(
+        at_most("from_pretrained over reading the bytes", median_ratio(seconds["load"], seconds["read"]), "x", 1.3)
+    )
+
+
+@torch.inference_mode()
+def measure_growth(bench: Bench) -> None:
+    """Time with frames and with resolution, beside what the multiply-adds say."""
+    base_frames, base_size = (4, 32) if bench.is_smoke else (32, 224)
+    frames = (2, 4) if bench.is_smoke else (8, 16, 32, 64, 128)
+    sizes = (32, 48) if bench.is_smoke else (160, 224, 288)
+    for name in VARIANTS:
+        settings = [{"num_frames": count} for count in frames] + [{"image_size": size} for size in sizes]
+        base = None
+        for changes in sorted(settings, key=lambda one: list(one.values()) != [base_frames]):
+            model = bench.model(name, **changes)
+            clip = bench.clips(model.config, torch.float32)
+            time = statistics.median(bench.timed({"model": lambda model=model, clip=clip: model(clip)}, 1)["model"])
+            count = multiply_adds(model.config)
+            base = base or (time, count)
+            what = f"{model.config.num_frames} frames of {model.config.frame_size[0]}"
+            of = f"of {base_frames} of {base_size}; multiply-adds {count / base[1]:.2f}"
+            bench.add(at_most(f"float32, {name}, {what}: time over that {of}", time / base[0], "x", None))
+            del model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="only the figures that have a target")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--rounds", type=int, help="rounds of every section (3, with --smoke 1)")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to measure")
+    parser.add_argument("--peers", type=Path, default=Path(".peers"), help="folder that peers are downloaded into")
+    parser.add_argument("--no-download", action="store_true", help="leave out peers that have to be downloaded")
+    parser.add_argument("--json", metavar="FILE", help="write the rows into this file")
+    args = parser.parse_args()
+    bench = Bench(args)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.only:
+            if name in ("batches", "growth") and args.quick:
+                continue
+            SECTIONS[name](bench, Path(folder))
+    for what in bench.skipped:
+        print(f"skipped: {what}")
+    sys.exit(report(bench.rows, args.json))
+
+
+SECTIONS: dict[str, Callable[[Bench, Path], None]] = {
+    "start": measure_start,
+    "float32": lambda bench, _: measure_inference(bench, torch.float32),
+    "bfloat16": lambda bench, _: measure_inference(bench, torch.bfloat16),
+    "memory": lambda bench, _: measure_memory(bench),
+    "training": lambda bench, _: measure_training(bench),
+    "batches": lambda bench, _: measure_inference(bench, torch.float32, batch=4),
+    "growth": lambda bench, _: measure_growth(bench),
+}
+
+
+if __name__ == "__main__":
+    main()
