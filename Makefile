@@ -8,6 +8,7 @@ TORCH_INDEX ?=
 OLDEST_TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 # A video file that `make demo` also classifies; the shell reads it from the environment, whatever is in its name.
 VIDEO ?=
 export VIDEO
@@ -22,12 +23,13 @@ endef
 INSTALL_TORCH = python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo lint format test-oldest clean
+.PHONY: help test demo bench lint format test-oldest clean
 
 help:
 	@echo 'make test          run the tests'
 	@echo 'make demo          train a small ViViT on videos of moving shapes and classify held-out ones (a few minutes)'
 	@echo 'make demo VIDEO=x  the same, and then classify the video file x'
+	@echo 'make bench         measure speed against the machine and the peers (BENCH_ARGS=--quick: what has a target)'
 	@echo 'make lint          check style and types'
 	@echo 'make format        rewrite the code in that style'
 	@echo 'make test-oldest   run the tests on the oldest supported versions'
@@ -59,6 +61,9 @@ test: .venv/ready
 
 demo: .venv/ready
 	.venv/bin/python examples/demo.py $(if $(VIDEO),--video "$$VIDEO") $(DEMO_ARGS)
+
+bench: .venv/ready
+	.venv/bin/python benchmarks/run.py $(BENCH_ARGS)
 
 lint: .venv/ready
 	.venv/bin/python -m ruff check .

@@ -141,7 +141,7 @@ def measure_inference(bench: Bench, dtype: torch.dtype, batch: int = 1) -> None:
         peer_target = None
         if name == "Model 1":
             native = transformers_vivit(model).to(bench.device, dtype)
-            jobs["transformers' Vivit"] = lambda clip=clip: native(clip).logits
+            jobs["transformers' Vivit"] = lambda native=native, clip=clip: native(clip).logits
             peer_target = native_target
         elif name in ("Model 2", "Model 3") and bench.lucidrains is not None:
             peer = lucidrains_vivit(bench.lucidrains, model.config).to(bench.device, dtype)
@@ -320,18 +320,20 @@ def measure_growth(bench: Bench) -> None:
     base_frames, base_size = (4, 32) if bench.is_smoke else (32, 224)
     frames = (2, 4) if bench.is_smoke else (8, 16, 32, 64, 128)
     sizes = (32, 48) if bench.is_smoke else (160, 224, 288)
+    settings = [(base_frames, base_size)]  # first: all others are compared with it
+    settings += [(count, base_size) for count in frames if count != base_frames]
+    settings += [(base_frames, size) for size in sizes if size != base_size]
     for name in VARIANTS:
-        settings = [{"num_frames": count} for count in frames] + [{"image_size": size} for size in sizes]
-        base = None
-        for changes in sorted(settings, key=lambda one: list(one.values()) != [base_frames]):
-            model = bench.model(name, **changes)
+        base: tuple[float, float] | None = None
+        for num_frames, size in settings:
+            model = bench.model(name, num_frames=num_frames, image_size=size)
             clip = bench.clips(model.config, torch.float32)
             time = statistics.median(bench.timed({"model": lambda model=model, clip=clip: model(clip)}, 1)["model"])
             count = multiply_adds(model.config)
             base = base or (time, count)
-            what = f"{model.config.num_frames} frames of {model.config.frame_size[0]}"
             of = f"of {base_frames} of {base_size}; multiply-adds {count / base[1]:.2f}"
-            bench.add(at_most(f"float32, {name}, {what}: time over that {of}", time / base[0], "x", None))
+            what = f"{name}, {num_frames} frames of {size}: time over that {of}"
+            bench.add(at_most(f"float32, {what}", time / base[0], "x", None))
             del model
 
 

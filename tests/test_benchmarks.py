@@ -7,16 +7,21 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from video_files import write_video
+
+from vivit_hf import ViViTConfig, ViViTForVideoClassification
 
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
 import measuring  # noqa: E402 (found by the line above)
+import peers  # noqa: E402
+import run as speed  # noqa: E402
 
 
-def run(script, *arguments):
+def start(script, *arguments):
     command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
@@ -25,7 +30,7 @@ def test_video_benchmark_writes_its_rows(tmp_path):
     options = {"bf": "3", "x264-params": "scenecut=0:mbtree=0"}
     write_video(tmp_path / "video.mp4", num_frames=80, height=96, width=128, gop=40, options=options)
     write_video(tmp_path / "short.mp4")
-    process = run("video.py", "--videos", tmp_path, "--rounds", 1, "--smoke", "--json", tmp_path / "rows.json")
+    process = start("video.py", "--videos", tmp_path, "--rounds", 1, "--smoke", "--json", tmp_path / "rows.json")
     assert process.returncode in (0, 1), process.stderr  # speed is not for a test to judge
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert all(set(row) == {"name", "value", "unit", "target", "passed"} for row in rows)
@@ -41,13 +46,42 @@ def test_video_benchmark_writes_its_rows(tmp_path):
 
 def test_fine_tuning_benchmark_writes_its_table(tmp_path):
     rows = ["Model 3", "average pool, 2D patches"]
-    process = run("finetuning.py", "--output", tmp_path, "--smoke", "--only", *rows, "--json", tmp_path / "rows.json")
+    process = start("finetuning.py", "--output", tmp_path, "--smoke", "--only", *rows, "--json", tmp_path / "rows.json")
     assert process.returncode == 0, process.stderr[-3000:]
     assert re.search(r"^\| Model 3 \| \d\.\d\d \(\d\.\d\d to \d\.\d\d\) \|$", process.stdout, re.MULTILINE)
     found = json.loads((tmp_path / "rows.json").read_text())
     assert len(found) == 2 and all(0 <= row["value"] <= 1 and row["target"] is None for row in found)
-    again = run("finetuning.py", "--output", tmp_path, "--smoke", "--only", *rows)
+    again = start("finetuning.py", "--output", tmp_path, "--smoke", "--only", *rows)
     assert again.returncode == 0 and "The image ViT tells" not in again.stdout, "what is finished is not repeated"
+
+
+def test_speed_benchmark_runs_on_tiny_sizes(tmp_path):
+    sections = ["float32", "bfloat16", "memory", "training", "growth"]
+    process = start("run.py", "--smoke", "--no-download", "--only", *sections, "--json", tmp_path / "rows.json")
+    assert process.returncode == 0, process.stderr[-3000:]
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert all(row["target"] is None and row["passed"] is None for row in rows), "tiny sizes measure nothing"
+    names = [row["name"] for row in rows]
+    assert len(set(names)) == len(names)
+    for number in range(1, 5):
+        assert any(name.startswith("float32, batch 1: ") and f"Model {number}, share" in name for name in names)
+    assert sum("training step" in name for name in names) == 10
+    assert "skipped: lucidrains' ViViT" in process.stdout
+
+
+def test_peers_and_plain_copies_compute_what_our_models_do():
+    for preset in speed.VARIANTS.values():
+        torch.manual_seed(0)
+        config = ViViTConfig.from_preset(preset, **speed.SMOKE, num_labels=5, initializer_range=0.2)
+        model = ViViTForVideoClassification(config).eval()
+        clips = torch.randn(2, config.num_frames, 3, *config.frame_size)
+        with torch.no_grad():
+            expected = model(clips).logits
+            torch.testing.assert_close(peers.PlainViViT(model)(clips), expected, atol=2e-5, rtol=1e-4)
+            if config.attention_type == "spatio_temporal":
+                torch.testing.assert_close(
+                    peers.transformers_vivit(model)(clips).logits, expected, atol=2e-5, rtol=1e-4
+                )
 
 
 @pytest.mark.parametrize(
@@ -60,7 +94,7 @@ def test_fine_tuning_benchmark_writes_its_table(tmp_path):
 )
 def test_what_cannot_be_measured_is_said(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    process = run("video.py", *arguments)
+    process = start("video.py", *arguments)
     assert process.returncode == 2 and message in process.stderr
 
 
