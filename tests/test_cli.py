@@ -97,7 +97,7 @@ def _reads(process, name):
 
 def test_an_interrupted_scan_leaves_nothing_half_written(tmp_path):
     video = write_video(tmp_path / "video.mp4", num_frames=300)
-    for number in range(500):
+    for number in range(4000):  # long enough to be interrupted in the middle on any machine
         (tmp_path / f"{number}.mp4").symlink_to(video)
     output = tmp_path / "scan.jsonl"
     output.write_text("what was there\n")

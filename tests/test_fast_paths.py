@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import ATTENTION_TYPES, make_clips, make_model, tiny_config
 
-from vivit_hf.layers_vivit import ViViTMLP
+from vivit_hf.layers_vivit import ACT2FN, ViViTMLP
 
 
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "relu")
@@ -21,6 +21,17 @@ def test_the_mlp_in_place_is_the_mlp(hidden_act, dtype):
         with context():
             assert torch.equal(mlp(hidden_states), expected.detach())
     assert torch.equal(hidden_states, kept)
+
+
+def test_an_activation_that_is_put_in_later_is_the_one_that_counts():
+    mlp = ViViTMLP(tiny_config("spatio_temporal", hidden_act="gelu_pytorch_tanh"))
+    hidden_states = 3 * torch.randn(2, 7, mlp.fc1.in_features)
+    for name in ("gelu", "gelu_python", "quick_gelu", "gelu_pytorch_tanh"):
+        mlp.activation = ACT2FN[name]
+        expected = mlp(hidden_states).detach()
+        with torch.no_grad():
+            assert torch.equal(mlp(hidden_states), expected), name
+            assert (mlp.approximation_in_place() is not None) == (name in ("gelu", "gelu_pytorch_tanh"))
 
 
 @pytest.mark.parametrize("attention_type", ATTENTION_TYPES)

@@ -4,6 +4,7 @@ The layers of ViViT (section 3.3): attention over all tokens, over space, over t
 One layer class for each kind of attention; all of them map (batch, ..., hidden) to (batch, ..., hidden).
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -150,28 +151,34 @@ class ViViTMLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, intermediate_size or config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
-        self.gelu_approximation = {"gelu_pytorch_tanh": "tanh", "gelu": "none"}.get(config.hidden_act)
         self.fc2 = nn.Linear(self.fc1.out_features, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         inner = self.fc1(hidden_states)
-        if self.may_overwrite() and inner is not hidden_states:
-            torch.ops.aten.gelu_(inner, approximate=self.gelu_approximation)
+        approximation = self.approximation_in_place()
+        if approximation is not None and inner is not hidden_states:
+            torch.ops.aten.gelu_(inner, approximate=approximation)
         else:
             inner = self.activation(inner)
         return self.dropout(self.fc2(self.dropout(inner)))
 
-    def may_overwrite(self) -> bool:
+    def approximation_in_place(self) -> str | None:
         """
-        Whether the widest tensor of the layer can be activated in place: without gradients nobody needs what was there,
-        and fresh memory for a second one costs more time than the GELU. Not under a compiler, which does better, and
-        not if a hook may have kept it.
+        Which GELU the activation is, if the widest tensor of the layer can be activated in place, else None: without
+        gradients nobody needs what was there, and fresh memory for a second one costs more time than the GELU. Not
+        under a compiler, which does better, and not if a hook may have kept it.
         """
-        if self.gelu_approximation is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return False
-        watched = (_global_forward_hooks, self.fc1._forward_hooks, self.activation._forward_hooks)
-        return not (any(watched) or self.activation._forward_pre_hooks or _global_forward_pre_hooks)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        hooks = (self.fc1._forward_hooks, self.activation._forward_hooks, self.activation._forward_pre_hooks)
+        if any(hooks) or _global_forward_hooks or _global_forward_pre_hooks:
+            return None
+        # Asked of the module itself, which `initialise_from_vit` and users put another one in the place of.
+        function = getattr(self.activation, "act", None)
+        if isinstance(function, functools.partial) and function.func is nn.functional.gelu and not function.args:
+            return function.keywords.get("approximate", "none")
+        return "none" if function is nn.functional.gelu else None
 
 
 class ViViTDropPath(nn.Module):
