@@ -36,13 +36,15 @@ def at_least(name: str, value: float, unit: str, target: float | None) -> Row:
     return Row(name, round(value, 3), unit, target, None if target is None else value >= target)
 
 
-def interleaved_seconds(jobs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every job in every round, after one round to warm up.
+def interleaved_seconds(
+    jobs: dict[str, Callable[[], Any]], rounds: int, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of every job in every round, after one round to warm up unless all have run before.
 
     The jobs take turns, so that whatever else the machine does falls on all of them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for number in range(rounds + 1):
+    for number in range(0 if warm_up else 1, rounds + 1):
         for name, job in jobs.items():
             start = time.perf_counter()
             job()
@@ -56,13 +58,25 @@ def median_ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(seconds, others, strict=True))
 
 
+def _cells(row: Row) -> tuple[str, str, str, str]:
+    target = "" if row.target is None else f"{row.target:g} {row.unit}".strip()
+    reached = {True: "yes", False: "NO", None: ""}[row.passed]
+    return row.name, f"{row.value:g} {row.unit}".strip(), target, reached
+
+
+def write_markdown(rows: Sequence[Row], skipped: Sequence[str], machine: str, path: Path) -> None:
+    """The rows as a table, under a line about the machine; what was skipped, below."""
+    lines = [machine, "", "| figure | value | target | reached |", "| --- | --- | --- | --- |"]
+    lines += ["| " + " | ".join(_cells(row)) + " |" for row in rows]
+    lines += [""] * bool(skipped) + [f"Skipped: {what}." for what in skipped]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def report(rows: Sequence[Row], json_file: str | None) -> int:
     """Prints the rows as a table, writes them as JSON (without a file: prints them); 1 if a target was missed."""
     table = Table("figure", "value", "target", "reached")
     for row in rows:
-        target = "" if row.target is None else f"{row.target:g} {row.unit}"
-        reached = {True: "yes", False: "NO", None: ""}[row.passed]
-        table.add_row(row.name, f"{row.value:g} {row.unit}", target, reached)
+        table.add_row(*_cells(row))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     text = json.dumps([asdict(row) for row in rows], indent=2) + "\n"
     if json_file is None:

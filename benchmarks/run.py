@@ -8,27 +8,35 @@ How fast the models are: against the machine's own matrix products, and against 
 
 The jobs of a section take turns, figures are medians over the rounds, and ratios are taken within a round. A model's
 share of the limit is its counted multiply-adds over its time, divided by the rate of the machine's matrix product (a
-linear layer of the model's own shape, in the same dtype and run). Exits with 1 if a target is missed.
+linear layer of the model's own shape, in the same dtype and run). On a GPU that share is its model FLOPs utilisation.
+
+Writes rows.json, table.md and figures.png into --output. Exits with 1 if a target is missed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import json
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import Row, at_least, at_most, interleaved_seconds, median_ratio, report
+from figures import draw_figures
+from measuring import Row, at_least, at_most, interleaved_seconds, median_ratio, report, write_markdown
 from peers import PlainViViT, fetch_lucidrains, lucidrains_vivit, transformers_vivit
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification
+from vivit_hf.fast_paths_vivit import has_bfloat16_units
 
 
 VARIANTS = {
@@ -60,6 +68,7 @@ class Bench:
         self.sizes = SMOKE if args.smoke else {}
         self.is_smoke, self.is_quick = args.smoke, args.quick
         self.rounds = args.rounds or (1 if args.smoke else 3)
+        self.repeats = 10 if self.device.type == "cuda" and not args.smoke else 1  # a GPU is done in milliseconds
         self.rows: list[Row] = []
         self.skipped: list[str] = []
         self.lucidrains = None if args.no_download else fetch_lucidrains(args.peers)
@@ -77,16 +86,32 @@ class Bench:
         shape = (batch, config.num_frames, 3, *config.frame_size)
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device, dtype)
 
-    def timed(self, jobs: dict[str, Callable[[], Any]], rounds: int | None = None) -> dict[str, list[float]]:
+    def timed(
+        self, jobs: dict[str, Callable[[], Any]], rounds: int | None = None, warm_up: bool = True
+    ) -> dict[str, list[float]]:
         def synchronised(job: Callable[[], Any]) -> Callable[[], Any]:
             def run() -> None:
-                job()
+                for _ in range(self.repeats):
+                    job()
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
 
             return run
 
-        return interleaved_seconds({name: synchronised(job) for name, job in jobs.items()}, rounds or self.rounds)
+        jobs = {name: synchronised(job) for name, job in jobs.items()}
+        seconds = interleaved_seconds(jobs, rounds or self.rounds, warm_up)
+        return {name: [time / self.repeats for time in times] for name, times in seconds.items()}
+
+    def is_wanted(self, section: str, is_named: bool) -> bool:
+        """Whether a section is to run; says why not where it is worth a word."""
+        if is_named:
+            return True
+        if section == "compiled" and self.is_smoke:  # a minute by itself, and tested elsewhere
+            return False
+        if section == "bfloat16" and self.device.type == "cpu" and not has_bfloat16_units() and not self.is_smoke:
+            self.skipped.append("bfloat16: this CPU has no units for it, and emulates it (--only bfloat16 runs it)")
+            return False
+        return not (self.is_quick and section in ("batches", "compiled", "growth"))
 
     def add(self, row: Row) -> None:
         if self.is_smoke:
@@ -155,7 +180,10 @@ def measure_inference(bench: Bench, dtype: torch.dtype, batch: int = 1) -> None:
         rates += [limit_count / time for time in seconds["limit"]]
         time = statistics.median(seconds["ours"])
         spread = (max(seconds["ours"]) - min(seconds["ours"])) / time
-        bench.add(at_most(f"{prefix}{name}, latency (spread {spread:.0%})", time * 1000, "ms", None))
+        bench.add(at_most(f"{prefix}{name}, latency", time * 1000, "ms", None))
+        bench.add(at_most(f"{prefix}{name}, spread of the latency", spread, "", None))
+        if batch > 1:
+            bench.add(at_least(f"{prefix}{name}, throughput", batch / time, "clips/s", None))
         share = batch * multiply_adds(model.config) * median_ratio(seconds["limit"], seconds["ours"]) / limit_count
         bench.add(at_least(f"{prefix}{name}, share of the limit", share, "", share_target))
         for other in [one for one in jobs if one not in ("limit", "ours")]:
@@ -166,7 +194,7 @@ def measure_inference(bench: Bench, dtype: torch.dtype, batch: int = 1) -> None:
 
 
 def peak_megabytes(bench: Bench, job: Callable[[], Any]) -> float:
-    """How far memory grows above what is there before, at its peak, while the job runs."""
+    """How far the memory of the process or of the GPU grows above what is there before, at its peak in the job."""
     gc.collect()
     if bench.device.type == "cuda":
         torch.cuda.synchronize()
@@ -186,6 +214,24 @@ def _status(name: str) -> float:
     return float(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
 
 
+def peak_of_tensors(bench: Bench, job: Callable[[], Any]) -> float:
+    """
+    Megabytes of tensors that the job adds at its peak, as PyTorch's allocator counts them.
+
+    Unlike the memory of the process on a CPU, where glibc keeps what has been freed, this is the same in every run.
+    """
+    if bench.device.type == "cuda":
+        return peak_megabytes(bench, job)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        job()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak / 1e6
+
+
 def training_step(model: torch.nn.Module, clips: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
 
@@ -199,32 +245,36 @@ def training_step(model: torch.nn.Module, clips: torch.Tensor, labels: torch.Ten
 
 
 def measure_training(bench: Bench) -> None:
-    """A step of Model 1 and of transformers', and what checkpointing costs and saves; each alone in memory."""
-    names = ["transformers", "Model 1", "Model 1, checkpointing"]
-    jobs, memory = {}, {}
-    for name in names:
-        code = f"import run; run.print_training({name!r}, {bench.sizes!r}, {str(bench.device)!r})"
-        memory[name] = float(_in_a_process(code))
+    """A step of Model 1 and of transformers', and what checkpointing costs and saves."""
     ours = bench.model("Model 1").train()
-    clips, labels = bench.clips(ours.config, torch.float32), torch.tensor([0], device=bench.device)
     native = transformers_vivit(ours).to(bench.device).train()
-    jobs["transformers"] = training_step(native, clips, labels)
-    plain_step = training_step(ours, clips, labels)
+    clips, labels = bench.clips(ours.config, torch.float32), torch.tensor([0], device=bench.device)
+    step = training_step(ours, clips, labels)
 
-    def without() -> None:
-        ours.gradient_checkpointing_disable()
-        plain_step()
+    def set_checkpointing(is_on: bool) -> None:
+        for module in ours.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = is_on
+
+    def plain() -> None:
+        set_checkpointing(False)
+        step()
 
     def checkpointed() -> None:
-        ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        plain_step()
+        set_checkpointing(True)
+        step()
 
-    jobs |= {"Model 1": without, "Model 1, checkpointing": checkpointed}
-    seconds = bench.timed(jobs, rounds=min(bench.rounds, 2))
+    ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    names = ["transformers", "Model 1", "Model 1, checkpointing"]
+    jobs = dict(zip(names, (training_step(native, clips, labels), plain, checkpointed), strict=True))
+    for parameter in (*ours.parameters(), *native.parameters()):
+        parameter.grad = torch.zeros_like(parameter)  # there from now on, so that gradients do not count below
+    memory = {name: peak_of_tensors(bench, job) for name, job in jobs.items()}
+    seconds = bench.timed(jobs, rounds=min(bench.rounds, 2), warm_up=False)
     prefix = "float32, training step: "
     for name in names:
         bench.add(at_most(f"{prefix}{name}, time", statistics.median(seconds[name]), "s", None))
-        bench.add(at_most(f"{prefix}{name}, growth of memory", memory[name], "MB", None))
+        bench.add(at_most(f"{prefix}{name}, peak of tensors", memory[name], "MB", None))
     ratio = median_ratio(seconds["transformers"], seconds["Model 1"])
     bench.add(at_least(f"{prefix}Model 1, speed over transformers'", ratio, "x", 1.1))
     ratio = memory["Model 1"] / max(memory["transformers"], 1)
@@ -235,40 +285,23 @@ def measure_training(bench: Bench) -> None:
     bench.add(at_most(f"{prefix}time that checkpointing adds", slower, "", 0.35))
 
 
-class _Settings(argparse.Namespace):
-    smoke, quick, rounds, no_download, peers = False, True, 1, True, Path()
-
-
-def _bench_of(sizes: dict[str, Any], device: str) -> Bench:
-    bench = Bench(_Settings(device=device))
+def print_growth(name: str, sizes: dict[str, Any], device: str, rounds: int) -> None:
+    """In a process of its own, whose memory nothing else has touched: memory and seconds of an inference as JSON."""
+    settings = argparse.Namespace(device=device, smoke=False, quick=False, rounds=rounds, no_download=True, peers=None)
+    bench = Bench(settings)
     bench.sizes = sizes
-    return bench
-
-
-def print_training(name: str, sizes: dict[str, Any], device: str) -> None:
-    """In a process of its own: how far memory grows in a step, above the model and its gradients."""
-    bench = _bench_of(sizes, device)
-    model: Any = bench.model("Model 1").train()
-    clips, labels = bench.clips(model.config, torch.float32), torch.tensor([0], device=bench.device)
-    if name == "transformers":
-        model = transformers_vivit(model).to(bench.device).train()
-    elif name.endswith("checkpointing"):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-
-    def step() -> None:
-        model(pixel_values=clips, labels=labels).loss.backward()
-
-    print(peak_megabytes(bench, step))
-
-
-def print_inference_memory(name: str, sizes: dict[str, Any], device: str) -> None:
-    bench = _bench_of(sizes, device)
     model = bench.model(name)
     clip = bench.clips(model.config, torch.float32)
     with torch.inference_mode():
-        print(peak_megabytes(bench, lambda: model(clip)))
+        grown = peak_megabytes(bench, lambda: model(clip))
+        seconds = bench.timed({"model": lambda: model(clip)}, warm_up=False)["model"] if rounds else [0.0]
+    print(json.dumps({"megabytes": grown, "seconds": statistics.median(seconds)}))
+
+
+def _growth(bench: Bench, name: str, rounds: int, **changes: Any) -> dict[str, float]:
+    sizes = {**bench.sizes, **changes}
+    code = f"import run; run.print_growth({name!r}, {sizes!r}, {str(bench.device)!r}, {rounds})"
+    return json.loads(_in_a_process(code))
 
 
 def _in_a_process(code: str) -> str:
@@ -283,8 +316,7 @@ def _in_a_process(code: str) -> str:
 
 def measure_memory(bench: Bench) -> None:
     for name, target in MEMORY_TARGETS.items():
-        code = f"import run; run.print_inference_memory({name!r}, {bench.sizes!r}, {str(bench.device)!r})"
-        grown = float(_in_a_process(code))
+        grown = _growth(bench, name, rounds=0)["megabytes"]
         bench.add(at_most(f"float32, batch 1: {name}, growth of memory", grown, "MB", target))
 
 
@@ -302,21 +334,25 @@ def measure_start(bench: Bench, folder: Path) -> None:
 
     saved = folder / "model"
     bench.model("Model 2").cpu().save_pretrained(saved)
+    rounds = 1 if bench.is_smoke else 5
+    ratio = float(_in_a_process(f"import run; run.print_loading({str(saved)!r}, {rounds})"))
+    bench.add(at_most("from_pretrained over reading the bytes", ratio, "x", 1.3))
+
+
+def print_loading(folder: str, rounds: int) -> None:
+    """In a process of its own, as a user loads a model: seconds of `from_pretrained` over those of reading the file."""
 
     def read() -> None:
-        for path in saved.glob("*.safetensors"):
+        for path in Path(folder).glob("*.safetensors"):
             path.read_bytes()
 
-    jobs = {"read": read, "load": lambda: ViViTForVideoClassification.from_pretrained(saved)}
-    seconds = interleaved_seconds(jobs, 1 if bench.is_smoke else 5)
-    bench.add(
-        at_most("from_pretrained over reading the bytes", median_ratio(seconds["load"], seconds["read"]), "x", 1.3)
-    )
+    jobs = {"read": read, "load": lambda: ViViTForVideoClassification.from_pretrained(folder)}
+    seconds = interleaved_seconds(jobs, rounds)
+    print(median_ratio(seconds["load"], seconds["read"]))
 
 
-@torch.inference_mode()
 def measure_growth(bench: Bench) -> None:
-    """Time with frames and with resolution, beside what the multiply-adds say."""
+    """Time and memory with frames and with resolution, beside what multiply-adds and tokens say."""
     base_frames, base_size = (4, 32) if bench.is_smoke else (32, 224)
     frames = (2, 4) if bench.is_smoke else (8, 16, 32, 64, 128)
     sizes = (32, 48) if bench.is_smoke else (160, 224, 288)
@@ -324,17 +360,58 @@ def measure_growth(bench: Bench) -> None:
     settings += [(count, base_size) for count in frames if count != base_frames]
     settings += [(base_frames, size) for size in sizes if size != base_size]
     for name in VARIANTS:
-        base: tuple[float, float] | None = None
+        base: dict[str, float] = {}
         for num_frames, size in settings:
-            model = bench.model(name, num_frames=num_frames, image_size=size)
-            clip = bench.clips(model.config, torch.float32)
-            time = statistics.median(bench.timed({"model": lambda model=model, clip=clip: model(clip)}, 1)["model"])
-            count = multiply_adds(model.config)
-            base = base or (time, count)
-            of = f"of {base_frames} of {base_size}; multiply-adds {count / base[1]:.2f}"
-            what = f"{name}, {num_frames} frames of {size}: time over that {of}"
-            bench.add(at_most(f"float32, {what}", time / base[0], "x", None))
-            del model
+            changes = {"num_frames": num_frames, "image_size": size}
+            found = _growth(bench, name, rounds=1 if bench.is_smoke else 2, **changes)
+            found["multiply-adds"] = multiply_adds(bench.config(name, **changes))
+            base = base or found
+            what = f"float32, {name}, {num_frames} frames of {size}: "
+            over = f"over that of {base_frames} of {base_size}"
+            for figure, quantity in (("time", "seconds"), ("multiply-adds", "multiply-adds")):
+                bench.add(at_most(f"{what}{figure} {over}", found[quantity] / base[quantity], "x", None))
+            bench.add(at_most(f"{what}growth of memory", found["megabytes"], "MB", None))
+
+
+@contextlib.contextmanager
+def _flash_only() -> Iterator[None]:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        yield
+
+
+@torch.inference_mode()
+def measure_compiled(bench: Bench) -> None:
+    """Every variant as it is, compiled, and on a GPU with the flash kernel alone and with CUDA graphs."""
+    dtype = torch.bfloat16 if bench.device.type == "cuda" else torch.float32
+    limit, limit_count = limit_job(bench, dtype)
+    ways: dict[str, dict[str, Any]] = {"eager": {}, "compiled": {"mode": "default"}}
+    if bench.device.type == "cuda":
+        ways |= {"flash attention": {}, "compiled, CUDA graphs": {"mode": "reduce-overhead"}}
+    else:
+        bench.skipped.append("flash attention by itself and CUDA graphs: they need --device cuda")
+    for name in VARIANTS:
+        model = bench.model(name, dtype)
+        clip = bench.clips(model.config, dtype)
+        jobs: dict[str, Callable[[], Any]] = {"limit": limit}
+        for way, options in ways.items():
+            run = torch.compile(model, **options) if options else model
+            context = _flash_only if way == "flash attention" else contextlib.nullcontext
+
+            def job(run: Any = run, context: Any = context, clip: torch.Tensor = clip) -> None:
+                with context():
+                    run(clip)
+
+            jobs[way] = job
+        seconds = bench.timed(jobs)
+        prefix = f"{str(dtype).removeprefix('torch.')}, batch 1: {name}, "
+        for way in ways:
+            bench.add(at_most(f"{prefix}{way}: latency", statistics.median(seconds[way]) * 1000, "ms", None))
+            share = multiply_adds(model.config) * median_ratio(seconds["limit"], seconds[way]) / limit_count
+            bench.add(at_least(f"{prefix}{way}: share of the limit", share, "", None))
+            bench.add(
+                at_least(f"{prefix}{way}: speed over eager", median_ratio(seconds["eager"], seconds[way]), "x", None)
+            )
+        torch.compiler.reset()
 
 
 def main() -> None:
@@ -343,20 +420,40 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--rounds", type=int, help="rounds of every section (3, with --smoke 1)")
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to measure")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, help="sections to measure, instead of all")
     parser.add_argument("--peers", type=Path, default=Path(".peers"), help="folder that peers are downloaded into")
     parser.add_argument("--no-download", action="store_true", help="leave out peers that have to be downloaded")
-    parser.add_argument("--json", metavar="FILE", help="write the rows into this file")
+    parser.add_argument("--output", type=Path, default=Path("bench_output"), help="folder for table, figures and rows")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows into this file instead")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device here")
+    if args.rounds is not None and args.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {args.rounds}")
+    args.json = args.json or args.output / "rows.json"
     bench = Bench(args)
     with tempfile.TemporaryDirectory() as folder:
-        for name in args.only:
-            if name in ("batches", "growth") and args.quick:
-                continue
-            SECTIONS[name](bench, Path(folder))
+        for name in args.only or SECTIONS:
+            if bench.is_wanted(name, bool(args.only)):
+                SECTIONS[name](bench, Path(folder))
+    args.output.mkdir(parents=True, exist_ok=True)
+    write_markdown(bench.rows, bench.skipped, describe(bench), args.output / "table.md")
+    draw_figures(bench.rows, args.output / "figures.png")
     for what in bench.skipped:
         print(f"skipped: {what}")
-    sys.exit(report(bench.rows, args.json))
+    print(f"Written: {args.output}/table.md, figures.png, {args.json}")
+    sys.exit(report(bench.rows, str(args.json)))
+
+
+def describe(bench: Bench) -> str:
+    """The machine and the libraries, in a line."""
+    if bench.device.type == "cuda":
+        machine = torch.cuda.get_device_name(bench.device)
+    else:
+        machine = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+        machine += ", bfloat16 units" if has_bfloat16_units() else ", no bfloat16 units"
+    sizes = "tiny sizes, which measure nothing" if bench.is_smoke else "B/16x2, 32 x 224 x 224, 400 classes"
+    return f"{sizes}; {machine}; torch {torch.__version__}, Python {platform.python_version()}; {bench.rounds} rounds"
 
 
 SECTIONS: dict[str, Callable[[Bench, Path], None]] = {
@@ -366,6 +463,7 @@ SECTIONS: dict[str, Callable[[Bench, Path], None]] = {
     "memory": lambda bench, _: measure_memory(bench),
     "training": lambda bench, _: measure_training(bench),
     "batches": lambda bench, _: measure_inference(bench, torch.float32, batch=4),
+    "compiled": lambda bench, _: measure_compiled(bench),
     "growth": lambda bench, _: measure_growth(bench),
 }
 

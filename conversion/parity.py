@@ -127,13 +127,13 @@ def image_outputs(model: ViViTForVideoClassification, reference: ImageReference)
     tokens, class_token = vivit.embeddings(reference.clip)
     chosen = tokens[:, chosen_steps(config)]  # (1, steps, space, hidden)
     if config.attention_type == "spatio_temporal":
-        steps = [vivit.encode_spatio_temporal(step.unsqueeze(1), class_token, False)[0] for step in chosen.unbind(1)]
+        steps = [vivit.encode_spatio_temporal(step.unsqueeze(1), class_token)[0] for step in chosen.unbind(1)]
         outputs = torch.cat(steps)  # (steps, 1 + space, hidden)
     elif config.attention_type == "factorised_encoder":
         outputs = vivit.encode_space(chosen, class_token)[0]  # (steps, hidden)
     else:
         with silent_temporal_attention(vivit) if "silenced" in reference.what else contextlib.nullcontext():
-            outputs, _ = vivit.encode_token_grid(chosen, None, False)
+            outputs, _ = vivit.encode_token_grid(chosen, None)
         outputs = outputs[0].unflatten(0, (chosen.shape[1], -1))  # (steps, space, hidden)
     result = {"tokens": tokens, "outputs": outputs}
     return result if class_token is None else {**result, "class token": class_token}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from video_files import write_video
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification
@@ -57,7 +58,7 @@ def test_fine_tuning_benchmark_writes_its_table(tmp_path):
 
 def test_speed_benchmark_runs_on_tiny_sizes(tmp_path):
     sections = ["float32", "bfloat16", "memory", "training", "growth"]
-    process = start("run.py", "--smoke", "--no-download", "--only", *sections, "--json", tmp_path / "rows.json")
+    process = start("run.py", "--smoke", "--no-download", "--only", *sections, "--output", tmp_path)
     assert process.returncode == 0, process.stderr[-3000:]
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert all(row["target"] is None and row["passed"] is None for row in rows), "tiny sizes measure nothing"
@@ -67,6 +68,30 @@ def test_speed_benchmark_runs_on_tiny_sizes(tmp_path):
         assert any(name.startswith("float32, batch 1: ") and f"Model {number}, share" in name for name in names)
     assert sum("training step" in name for name in names) == 10
     assert "skipped: lucidrains' ViViT" in process.stdout
+    table = (tmp_path / "table.md").read_text()
+    assert all(f"| {name} |" in table for name in names) and "Skipped: lucidrains'" in table
+    with Image.open(tmp_path / "figures.png") as picture:
+        assert picture.width > 4 * picture.height, "four panels side by side"
+
+
+def test_compiled_models_are_measured_against_the_eager_ones(tmp_path):
+    process = start("run.py", "--smoke", "--no-download", "--only", "compiled", "--output", tmp_path)
+    assert process.returncode == 0, process.stderr[-3000:]
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["value"] for row in rows if row["name"].endswith("eager: speed over eager")] == [1.0] * 4
+    assert "skipped: flash attention by itself and CUDA graphs: they need --device cuda" in process.stdout
+
+
+def test_the_peak_of_tensors_is_what_is_there_at_once():
+    bench = type("Bench", (), {"device": torch.device("cpu")})()
+
+    def job():
+        kept = torch.empty(1_000_000)
+        for _ in range(3):
+            torch.empty(500_000).zero_()
+        return kept
+
+    assert speed.peak_of_tensors(bench, job) == pytest.approx(6.0, abs=0.01)
 
 
 def test_peers_and_plain_copies_compute_what_our_models_do():

@@ -4,17 +4,16 @@ The layers of ViViT (section 3.3): attention over all tokens, over space, over t
 One layer class for each kind of attention; all of them map (batch, ..., hidden) to (batch, ..., hidden).
 """
 
-import functools
 from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_vivit import ViViTConfig
+from .fast_paths_vivit import attention_implementation, linear_with_activation
 
 
 def eager_attention_forward(
@@ -58,9 +57,11 @@ class ViViTDotProductAttention(nn.Module):
         """
         Query, key, value and context (batch, tokens, heads, head_dim), weights (batch, heads, tokens, tokens).
         """
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
         attention: Callable = eager_attention_forward
         if not (output_attentions or self.config.output_attentions):
-            attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+            name = attention_implementation(self.config._attn_implementation, query, key, dropout > 0)
+            attention = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
         return attention(
             self,
             query.transpose(1, 2),
@@ -68,7 +69,7 @@ class ViViTDotProductAttention(nn.Module):
             value.transpose(1, 2),
             None,
             scaling=self.scaling,
-            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+            dropout=dropout,
         )
 
 
@@ -119,16 +120,25 @@ class ViViTAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.dot_product = dot_product(config, self.head_dim)
 
-    def forward(self, hidden_states: torch.Tensor, output_attentions: bool = False) -> torch.Tensor:
-        """(batch, ..., hidden) -> (batch, ..., hidden), the middle being what `dot_product` takes."""
-        query, key, value = self.project(hidden_states)
-        context, _ = self.dot_product(query, key, value, output_attentions)
-        return self.o_proj(context.flatten(-2))
-
-    def project(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
-        """(batch, ..., hidden) -> query, key and value (batch, ..., heads, head_dim)."""
+    def forward(
+        self, hidden_states: torch.Tensor, output_attentions: bool = False, num_queries: int | None = None
+    ) -> torch.Tensor:
+        """
+        (batch, ..., hidden) -> (batch, ..., hidden), the middle being what `dot_product` takes; with `num_queries`
+        only for the first so many tokens, which attend to all, (batch, num_queries, hidden).
+        """
+        queries = hidden_states if num_queries is None else hidden_states[:, :num_queries]
         heads = (self.num_heads, self.head_dim)
-        return [proj(hidden_states).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj)]
+        projections = ((self.q_proj, queries), (self.k_proj, hidden_states), (self.v_proj, hidden_states))
+        # (batch, ..., hidden) -> (batch, ..., heads, head_dim)
+        query, key, value = (projection(tokens).unflatten(-1, heads) for projection, tokens in projections)
+        return self.o_proj(self.attend(query, key, value, output_attentions).flatten(-2))
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output_attentions: bool
+    ) -> torch.Tensor:
+        """Query, key, value and context (batch, ..., heads, head_dim)."""
+        return self.dot_product(query, key, value, output_attentions)[0]
 
 
 class ViViTFactorisedDotProductAttention(ViViTAttention):
@@ -138,12 +148,14 @@ class ViViTFactorisedDotProductAttention(ViViTAttention):
         super().__init__(config, ViViTTemporalDotProductAttention)
         self.spatial_dot_product = ViViTSpatialDotProductAttention(config, self.head_dim)
 
-    def forward(self, hidden_states: torch.Tensor, output_attentions: bool = False) -> torch.Tensor:
-        """(batch, time, space, hidden) -> (batch, time, space, hidden)."""
-        over_time, over_space = zip(*(tensor.chunk(2, dim=-2) for tensor in self.project(hidden_states)), strict=True)
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output_attentions: bool
+    ) -> torch.Tensor:
+        """Query, key, value and context (batch, time, space, heads, head_dim)."""
+        over_time, over_space = zip(*(tensor.chunk(2, dim=-2) for tensor in (query, key, value)), strict=True)
         temporal, _ = self.dot_product(*over_time, output_attentions)
         spatial, _ = self.spatial_dot_product(*over_space, output_attentions)
-        return self.o_proj(torch.cat([temporal, spatial], dim=-2).flatten(-2))
+        return torch.cat([temporal, spatial], dim=-2)
 
 
 class ViViTMLP(nn.Module):
@@ -155,30 +167,8 @@ class ViViTMLP(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        inner = self.fc1(hidden_states)
-        approximation = self.approximation_in_place()
-        if approximation is not None and inner is not hidden_states:
-            torch.ops.aten.gelu_(inner, approximate=approximation)
-        else:
-            inner = self.activation(inner)
+        inner = linear_with_activation(self.fc1, self.activation, hidden_states)
         return self.dropout(self.fc2(self.dropout(inner)))
-
-    def approximation_in_place(self) -> str | None:
-        """
-        Which GELU the activation is, if the widest tensor of the layer can be activated in place, else None: without
-        gradients nobody needs what was there, and fresh memory for a second one costs more time than the GELU. Not
-        under a compiler, which does better, and not if a hook may have kept it.
-        """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
-        hooks = (self.fc1._forward_hooks, self.activation._forward_hooks, self.activation._forward_pre_hooks)
-        if any(hooks) or _global_forward_hooks or _global_forward_pre_hooks:
-            return None
-        # Asked of the module itself, which `initialise_from_vit` and users put another one in the place of.
-        function = getattr(self.activation, "act", None)
-        if isinstance(function, functools.partial) and function.func is nn.functional.gelu and not function.args:
-            return function.keywords.get("approximate", "none")
-        return "none" if function is nn.functional.gelu else None
 
 
 class ViViTDropPath(nn.Module):
@@ -219,8 +209,16 @@ class ViViTLayer(GradientCheckpointingLayer):
     def build_attention(self, config: ViViTConfig, num_heads: int | None) -> ViViTAttention:
         return ViViTAttention(config, ViViTDotProductAttention, num_heads)
 
-    def forward(self, hidden_states: torch.Tensor, output_attentions: bool = False) -> torch.Tensor:
-        attended = self.dropout(self.attention(self.layernorm_before(hidden_states), output_attentions))
+    def forward(
+        self, hidden_states: torch.Tensor, output_attentions: bool = False, num_tokens: int | None = None
+    ) -> torch.Tensor:
+        """
+        (batch, tokens, hidden) -> (batch, tokens, hidden); with `num_tokens`, which only Models 1 and 2 pass, the
+        first so many of them, as they are beside all others.
+        """
+        attended = self.dropout(self.attention(self.layernorm_before(hidden_states), output_attentions, num_tokens))
+        if num_tokens is not None:
+            hidden_states = hidden_states[:, :num_tokens]
         hidden_states = hidden_states + self.drop_path(attended)
         return hidden_states + self.drop_path(self.mlp(self.layernorm_after(hidden_states)))
 
@@ -273,8 +271,14 @@ class ViViTEncoder(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layer = nn.ModuleList([make_layer(config, rate) for rate in rates])
 
-    def forward(self, hidden_states: torch.Tensor, output_attentions: bool = False) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, output_attentions: bool = False, num_tokens: int | None = None
+    ) -> torch.Tensor:
+        """The tokens behind every layer in turn; with `num_tokens`, the last layer only gives the first so many."""
         hidden_states = self.dropout(hidden_states)
-        for layer in self.layer:
+        *layers, last = self.layer
+        for layer in layers:
             hidden_states = layer(hidden_states, output_attentions)
-        return hidden_states
+        if num_tokens is None:
+            return last(hidden_states, output_attentions)
+        return last(hidden_states, output_attentions, num_tokens)

@@ -21,6 +21,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .auto_class import AutoClassMixin
 from .configuration_vivit import ViViTConfig
 from .embeddings_vivit import ViViTEmbeddings, ViViTTemporalEmbeddings, prepend_class_token
+from .fast_paths_vivit import is_watched
 from .layers_vivit import (
     LAYERS,
     ViViTDotProductAttention,
@@ -157,6 +158,7 @@ class ViViTModel(ViViTPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        pooled_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """
@@ -165,6 +167,9 @@ class ViViTModel(ViViTPreTrainedModel):
                 them; cast to the dtype of the weights.
             interpolate_pos_encoding: take clips of other lengths and sizes than the configured ones, with position
                 embeddings interpolated for this call.
+            pooled_only: spare what only `last_hidden_state` would need. Where a class token is pooled, it alone leaves
+                the last layer, and `last_hidden_state` is (batch, 1, hidden); `pooler_output` is the same. Asking for
+                hidden states or attentions, or a hook on what would be spared, overrules it.
             output_hidden_states, output_attentions, return_dict: as everywhere in transformers.
 
         Raises:
@@ -173,8 +178,12 @@ class ViViTModel(ViViTPreTrainedModel):
         if pixel_values is None:
             raise ValueError("`pixel_values` is missing; expected (batch, frames, channels, height, width).")
         tokens, class_token = self.embeddings(pixel_values, interpolate_pos_encoding)
+        output_attentions = bool(kwargs.get("output_attentions"))
+        is_recorded = any(
+            kwargs.get(name) or getattr(self.config, name) for name in ("output_attentions", "output_hidden_states")
+        )
         encode = ENCODERS[self.config.attention_type]
-        last_hidden_state, pooled = encode(self, tokens, class_token, bool(kwargs.get("output_attentions")))
+        last_hidden_state, pooled = encode(self, tokens, class_token, output_attentions, is_recorded, pooled_only)
         if self.pre_logits is not None:
             pooled = self.pre_logits(pooled).tanh()
         return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooled)
@@ -183,42 +192,78 @@ class ViViTModel(ViViTPreTrainedModel):
         """(batch, tokens, hidden) -> (batch, hidden)."""
         return POOLINGS[self.config.pooling](tokens)
 
+    def encode(
+        self,
+        encoder: ViViTEncoder,
+        layernorm: nn.Module,
+        tokens: torch.Tensor,
+        output_attentions: bool,
+        every_token: bool,
+    ) -> torch.Tensor:
+        """An encoder and its LayerNorm; unless every token is wanted or watched, only the class token leaves them."""
+        num_tokens = None
+        if not every_token and self.config.pooling == "cls":
+            num_tokens = None if is_watched((encoder, layernorm, *encoder.layer[-1].modules())) else 1
+        return layernorm(encoder(tokens, output_attentions, num_tokens))
+
     def encode_spatio_temporal(
-        self, tokens: torch.Tensor, class_token: torch.Tensor | None, output_attentions: bool
+        self,
+        tokens: torch.Tensor,
+        class_token: torch.Tensor | None,
+        output_attentions: bool = False,
+        is_recorded: bool = False,
+        pooled_only: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Model 1 (section 3.3.1): every token attends to every other."""
         tokens = tokens.flatten(1, 2)  # (batch, time, space, hidden) -> (batch, time * space, hidden)
         tokens = prepend_class_token(tokens, class_token)  # -> (batch, 1 + time * space, hidden)
-        tokens = self.layernorm(self.encoder(tokens, output_attentions))
+        every_token = is_recorded or not pooled_only
+        tokens = self.encode(self.encoder, self.layernorm, tokens, output_attentions, every_token)
         return tokens, self.pool(tokens)
 
     def encode_factorised_encoder(
-        self, tokens: torch.Tensor, class_token: torch.Tensor | None, output_attentions: bool
+        self,
+        tokens: torch.Tensor,
+        class_token: torch.Tensor | None,
+        output_attentions: bool = False,
+        is_recorded: bool = False,
+        pooled_only: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Model 2 (section 3.3.2): an encoder over the space of each time step, then one over time."""
-        tokens = self.encode_space(tokens, class_token, output_attentions)  # (batch, time, hidden)
+        tokens = self.encode_space(tokens, class_token, output_attentions, is_recorded)  # (batch, time, hidden)
         if self.temporal_encoder is None:
             return tokens, tokens.mean(dim=1)  # the average-pool baseline, whatever the pooling over space
-        return self.encode_time(tokens, output_attentions)
+        return self.encode_time(tokens, output_attentions, is_recorded or not pooled_only)
 
     def encode_space(
-        self, tokens: torch.Tensor, class_token: torch.Tensor | None, output_attentions: bool = False
+        self,
+        tokens: torch.Tensor,
+        class_token: torch.Tensor | None,
+        output_attentions: bool = False,
+        every_token: bool = False,
     ) -> torch.Tensor:
         """Model 2's spatial encoder: (batch, time, space, hidden) -> a pooled token per step, (batch, time, hidden)."""
         steps = tokens.shape[:2]
         tokens = tokens.flatten(0, 1)  # (batch, time, space, hidden) -> (batch * time, space, hidden)
         tokens = prepend_class_token(tokens, class_token)  # -> (batch * time, 1 + space, hidden)
-        tokens = self.layernorm(self.encoder(tokens, output_attentions))
+        tokens = self.encode(self.encoder, self.layernorm, tokens, output_attentions, every_token)
         return self.pool(tokens).unflatten(0, steps)  # (batch * time, hidden) -> (batch, time, hidden)
 
-    def encode_time(self, tokens: torch.Tensor, output_attentions: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_time(
+        self, tokens: torch.Tensor, output_attentions: bool = False, every_token: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Model 2's temporal encoder: (batch, time, hidden) -> (batch, 1 + time, hidden), pooled (batch, hidden)."""
         tokens = self.temporal_embeddings(tokens)  # -> (batch, 1 + time, hidden)
-        tokens = self.temporal_layernorm(self.temporal_encoder(tokens, output_attentions))
+        tokens = self.encode(self.temporal_encoder, self.temporal_layernorm, tokens, output_attentions, every_token)
         return tokens, self.pool(tokens)
 
     def encode_token_grid(
-        self, tokens: torch.Tensor, class_token: torch.Tensor | None, output_attentions: bool
+        self,
+        tokens: torch.Tensor,
+        class_token: torch.Tensor | None,
+        output_attentions: bool = False,
+        is_recorded: bool = False,
+        pooled_only: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Models 3 and 4 (sections 3.3.3 and 3.3.4): layers that see the grid, and so no class token."""
         tokens = self.layernorm(self.encoder(tokens, output_attentions))
@@ -268,9 +313,7 @@ class ViViTForVideoClassification(ViViTPreTrainedModel):
         Returns:
             `loss` if there are labels, `logits` (batch, num_labels), `hidden_states` and `attentions` if asked for.
         """
-        outputs = self.vivit(
-            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
-        )
+        outputs = self.vivit(pixel_values, interpolate_pos_encoding, pooled_only=True, return_dict=True, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss, groups = None, self.config.label_groups
         if labels is not None:
