@@ -6,6 +6,7 @@ reads, and PyTorch's bfloat16 attention on CPUs, which does not reach the rate o
 """
 
 import functools
+import math
 from collections.abc import Iterable
 
 import torch
@@ -39,22 +40,34 @@ def is_watched(modules: Iterable[nn.Module]) -> bool:
     return any(getattr(hook, "__module__", "") not in _BLIND for group in hooks for hook in group.values())
 
 
-def linear_with_activation(linear: nn.Module, activation: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+def linear(layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
     """
-    `activation(linear(hidden_states))`, (batch, ..., hidden) -> (batch, ..., inner).
+    `layer(hidden_states)`, (batch, ..., hidden) -> (batch, ..., features).
+
+    In bfloat16 PyTorch first writes the bias into the output and then adds the product to it; oneDNN does both at once.
+    """
+    is_slow = hidden_states.dtype == torch.bfloat16 and _is_plain_inference(hidden_states)
+    if is_slow and not is_watched((layer,)) and _is_for_onednn(layer, hidden_states):
+        return torch.ops.mkldnn._linear_pointwise(hidden_states, layer.weight, layer.bias, "none", [], None)
+    return layer(hidden_states)
+
+
+def linear_with_activation(layer: nn.Module, activation: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """
+    `activation(layer(hidden_states))`, (batch, ..., hidden) -> (batch, ..., inner).
 
     Without gradients nobody needs what a GELU was computed from, and a second tensor of that size costs more time than
     the GELU: it is computed inside the product, where oneDNN has that, or else in place.
     """
     approximation = None
-    if _is_plain_inference(hidden_states) and not is_watched((linear, activation)):
+    if _is_plain_inference(hidden_states) and not is_watched((layer, activation)):
         approximation = _gelu_approximation(activation)
     if approximation is None:
-        return activation(linear(hidden_states))
-    if _has_fused_gelu(linear, hidden_states):
+        return activation(layer(hidden_states))
+    if _is_for_onednn(layer, hidden_states):
         fused = torch.ops.mkldnn._linear_pointwise
-        return fused(hidden_states, linear.weight, linear.bias, "gelu", [], approximation)
-    inner = linear(hidden_states)
+        return fused(hidden_states, layer.weight, layer.bias, "gelu", [], approximation)
+    inner = layer(hidden_states)
     if inner is hidden_states:  # someone put an Identity there
         return activation(inner)
     return torch.ops.aten.gelu_(inner, approximate=approximation)
@@ -75,11 +88,11 @@ def _gelu_approximation(activation: nn.Module) -> str | None:
     return "none" if function is nn.functional.gelu else None
 
 
-def _has_fused_gelu(linear: nn.Module, hidden_states: torch.Tensor) -> bool:
-    """Whether oneDNN computes this layer's GELU in registers; with AVX2 alone that is slower than two steps."""
-    if type(linear) is not nn.Linear or "forward" in vars(linear) or hidden_states.device.type != "cpu":
+def _is_for_onednn(layer: nn.Module, hidden_states: torch.Tensor) -> bool:
+    """Whether oneDNN is worth asking for a product with something fused in: with AVX2 alone it is the slower one."""
+    if type(layer) is not nn.Linear or "forward" in vars(layer) or hidden_states.device.type != "cpu":
         return False
-    weight, dtype = linear.weight, hidden_states.dtype
+    weight, dtype = layer.weight, hidden_states.dtype
     if type(weight) not in (nn.Parameter, torch.Tensor) or weight.dtype != dtype or torch.is_autocast_enabled("cpu"):
         return False
     if not (hidden_states.is_contiguous() and weight.is_contiguous() and hidden_states.numel()):
@@ -148,7 +161,8 @@ def blockwise_attention_forward(
     context = torch.empty_like(query)
 
     budget = BLOCK_SCORES * min(torch.get_num_threads(), MOST_THREADS)
-    group, rows = max(1, budget // (queries * tokens)), min(queries, max(1, budget // tokens))
+    group = max(1, budget // (queries * tokens))
+    rows = math.ceil(queries / math.ceil(queries * tokens / budget))  # blocks of one size
     buffer = query.new_empty(min(group, len(query)) * rows * tokens)
     # A matrix at a time is multiplied faster as a matrix than as a batch of one.
     scale_and_multiply, multiply = (torch.addmm, torch.mm) if group == 1 else (torch.baddbmm, torch.bmm)

@@ -13,7 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_vivit import ViViTConfig
-from .fast_paths_vivit import attention_implementation, linear_with_activation
+from .fast_paths_vivit import attention_implementation, linear, linear_with_activation
 
 
 def eager_attention_forward(
@@ -131,8 +131,8 @@ class ViViTAttention(nn.Module):
         heads = (self.num_heads, self.head_dim)
         projections = ((self.q_proj, queries), (self.k_proj, hidden_states), (self.v_proj, hidden_states))
         # (batch, ..., hidden) -> (batch, ..., heads, head_dim)
-        query, key, value = (projection(tokens).unflatten(-1, heads) for projection, tokens in projections)
-        return self.o_proj(self.attend(query, key, value, output_attentions).flatten(-2))
+        query, key, value = (linear(projection, tokens).unflatten(-1, heads) for projection, tokens in projections)
+        return linear(self.o_proj, self.attend(query, key, value, output_attentions).flatten(-2))
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output_attentions: bool
@@ -168,7 +168,7 @@ class ViViTMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         inner = linear_with_activation(self.fc1, self.activation, hidden_states)
-        return self.dropout(self.fc2(self.dropout(inner)))
+        return self.dropout(linear(self.fc2, self.dropout(inner)))
 
 
 class ViViTDropPath(nn.Module):
