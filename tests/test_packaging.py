@@ -132,7 +132,14 @@ def test_the_wheel_holds_the_package_and_nothing_else(archives):
     package = ROOT / "src" / "vivit_hf"
     modules = {f"vivit_hf/{path.relative_to(package).as_posix()}" for path in package.rglob("*.py")}
     about = {name for name in names if name.startswith(f"{ARCHIVE}.dist-info/")}
-    assert names - about == modules | {"vivit_hf/py.typed"}
+    demo_model = {
+        f"vivit_hf/{path.relative_to(package).as_posix()}"
+        for path in (package / "demo_model").rglob("*")
+        if path.is_file()
+    }
+    assert len(demo_model) == 8 and "vivit_hf/demo_model/model.safetensors" in demo_model
+    assert names - about == modules | demo_model | {"vivit_hf/py.typed"}
+    assert archives[1].stat().st_size < 4e6, "bytes; the demo model is most of it"
     assert {f"{ARCHIVE}.dist-info/licenses/{name}" for name in ("LICENSE", "NOTICE")} <= about
 
 
@@ -177,14 +184,14 @@ def test_the_metadata_names_the_package(metadata):
     assert (metadata["Name"], metadata["Version"]) == ("vivit-hf", vivit_hf.__version__)
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
-    assert {"conversion", "training", "test", "dev", "all"} == set(metadata.get_all("Provides-Extra"))
+    assert {"conversion", "training", "export", "app", "test", "dev", "all"} == set(metadata.get_all("Provides-Extra"))
     assert f"version: {vivit_hf.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_the_oldest_versions_that_are_tested_are_the_oldest_that_are_promised(metadata):
     pins = requirements(ROOT / "constraints-oldest.txt")
     promised = {
-        normalised(requirement): floor(requirement) for requirement in required(metadata, "conversion", "training")
+        normalised(requirement): floor(requirement) for requirement in required(metadata, "conversion", "export", "training")
     }
     torch_floor = promised.pop("torch")  # named in the file, where the reason is given, but not pinned
     (oldest_torch,) = re.findall(r"OLDEST_TORCH=([\d.]+)", (ROOT / "constraints-oldest.txt").read_text())
@@ -196,7 +203,7 @@ def test_the_oldest_versions_that_are_tested_are_the_oldest_that_are_promised(me
 
 def test_the_versions_that_are_tested_are_supported_and_pinned(metadata):
     pins = requirements(ROOT / "constraints.txt")
-    for requirement in required(metadata, "conversion", "training", "test", "dev"):
+    for requirement in required(metadata, "conversion", "training", "export", "app", "test", "dev"):
         assert pins[normalised(requirement)] in requirement.specifier, requirement
 
 

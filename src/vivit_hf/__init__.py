@@ -11,8 +11,10 @@ from transformers.models.auto.video_processing_auto import AutoVideoProcessor  #
 from .configuration_vivit import ViViTConfig
 from .frame_sampling import sample_frames_uniformly
 from .image_initialisation import InitialisationReport, config_from_vit, initialise_from_vit
+from .inference import demo_model_path
 from .model_card import write_model_card
 from .modeling_vivit import ViViTForVideoClassification, ViViTModel, ViViTPreTrainedModel
+from .streaming import StreamingClassifier
 from .video_decoding import VideoDecodingError, VideoReader
 from .video_processing_vivit import ViViTVideoProcessor
 
@@ -35,6 +37,7 @@ ViViTVideoProcessor.register_for_auto_class("AutoImageProcessor")
 
 __all__ = [
     "InitialisationReport",
+    "StreamingClassifier",
     "ViViTConfig",
     "ViViTForVideoClassification",
     "ViViTModel",
@@ -43,6 +46,7 @@ __all__ = [
     "VideoDecodingError",
     "VideoReader",
     "config_from_vit",
+    "demo_model_path",
     "initialise_from_vit",
     "sample_frames_uniformly",
     "write_model_card",

@@ -53,7 +53,8 @@ class FrameConverter:
         size, window = shape
         planes: Any = None
         # Closed at once: a thread must not decode on after an error, when the container is closed.
-        with contextlib.closing(frames if self._num_threads == 1 else _decoded_ahead(frames)) as frames:
+        is_alone = self._num_threads == 1 or num_frames == 1
+        with contextlib.closing(frames if is_alone else _decoded_ahead(frames)) as frames:
             for row, frame in enumerate(frames):
                 quarter_turns = round(frame.rotation / 90) % 4  # anticlockwise
                 if planes is None:

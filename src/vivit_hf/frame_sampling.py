@@ -39,7 +39,7 @@ import numpy as np
 SHORT_VIDEO_POLICIES = ("repeat_last", "loop", "error")
 CLIP_STARTS = ("centre", "random")
 # Times of frames are multiples of a clock tick as floats: a microsecond keeps 3 * (1 / 3) on the right side of 1.
-_TIME_TOLERANCE = 1e-6
+TIME_TOLERANCE = 1e-6
 
 
 def check_positive_integer(name: str, value: int) -> int:
@@ -183,7 +183,7 @@ def sample_clips_at_rate(
     # The last frame stays on the screen for as long as the others do on average.
     duration = times[-1] * len(times) / (len(times) - 1) if times[-1] > 0 else 1 / rate
     last_moment = (num_frames - 1) / rate
-    if short_video_policy == "error" and last_moment >= duration + _TIME_TOLERANCE:
+    if short_video_policy == "error" and last_moment >= duration + TIME_TOLERANCE:
         raise ValueError(
             f"The clip needs {last_moment:.3f} seconds and the video has {duration:.3f}: lower `num_frames`, raise "
             "`frames_per_second`, or choose short_video_policy='repeat_last' or 'loop'."
@@ -195,8 +195,8 @@ def sample_clips_at_rate(
         starts = np.linspace(0, last_start, num_clips) if num_clips > 1 else np.array([last_start / 2])
     moments = starts[:, None] + np.arange(num_frames) / rate
     if short_video_policy == "loop":
-        moments = (moments + _TIME_TOLERANCE) % duration
-    return np.maximum(np.searchsorted(times, moments + _TIME_TOLERANCE, side="right") - 1, 0).astype(np.int64)
+        moments = (moments + TIME_TOLERANCE) % duration
+    return np.maximum(np.searchsorted(times, moments + TIME_TOLERANCE, side="right") - 1, 0).astype(np.int64)
 
 
 def resized_size(height: int, width: int, size: dict[str, int]) -> tuple[int, int]:

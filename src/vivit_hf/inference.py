@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,19 @@ from torch.utils.data import DataLoader, Dataset
 
 from .evaluation import average_views, to_probabilities
 from .labels import LabelMap
+from .streaming import predict_clips
 from .video_processing_vivit import ViViTVideoProcessor
 from .video_sources import VideoDecodingError
+
+
+def demo_model_path() -> Path:
+    """
+    The folder of a small trained model that ships in the package, to try everything without a download.
+
+    A factorised encoder for 16 frames of 64 x 64 that tells along which diagonal a shape moves: `down_left`,
+    `down_right`, `up_left` or `up_right`. `examples/train_demo_model.py` made it.
+    """
+    return Path(__file__).parent / "demo_model"
 
 
 @dataclass
@@ -34,20 +46,29 @@ class _Views(Dataset):
     def __len__(self) -> int:
         return len(self.videos)
 
-    def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, str | None]:
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, np.ndarray | None, str | None]:
+        """Number, `pixel_values` of the views and their `frame_ids`, or the error."""
         video = self.videos[index]
         try:
-            video = video() if callable(video) else video
-            return index, self.processor(video, **self.views)["pixel_values"], None
+            features = self.processor(video() if callable(video) else video, **self.views)
+            return index, features["pixel_values"], features.frame_ids, None
         except (VideoDecodingError, OSError, ValueError) as error:
-            return index, None, str(error)
+            return index, None, None, str(error)
 
 
-def predict_views(model: torch.nn.Module, pixel_values: torch.Tensor, max_clips: int = 16) -> torch.Tensor:
-    """Logits (batch, views, labels) of (batch, views, frames, channels, height, width), some clips at a time."""
-    views = pixel_values.flatten(0, 1)
-    logits = torch.cat([model(pixel_values=part).logits for part in views.split(max_clips)])
-    return logits.unflatten(0, pixel_values.shape[:2])
+def predict_views(
+    model: torch.nn.Module, pixel_values: torch.Tensor, max_clips: int = 16, frame_ids: np.ndarray | None = None
+) -> torch.Tensor:
+    """
+    Logits (batch, views, labels) of (batch, views, frames, channels, height, width), some clips at a time.
+
+    With `frame_ids` (batch, views, frames), what clips of a video share is computed once; see `predict_clips`.
+    """
+    batch, views = pixel_values.shape[:2]
+    if frame_ids is not None:  # frames of one video are none of another
+        frame_ids = (frame_ids * batch + np.arange(batch)[:, None, None]).reshape(batch * views, -1)
+    logits = predict_clips(model, pixel_values.flatten(0, 1), frame_ids, max_clips)
+    return logits.unflatten(0, (batch, views))
 
 
 def predict_videos(
@@ -80,17 +101,19 @@ def predict_videos(
         collate_fn=list,
     )
     for items in loader:
-        good = [views for _, views, _ in items if views is not None]
+        good = [(views, ids) for _, views, ids, _ in items if views is not None]
         # Without a crop, videos can be of different sizes.
-        is_one_size = len({views.shape for views in good}) == 1
-        alike = [good] if is_one_size else [[views] for views in good]
+        is_one_size = len({views.shape for views, _ in good}) == 1
+        alike = [good] if is_one_size else [[one] for one in good]
         rows: list[torch.Tensor] = []
         with torch.inference_mode():
             for group in alike:
-                logits = predict_views(model, torch.stack(group).to(model.device, model.dtype), batch_size)
+                pixel_values = torch.stack([views for views, _ in group]).to(model.device, model.dtype)
+                ids = np.stack([ids for _, ids in group])
+                logits = predict_views(model, pixel_values, batch_size, ids)
                 rows += average_views(logits, label_map, averaging).cpu()
         remaining = iter(rows)
-        for index, views, error in items:
+        for index, views, _, error in items:
             if views is None:
                 yield VideoPrediction(index, error=error)
             else:

@@ -249,6 +249,13 @@ class ViViTModel(ViViTPreTrainedModel):
         tokens = self.encode(self.encoder, self.layernorm, tokens, output_attentions, every_token)
         return self.pool(tokens).unflatten(0, steps)  # (batch * time, hidden) -> (batch, time, hidden)
 
+    def encode_steps(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        Model 2: a clip of any whole number of tubelets, (batch, frames, channels, height, width), becomes a token per
+        time step, (batch, time, hidden). No step sees another, so that they can be kept and put together again.
+        """
+        return self.encode_space(*self.embeddings(pixel_values, interpolate_pos_encoding=True))
+
     def encode_time(
         self, tokens: torch.Tensor, output_attentions: bool = False, every_token: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -324,6 +331,14 @@ class ViViTForVideoClassification(ViViTPreTrainedModel):
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+    def classify_steps(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Model 2: logits (batch, num_labels) of the tokens (batch, time, hidden) that `vivit.encode_steps` gives."""
+        vivit = self.vivit
+        pooled = tokens.mean(dim=1) if vivit.temporal_encoder is None else vivit.encode_time(tokens, False, False)[1]
+        if vivit.pre_logits is not None:
+            pooled = vivit.pre_logits(pooled).tanh()
+        return self.classifier(pooled)
 
     def split_logits(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:
         """The logits (..., num_labels) of each of the `label_groups` by its name, (..., size of the group)."""

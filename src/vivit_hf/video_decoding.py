@@ -192,6 +192,56 @@ class VideoReader:
                 return self._read_decoded(self._checked(indices), shape, on_lost)
             return self._arranged(frames, places, indices)
 
+    def stream(
+        self, choose: Callable[[np.ndarray], Any], *, size: FrameSize | None = None, window: FrameWindow | None = None
+    ) -> Iterator[tuple[float, np.ndarray]]:
+        """The frames at the indices that `choose` picks, given the `timestamps`, one after the other.
+
+        For videos that are too long to be held: one pass, a frame in memory at a time. The indices must not decrease.
+        What damage has taken is the frame before, as with `on_lost="repeat_last"`.
+
+        Args:
+            size, window: as for `frames_at`.
+
+        Yields:
+            The seconds at which a frame is shown, and the frame, uint8 RGB (height, width, 3).
+        """
+        with self._named_errors():
+            indices = self._checked(choose(self.timestamps))
+            if indices.ndim != 1 or np.any(np.diff(indices) < 0):
+                raise IndexError("`choose` must give a list of indices that do not decrease.")
+            place = 0
+            if self._trusted is not None:
+                wanted = np.unique(indices)
+                try:
+                    for number, frame in zip(wanted, self._read_trusted(self._trusted, wanted), strict=True):
+                        image = self._one(frame, (size, window))
+                        while place < len(indices) and indices[place] == number:
+                            yield float(self.timestamps[number]), image
+                            place += 1
+                    return
+                except _IndexMismatchError:
+                    self._decode_index()
+                    indices = np.asarray(choose(self.timestamps))
+                    indices = np.minimum(indices, self.num_frames - 1)
+            outputs = np.maximum(np.searchsorted(self._decoded.frame_of_output, indices, side="right") - 1, 0)
+            outputs, indices = outputs[place:], indices[place:]
+            if len(outputs) == 0:
+                return
+            needed = np.unique(outputs)
+            self.report.num_repeated_frames += int(np.sum(self._decoded.frame_of_output[outputs] != indices))
+            self.report.num_damaged_frames += int(self._decoded.damaged[needed].sum())
+            self._reopen()
+            place = 0
+            for output, frame in zip(needed, self._read_outputs(needed), strict=True):
+                image = self._one(frame, (size, window))
+                while place < len(outputs) and outputs[place] == output:
+                    yield float(self.timestamps[indices[place]]), image
+                    place += 1
+
+    def _one(self, frame: Any, shape: FrameShape) -> np.ndarray:
+        return self._converter.to_rgb((frame for _ in range(1)), 1, self._header_size, shape)[0]
+
     def describe(self) -> dict[str, Any]:
         """What the file and its first frame say: `container`, `codec`, `pixel_format`, upright `height` and `width` in
         pixels, and `rotation` in degrees clockwise (0, 90, 180 or 270)."""

@@ -64,18 +64,20 @@ class VideoFeatures(BatchFeature):
     `num_views`: rows of `pixel_values` per video, clips x crops; row v * num_views + clip * num_crops + crop.
     `reports`: one `DecodingReport` for each video that was read from a file, None for frames that were given.
     `kept`: the places, in the input, of the videos in the batch: all but those that on_error="skip" left out.
+    `frame_ids`: int64 (rows, frames) like `pixel_values`; of one video, frames with equal numbers are equal.
     """
 
     num_views: int = 1
     reports: Sequence[DecodingReport | None] = ()
     kept: Sequence[int] = ()
+    frame_ids: np.ndarray | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"data": self.data, "views": (self.num_views, self.reports, self.kept)}
+        return {"data": self.data, "views": (self.num_views, self.reports, self.kept, self.frame_ids)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.data = state["data"]
-        self.num_views, self.reports, self.kept = state["views"]
+        self.num_views, self.reports, self.kept, self.frame_ids = state["views"]
 
 
 class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
@@ -225,9 +227,10 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
         views: list[np.ndarray] = []
         reports: list[DecodingReport | None] = []
         kept: list[int] = []
+        frame_ids: list[np.ndarray] = []
         for place, video in enumerate(_as_batch(videos)):
             try:
-                clips, report = self._clips(video, call)
+                clips, indices, report = self._clips(video, call)
             except VideoDecodingError as error:
                 if call.on_error != "skip":
                     raise
@@ -235,6 +238,7 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
                 reports.append(DecodingReport(error.source or "", error=error.reason or str(error)))
                 continue
             views += [view for clip in clips for view in _crops(clip, call)]
+            frame_ids += _frame_ids(indices, call)
             reports.append(report)
             kept.append(place)
         if not views:
@@ -243,6 +247,8 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
 
         features = VideoFeatures({"pixel_values": _finished(views, call, return_tensors, dtype, device)})
         features.num_views, features.reports, features.kept = call.num_clips * call.num_crops, reports, kept
+        if len({ids.shape for ids in frame_ids}) == 1:
+            features.frame_ids = np.stack(frame_ids)
         return features
 
     def preprocess(self, videos: Any, **kwargs: Any) -> VideoFeatures:
@@ -270,8 +276,9 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
             values["frames_per_second"] = None
         return SimpleNamespace(**validated_parameters({**values, **given}))
 
-    def _clips(self, video: Any, call: SimpleNamespace) -> tuple[np.ndarray, DecodingReport | None]:
-        """The clips of one video, resized: (clips, frames, height, width, channels), uint8 or float32."""
+    def _clips(self, video: Any, call: SimpleNamespace) -> tuple[np.ndarray, np.ndarray, DecodingReport | None]:
+        """The clips of one video, resized: (clips, frames, height, width, channels), uint8 or float32; the numbers of
+        their frames (clips, frames); and the report of a file."""
         if not is_video_source(video):
             total = num_frames_of(video)
             is_sampled = call.do_sample_frames
@@ -286,7 +293,7 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
                 frames = resize_frames(frames, resized_size(frames.shape[1], frames.shape[2], call.size), call.resample)
             if call.do_rescale and frames.dtype == np.float32:
                 frames = frames * np.float32(255)  # `rescale_factor` is for values from 0 to 255
-            return frames.reshape(indices.shape + frames.shape[1:]), None
+            return frames.reshape(indices.shape + frames.shape[1:]), indices, None
 
         # The scaler's bilinear filter is PIL's; the other filters differ, so those frames are left to PIL.
         is_scaled = call.do_resize and call.resample == PIL.Image.Resampling.BILINEAR
@@ -294,9 +301,15 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
         if num_threads is None:
             num_threads = 0 if get_worker_info() is None else 1
         limits = VideoLimits(**(call.video_limits or {}))
+        chosen: list[np.ndarray] = []
+
+        def choose(timestamps: np.ndarray) -> np.ndarray:
+            chosen.append(_choose_frames(timestamps, source=video, call=call))
+            return chosen[-1]
+
         with VideoReader(video, limits=limits, num_threads=num_threads) as reader:
             clips = reader.read(
-                partial(_choose_frames, source=video, call=call),
+                choose,
                 size=(lambda height, width: resized_size(height, width, call.size)) if is_scaled else None,
                 window=partial(_kept_window, call=call) if is_scaled or not call.do_resize else None,
                 on_lost="repeat_last" if call.on_error == "repeat_last" else "raise",
@@ -305,7 +318,7 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
             new_size = resized_size(clips.shape[2], clips.shape[3], call.size)
             resized = resize_frames(clips.reshape(-1, *clips.shape[2:]), new_size, call.resample)
             clips = resized.reshape(*clips.shape[:2], *resized.shape[1:])
-        return clips, reader.report
+        return clips, chosen[-1], reader.report
 
 
 _PARAMETERS = tuple(
@@ -408,6 +421,14 @@ def _crops(clip: np.ndarray, call: SimpleNamespace) -> list[np.ndarray]:
     else:
         crops = fixed_crops(*sizes, num_crops=call.num_crops)
     return [clip[:, top : top + height, left : left + width] for top, left, height, width in crops]
+
+
+def _frame_ids(indices: np.ndarray, call: SimpleNamespace) -> list[np.ndarray]:
+    """For each view of a video, in the order of `_crops`, numbers that tell its frames from those of other crops."""
+    if _is_random_crop(call):  # another one in each clip
+        return [row * len(indices) + clip for clip, row in enumerate(indices)]
+    num_crops = call.num_crops if call.do_center_crop else 1
+    return [row * num_crops + crop for row in indices for crop in range(num_crops)]
 
 
 def _finished(

@@ -1,0 +1,279 @@
+"""
+A sliding window over frames as they come, without doing work twice (section 3.3.2).
+
+In the factorised encoder, the token of a tubelet does not depend on its neighbours. So the spatial encoder sees every
+tubelet once, the tokens of the window are kept, and a step costs no more than the new tubelets and the small temporal
+encoder:
+
+    sampled frames   0 1 2 3 4 5 6 7 8 9 ...      tubelets of 2, windows of 6, hop 2
+    window 0         [a a b b c c]                a, b, c are encoded
+    window 1             [b b c c d d]            d alone is new
+    window 2                 [c c d d e e]        e alone is new
+
+Windows that are not a whole number of tubelets apart cut the frames into other tubelets: those make a stream of their
+own for each phase (see `StreamingClassifier.tubelets_per_window`). The other variants look at the whole window again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .frame_sampling import TIME_TOLERANCE
+from .video_processing_vivit import ViViTVideoProcessor
+
+
+# Tubelets or clips that go through the model at a time.
+_BATCH = 16
+
+
+@dataclass
+class WindowPrediction:
+    """
+    What the model says of one window.
+
+    `start` and `end` are the times in seconds at which its first and its last frame are shown, `first_frame` counts the
+    sampled frames from the beginning of the stream, `logits` are float32 (num_labels,).
+    """
+
+    start: float
+    end: float
+    first_frame: int
+    logits: torch.Tensor
+
+
+def reuses_tubelets(config: Any) -> bool:
+    """Whether the tokens of a model's tubelets serve in every window that holds them: in Model 2, with tubelets."""
+    return config.attention_type == "factorised_encoder" and config.embedding_type == "tubelet"
+
+
+class StreamingClassifier:
+    """
+    Classifies a sliding window over a stream of frames, video files and cameras alike.
+
+    Args:
+        model: a `ViViTForVideoClassification`, which is used on its device and in its dtype; put it in eval mode.
+        processor: its `ViViTVideoProcessor`, for size, crop and normalisation, and for which frames are sampled:
+            every `frame_stride`-th, or `frames_per_second` by their times. Windows are `model.config.num_frames` long.
+        hop: sampled frames from one window to the next. None: a tubelet where tokens are reused, else half a window.
+
+    Logits are those of the model on the same window, whatever the hop. What a hop costs tells `tubelets_per_window`:
+
+    | variant | hop | spatial encodings per window |
+    | --- | --- | --- |
+    | factorised encoder, tubelets | h, a whole number of tubelets of t frames | h / t |
+    | the same | any other h | h / gcd(h, t), but not more than the window has |
+    | every other model | any | the whole model runs on the whole window |
+
+    ```python
+    stream = StreamingClassifier(model, processor)
+    for frame, time in camera:
+        for window in stream.push(frame, time):
+            print(window.start, window.end, window.logits.softmax(-1))
+    ```
+
+    Raises ValueError for a hop below 1 and for a processor that samples otherwise ("uniform").
+    """
+
+    def __init__(self, model: Any, processor: ViViTVideoProcessor, *, hop: int | None = None):
+        config = model.config
+        self.model, self.processor = model, processor
+        self.reuses_tubelets = reuses_tubelets(config)
+        self._tubelet = config.tubelet_size[0] if self.reuses_tubelets else config.num_frames
+        self._num_frames = config.num_frames
+        self._num_tubelets = config.num_frames // self._tubelet
+        default = self._tubelet if self.reuses_tubelets else max(1, config.num_frames // 2)
+        self.hop = default if hop is None else hop
+        if not isinstance(self.hop, int) or self.hop < 1:
+            raise ValueError(f"`hop` must be a whole number of sampled frames, at least 1, got {hop!r}.")
+        if processor.frame_sampling == "uniform" and processor.frames_per_second is None:
+            raise ValueError(
+                "A processor with frame_sampling='uniform' spreads its frames over a whole video, which a stream does "
+                "not have: set `frame_sampling='dense'` with a `frame_stride`, or `frames_per_second`."
+            )
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets every frame: the next one begins another stream."""
+        self.num_frames_seen = 0
+        self.num_windows = self.num_tubelets_encoded = 0
+        self._frames: deque[tuple[int, float, torch.Tensor]] = deque()  # sampled: number, seconds, pixels
+        self._tokens: dict[int, torch.Tensor] = {}  # of the tubelet that begins with that sampled frame
+        self._num_sampled = self._num_chosen = self._next_window = 0
+        self._held: tuple[Any, float] | None = None  # the last frame, while it is not clear how long it is shown
+        self._first_time = 0.0
+
+    @property
+    def tubelets_per_window(self) -> int:
+        """Runs of the spatial encoder per window in the long run; `time` of them would be no reuse at all."""
+        if not self.reuses_tubelets:
+            return self._num_tubelets
+        return min(self._num_tubelets, self.hop // math.gcd(self.hop, self._tubelet))
+
+    @property
+    def window_frames(self) -> int:
+        """Sampled frames in a window."""
+        return self._num_frames
+
+    def push(self, frames: Any, times: float | Sequence[float] | None = None) -> list[WindowPrediction]:
+        """
+        Takes the next frames, all of them, in order; gives the windows that they complete.
+
+        Args:
+            frames: one frame or several, as the processor takes them: uint8 (height, width, channels) or
+                (frames, height, width, channels), PIL images, tensors.
+            times: seconds at which they are shown, one or one per frame, increasing. None: they are counted, which
+                `frames_per_second` cannot do without.
+
+        Raises ValueError for times that do not fit the frames, and what the processor raises.
+        """
+        frames = self._as_list(frames)
+        if times is None:
+            if self.processor.frames_per_second is not None:
+                raise ValueError("A processor with `frames_per_second` needs the `times` of the frames, in seconds.")
+            times = range(self.num_frames_seen, self.num_frames_seen + len(frames))
+        times = [float(time) for time in np.atleast_1d(np.asarray(times, dtype=np.float64))]
+        if len(times) != len(frames):
+            raise ValueError(f"{len(frames)} frames came with {len(times)} times; expected one each.")
+        chosen = [pair for frame, time in zip(frames, times, strict=True) for pair in self._sampled(frame, time)]
+        return self.push_sampled([frame for frame, _ in chosen], [time for _, time in chosen])
+
+    def flush(self) -> list[WindowPrediction]:
+        """The windows that the last frame completes, at the end of a stream that is sampled by `frames_per_second`."""
+        if self._held is None:
+            return []
+        held, self._held = self._held, None
+        return self.push_sampled([held[0]], [held[1]]) if self._next_moment() <= held[1] + TIME_TOLERANCE else []
+
+    @staticmethod
+    def _as_list(frames: Any) -> list[Any]:
+        if isinstance(frames, (np.ndarray, torch.Tensor)):
+            if frames.ndim not in (2, 3, 4):
+                raise ValueError(
+                    f"Frames are (height, width, channels), or (frames, height, width, channels) for several, got "
+                    f"{tuple(frames.shape)}."
+                )
+            return list(frames) if frames.ndim == 4 else [frames]
+        return list(frames) if isinstance(frames, (list, tuple)) else [frames]
+
+    def _sampled(self, frame: Any, time: float) -> list[tuple[Any, float]]:
+        """Which frames are sampled now that this one is there, each with its time."""
+        number, self.num_frames_seen = self.num_frames_seen, self.num_frames_seen + 1
+        if self.processor.frames_per_second is None:
+            return [] if number % self.processor.frame_stride else [(frame, time)]
+        chosen = []
+        if self._held is None:
+            self._first_time = time
+        else:
+            # A moment of the rate shows the last frame that came at or before it.
+            while self._next_moment() + TIME_TOLERANCE < time:
+                chosen.append(self._held)
+                self._num_chosen += 1
+        self._held = (frame, time)
+        return chosen
+
+    def _next_moment(self) -> float:
+        return self._first_time + self._num_chosen / float(self.processor.frames_per_second or 1)
+
+    @torch.inference_mode()
+    def push_sampled(self, frames: Sequence[Any], times: Sequence[float]) -> list[WindowPrediction]:
+        """As `push`, for frames that are already those of the processor's stride or rate."""
+        windows: list[WindowPrediction] = []
+        for first in range(0, len(frames), _BATCH):
+            part = slice(first, first + _BATCH)
+            whole: dict[str, Any] = {"do_sample_frames": False, "num_clips": 1, "num_crops": 1}
+            features = self.processor(list(frames[part]), crop_position="centre", **whole)
+            # (1, frames, channels, height, width)
+            for time, pixels in zip(times[part], features["pixel_values"][0], strict=True):
+                self._frames.append((self._num_sampled, time, pixels))
+                self._num_sampled += 1
+            windows += self._complete()
+        return windows
+
+    def _complete(self) -> list[WindowPrediction]:
+        """The windows whose frames are all there now."""
+        starts = list(range(self._next_window, self._num_sampled - self._num_frames + 1, self.hop))
+        if self.reuses_tubelets:
+            self._encode_tubelets()
+        found = []
+        for first in range(0, len(starts), _BATCH):
+            batch = starts[first : first + _BATCH]
+            if self.reuses_tubelets:
+                tokens = [self._tokens[start + place] for start in batch for place in self._places]
+                steps = torch.stack(tokens).unflatten(0, (len(batch), -1))  # (windows, time, hidden)
+                logits = self.model.classify_steps(steps)
+            else:
+                logits = self.model(torch.stack([self._pixels(start, self._num_frames) for start in batch])).logits
+            for start, row in zip(batch, logits.float().cpu(), strict=True):
+                offset = start - self._frames[0][0]
+                times = self._frames[offset][1], self._frames[offset + self._num_frames - 1][1]
+                found.append(WindowPrediction(*times, first_frame=start, logits=row))
+        self._next_window += len(starts) * self.hop
+        self.num_windows += len(starts)
+        self._forget()
+        return found
+
+    @property
+    def _places(self) -> range:
+        """Where the tubelets of a window begin in it."""
+        return range(0, self._num_tubelets * self._tubelet, self._tubelet)
+
+    def _pixels(self, start: int, count: int) -> torch.Tensor:
+        offset = start - self._frames[0][0]
+        frames = [self._frames[place][2] for place in range(offset, offset + count)]
+        return torch.stack(frames).to(self.model.device, self.model.dtype)
+
+    def _encode_tubelets(self) -> None:
+        """The tokens of every tubelet that a window to come needs, and whose frames are there."""
+        needed = []
+        # Of later windows only those matter that have begun.
+        for window in range(self._next_window, self._num_sampled, self.hop):
+            for place in self._places:
+                start = window + place
+                if start + self._tubelet <= self._num_sampled and start not in self._tokens:
+                    needed.append(start)
+                    self._tokens[start] = torch.empty(0)  # once, whatever the number of windows
+        for first in range(0, len(needed), _BATCH):
+            batch = needed[first : first + _BATCH]
+            clips = torch.stack([self._pixels(start, self._tubelet) for start in batch])
+            for start, token in zip(batch, self.model.vivit.encode_steps(clips)[:, 0], strict=True):
+                self._tokens[start] = token
+        self.num_tubelets_encoded += len(needed)
+
+    def _forget(self) -> None:
+        """Frames and tokens before the next window are of no use any more."""
+        while self._frames and self._frames[0][0] < self._next_window:
+            self._frames.popleft()
+        for start in [start for start in self._tokens if start < self._next_window]:
+            del self._tokens[start]
+
+
+def predict_clips(
+    model: Any, clips: torch.Tensor, frame_ids: np.ndarray | None = None, max_clips: int = _BATCH
+) -> torch.Tensor:
+    """
+    Logits (clips, num_labels) of (clips, frames, channels, height, width), `max_clips` at a time.
+
+    Clips of one video overlap where it is short or they are many. With `frame_ids`, int64 (clips, frames) as
+    `VideoFeatures` has them, equal numbers stand for equal frames, and the factorised encoder encodes every tubelet
+    once; the logits are those of the model.
+    """
+    tubelet = model.config.tubelet_size[0]
+    time = clips.shape[1] // tubelet
+    if frame_ids is not None and reuses_tubelets(model.config):
+        ids = np.asarray(frame_ids)[:, : time * tubelet].reshape(-1, tubelet)
+        _, firsts, places = np.unique(ids, axis=0, return_index=True, return_inverse=True)
+        if len(firsts) < len(ids):
+            # (clips, frames, ...) -> (clips * time, tubelet, ...)
+            tubelets = clips[:, : time * tubelet].unflatten(1, (time, tubelet)).flatten(0, 1)
+            groups = torch.from_numpy(firsts).split(max_clips * time)
+            encoded = torch.cat([model.vivit.encode_steps(tubelets[group])[:, 0] for group in groups])
+            steps = encoded[torch.from_numpy(places.reshape(-1, time)).to(encoded.device)]  # (clips, time, hidden)
+            return torch.cat([model.classify_steps(part) for part in steps.split(max_clips)])
+    return torch.cat([model(pixel_values=part).logits for part in clips.split(max_clips)])

@@ -1,0 +1,205 @@
+"""What happens when in a long video: a sliding window, merged into segments of one label, in constant memory."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+
+from .evaluation import to_probabilities
+from .frame_conversion import FrameSize, FrameWindow
+from .frame_sampling import TIME_TOLERANCE, centre_crop, resized_size
+from .labels import LabelMap
+from .live_video import LiveVideo
+from .streaming import StreamingClassifier, WindowPrediction
+from .video_decoding import VideoReader
+from .video_processing_vivit import ViViTVideoProcessor
+from .video_sources import VideoLimits
+
+
+@dataclass
+class Segment:
+    """A part of a video in which one label is the likeliest; seconds, and the mean of its probability there."""
+
+    start: float
+    end: float
+    label: str
+    score: float
+
+
+def frame_shape(processor: ViViTVideoProcessor) -> tuple[FrameSize | None, FrameWindow | None]:
+    """`size` and `window` that have a reader scale and cut frames as the processor would, while it decodes them."""
+    is_bilinear = int(processor.resample) == 2
+    size: FrameSize | None = None
+    window: FrameWindow | None = None
+    if processor.do_resize and is_bilinear:
+
+        def size(height: int, width: int) -> tuple[int, int]:
+            return resized_size(height, width, processor.size)
+
+    if processor.do_center_crop and (is_bilinear or not processor.do_resize):
+
+        def window(height: int, width: int) -> tuple[int, int, int, int]:
+            return centre_crop(height, width, processor.crop_size["height"], processor.crop_size["width"])
+
+    return size, window
+
+
+def stream_windows(
+    model: Any, processor: ViViTVideoProcessor, source: Any, *, hop: int | None = None, batch_size: int = 16
+) -> Iterator[WindowPrediction]:
+    """
+    What the model says of every window of a video, in one pass.
+
+    Args:
+        model, processor, hop: as for `StreamingClassifier`.
+        source: a file as `VideoReader` takes it, or a `LiveVideo`, whose frames are classified as they come.
+        batch_size: sampled frames that a file hands over at a time; a `LiveVideo` hands over each by itself.
+
+    A video that is shorter than a window has one, filled as the processor's `short_video_policy` says.
+    """
+    stream = StreamingClassifier(model, processor, hop=hop)
+    if isinstance(source, LiveVideo):
+        for seconds, frame in source:
+            yield from stream.push(frame, seconds)
+        yield from stream.flush()
+        return
+
+    def choose(timestamps: np.ndarray) -> np.ndarray:
+        rate = processor.frames_per_second
+        if rate is None:
+            return np.arange(0, len(timestamps), processor.frame_stride)
+        moments = np.arange(0, timestamps[-1] + TIME_TOLERANCE, 1 / rate)
+        return np.searchsorted(timestamps, moments + TIME_TOLERANCE, side="right") - 1
+
+    size, window = frame_shape(processor)
+    with VideoReader(source, limits=VideoLimits(**(processor.video_limits or {}))) as reader:
+        frames = reader.stream(choose, size=size, window=window)
+        while batch := list(islice(frames, batch_size)):
+            yield from stream.push_sampled([frame for _, frame in batch], [seconds for seconds, _ in batch])
+        end = float(reader.timestamps[-1])
+    if stream.num_windows == 0:
+        pixel_values = processor(source, num_clips=1, num_crops=1)["pixel_values"]
+        with torch.inference_mode():
+            logits = model(pixel_values.to(model.device, model.dtype)).logits[0].float().cpu()
+        yield WindowPrediction(0.0, end, first_frame=0, logits=logits)
+
+
+def merge_windows(
+    windows: Iterable[WindowPrediction], config: Any, *, min_score: float = 0.0, min_duration: float | None = None
+) -> Iterator[Segment]:
+    """
+    Windows in their order become segments, each once it is known where it ends.
+
+    Between the beginnings of two windows, the probabilities are the mean over the windows that look there; a segment
+    lasts while one label is the likeliest. A window cannot tell what is much shorter than itself, and where two actions
+    meet it may see a third: a segment shorter than `min_duration` is divided among its neighbours.
+
+    Args:
+        windows: as `stream_windows` gives them.
+        config: of the model, for its labels. With `label_groups` it is the first group that counts.
+        min_score: segments with less than this mean probability are left out.
+        min_duration: seconds; None for three quarters of a window, 0 to keep every segment.
+    """
+    label_map = LabelMap.from_config(config)
+    names = next(iter(label_map.groups.values()))
+    kept: Segment | None = None  # the last that is long enough
+    passed: dict[str, Segment] = {}  # those since, by their label, `score` still a sum over seconds
+    for one in _runs(_cells(windows, label_map, len(names)), names):
+        start, end, shortest = one.start, one.end, 0.75 * one.window if min_duration is None else min_duration
+        if end - start < shortest:
+            sum_of = passed.setdefault(one.label, Segment(start, start, one.label, 0.0))
+            sum_of.end, sum_of.score = end, sum_of.score + one.score * (end - start)
+            continue
+        begin = min((segment.start for segment in passed.values()), default=start)
+        passed.clear()
+        if kept is None:
+            kept = Segment(begin, end, one.label, one.score)
+        elif kept.label == one.label:
+            lengths = kept.end - kept.start, end - start
+            kept.score = (kept.score * lengths[0] + one.score * lengths[1]) / sum(lengths)
+            kept.end = end
+        else:
+            kept.end = (begin + start) / 2
+            yield from _good([kept], min_score)
+            kept = Segment(kept.end, end, one.label, one.score)
+    if kept is not None:
+        kept.end = max((segment.end for segment in passed.values()), default=kept.end)
+        yield from _good([kept], min_score)
+    elif passed:  # nothing in it lasts: what there is most of
+        best = max(passed.values(), key=lambda segment: segment.score)
+        start, end = min(one.start for one in passed.values()), max(one.end for one in passed.values())
+        yield from _good([Segment(start, end, best.label, best.score / max(end - start, 1e-9))], min_score)
+
+
+def _good(segments: Iterable[Segment], min_score: float) -> Iterator[Segment]:
+    return (segment for segment in segments if segment.score >= min_score)
+
+
+@dataclass
+class _Run(Segment):
+    """A segment as the windows show it, and the seconds that a window has there."""
+
+    window: float = 0.0
+
+
+def _runs(cells: Iterable[tuple[float, float, float, np.ndarray]], names: Sequence[str]) -> Iterator[_Run]:
+    run: _Run | None = None
+    for start, end, window, probabilities in cells:
+        best = int(probabilities.argmax())
+        score = float(probabilities[best])
+        if run is None or run.label != names[best]:
+            if run is not None:
+                yield run
+            run = _Run(start, end, names[best], score, window)
+            continue
+        run.score += (score - run.score) * (end - start) / max(end - run.start, 1e-9)  # the mean over time
+        run.end, run.window = end, window
+    if run is not None:
+        yield run
+
+
+def _cells(
+    windows: Iterable[WindowPrediction], label_map: LabelMap, num_labels: int
+) -> Iterator[tuple[float, float, float, np.ndarray]]:
+    """From each window's beginning to the next one's, and to the end: (start, end, window, mean probabilities)."""
+    looking: deque[tuple[float, float, np.ndarray]] = deque()
+    for window in windows:
+        probabilities = to_probabilities(window.logits, label_map)[:num_labels].numpy()
+        if looking:
+            # All windows that look at what lies before this one's beginning have begun by now.
+            yield looking[-1][0], window.start, looking[-1][1] - looking[-1][0], _mean(looking)
+            while looking and looking[0][1] <= window.start:
+                looking.popleft()
+        looking.append((window.start, window.end, probabilities))
+    if looking:
+        begin = looking[-1][0]
+        for end in sorted({end for _, end, _ in looking}):
+            if end > begin:
+                yield begin, end, looking[-1][1] - looking[-1][0], _mean(looking)
+                begin = end
+            while looking and looking[0][1] <= end:
+                looking.popleft()
+
+
+def _mean(looking: Iterable[tuple[float, float, np.ndarray]]) -> np.ndarray:
+    return np.mean([probabilities for _, _, probabilities in looking], axis=0)
+
+
+def video_timeline(
+    model: Any,
+    processor: ViViTVideoProcessor,
+    source: Any,
+    *,
+    hop: int | None = None,
+    min_score: float = 0.0,
+    min_duration: float | None = None,
+) -> list[Segment]:
+    """The segments of a video: `stream_windows`, merged by `merge_windows`, whose arguments these are."""
+    windows = stream_windows(model, processor, source, hop=hop)
+    return list(merge_windows(windows, model.config, min_score=min_score, min_duration=min_duration))

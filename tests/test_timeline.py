@@ -1,0 +1,154 @@
+"""When things happen in a long video: known boundaries are found, and what a timeline promises holds for any scores."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from moving_shapes import MOTIONS, Scene, write_video
+from video_files import damage_packet
+from video_files import write_video as write_test_video
+
+from vivit_hf import VideoReader, ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor, demo_model_path
+from vivit_hf.streaming import WindowPrediction
+from vivit_hf.timeline import merge_windows, stream_windows, video_timeline
+
+
+CONFIG = ViViTConfig.from_preset("vivit-tiny", num_labels=3, id2label={0: "a", 1: "b", 2: "c"})
+
+
+@pytest.fixture(scope="module")
+def demo():
+    folder = demo_model_path()
+    model = ViViTForVideoClassification.from_pretrained(folder).eval()
+    return model, ViViTVideoProcessor.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 3, 4, 5])
+def test_boundaries_of_joined_motions_are_found_within_a_hop(demo, tmp_path, seed):
+    """Five parts of 3 to 6 seconds with different shapes and backgrounds; the hop is half a window, 0.67 s."""
+    rng = np.random.default_rng(seed)
+    motions = [str(rng.choice(list(MOTIONS)))]
+    while len(motions) < 5:
+        motions.append(str(rng.choice([motion for motion in MOTIONS if motion != motions[-1]])))
+    parts, borders = [], []
+    for number, motion in enumerate(motions):
+        scene = Scene.draw(np.random.default_rng([7, seed, number]), 24, 80, 96)
+        parts.append(scene.render(motion, int(rng.integers(36, 72))))
+        borders.append((borders[-1] if borders else 0) + len(parts[-1]))
+    write_video(tmp_path / "joined.mp4", np.concatenate(parts), fps=12)
+    model, processor = demo
+    segments = video_timeline(model, processor, tmp_path / "joined.mp4", hop=8)
+    assert [segment.label for segment in segments] == motions
+    assert segments[0].start == 0 and segments[-1].end == pytest.approx(borders[-1] / 12, abs=8 / 12 + 0.1)
+    for segment, following, border in zip(segments, segments[1:], borders, strict=False):
+        assert segment.end == following.start == pytest.approx(border / 12, abs=8 / 12)
+        assert segment.score > 0.5
+
+
+def windows_of(labels, hop=1.0, length=3.0, sharpness=6.0):
+    """Windows that are sure of one label each."""
+    logits = sharpness * torch.nn.functional.one_hot(torch.tensor(labels), 3).float()
+    return [WindowPrediction(hop * place, hop * place + length, place, row) for place, row in enumerate(logits)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    labels=st.lists(st.integers(0, 2), min_size=1, max_size=40),
+    hop=st.sampled_from([0.5, 1.0, 2.5, 4.0]),
+    min_duration=st.sampled_from([None, 0.0, 2.0, 100.0]),
+)
+def test_segments_cover_what_the_windows_saw_without_gap_or_overlap(labels, hop, min_duration):
+    windows = windows_of(labels, hop)
+    segments = list(merge_windows(windows, CONFIG, min_duration=min_duration))
+    assert segments[0].start == 0 and segments[-1].end == windows[-1].end
+    for segment, following in itertools.pairwise(segments):
+        assert segment.end == following.start and segment.label != following.label
+    assert all(segment.end > segment.start and 0 < segment.score <= 1 for segment in segments)
+    assert {segment.label for segment in segments} <= {"abc"[label] for label in labels}
+    if min_duration and len(segments) > 1:
+        # What is short is divided among its neighbours; they only grow.
+        assert all(segment.end - segment.start >= min_duration - 1e-9 for segment in segments)
+
+
+def test_two_labels_meet_in_the_middle_of_what_lies_between():
+    """Windows of 3 s see a third label for 2 s where two meet."""
+    labels = [0] * 6 + [1] * 2 + [2] * 6
+    (first, second) = merge_windows(windows_of(labels), CONFIG)
+    assert (first.label, second.label) == ("a", "c") and first.end == second.start
+    whole = list(merge_windows(windows_of(labels), CONFIG, min_duration=0))
+    assert [segment.label for segment in whole] == ["a", "b", "c"]
+    assert first.end == pytest.approx((whole[1].start + whole[1].end) / 2)
+    assert [one.label for one in merge_windows(windows_of([0] * 6 + [1] + [0] * 6), CONFIG)] == ["a"]
+
+
+def test_segments_below_the_least_score_are_left_out():
+    windows = windows_of([0] * 6, sharpness=6.0) + [
+        WindowPrediction(place, place + 3.0, place, torch.tensor([0.0, 0.2, 0.0])) for place in range(6, 14)
+    ]
+    assert [segment.label for segment in merge_windows(windows, CONFIG)] == ["a", "b"]
+    assert [segment.label for segment in merge_windows(windows, CONFIG, min_score=0.6)] == ["a"]
+
+
+def test_a_timeline_comes_while_the_video_is_still_read():
+    """Each segment as soon as the next one lasts: a live source is not waited for to its end."""
+    taken = []
+
+    def windows():
+        for window in windows_of([0] * 10 + [1] * 10 + [2] * 10):
+            taken.append(window)
+            yield window
+
+    first = next(merge_windows(windows(), CONFIG))
+    assert first.label == "a" and len(taken) < 25
+
+
+def test_a_video_shorter_than_a_window_has_one(demo, tmp_path):
+    model, processor = demo
+    path = write_test_video(tmp_path / "short.mp4", num_frames=7)
+    (window,) = stream_windows(model, processor, path)
+    with torch.no_grad():
+        expected = model(processor(path)["pixel_values"]).logits[0]
+    torch.testing.assert_close(window.logits, expected, atol=1e-5, rtol=1e-5)
+    assert len(video_timeline(model, processor, path)) == 1
+
+
+@pytest.mark.parametrize("kind", ["sound", "damaged"])
+def test_a_stream_of_frames_is_what_frames_at_gives(tmp_path, kind):
+    path = write_test_video(
+        tmp_path / "video.mp4", num_frames=70, gop=20, options={"bf": "2" if kind == "sound" else "0"}
+    )
+    if kind == "damaged":
+        damage_packet(path, 30)
+    indices = [0, 0, 3, 4, 20, 29, 30, 31, 33, 60, 69, 69]
+    with VideoReader(path) as reader:
+        expected = reader.frames_at(indices, on_lost="repeat_last")
+    with VideoReader(path) as reader:
+        found = list(reader.stream(lambda _: indices))
+        assert np.array_equal(np.stack([frame for _, frame in found]), expected)
+        assert [seconds for seconds, _ in found] == reader.timestamps[indices].tolist()
+        with pytest.raises(IndexError, match="do not decrease"):
+            list(reader.stream(lambda _: [3, 2]))
+        with pytest.raises(IndexError, match="index 70 is outside"):
+            list(reader.stream(lambda _: [70]))
+
+
+def test_frames_by_their_rate(demo, tmp_path):
+    model, processor = demo
+    path = write_test_video(tmp_path / "video.mp4", num_frames=90)
+    processor = ViViTVideoProcessor.from_dict({**processor.to_dict(), "frames_per_second": 10.0})
+    windows = list(stream_windows(model, processor, path, hop=4))
+    with VideoReader(path) as reader:
+        times = reader.timestamps
+        moments = np.arange(0, times[-1] + 1e-6, 0.1)
+        shown = np.searchsorted(times, moments + 1e-6, side="right") - 1
+        assert len(windows) == (len(shown) - 16) // 4 + 1
+        for window in windows:
+            indices = shown[window.first_frame : window.first_frame + 16]
+            assert window.start == times[indices[0]]
+            clip = processor(reader.frames_at(indices), do_sample_frames=False)["pixel_values"]
+            with torch.no_grad():
+                # Frames here are resized after they are decoded, there with it.
+                torch.testing.assert_close(window.logits, model(clip).logits[0], atol=0.2, rtol=0.05)
