@@ -36,7 +36,7 @@ def draw_batch(
     """
     clips = pixel_values[:max_clips].detach().float().cpu()
     shown = np.unique(np.linspace(0, clips.shape[1] - 1, min(max_frames, clips.shape[1])).round().astype(int))
-    images = _to_uint8(clips[:, shown], processor)  # (batch, frames, height, width, 3)
+    images = to_uint8(clips[:, shown], processor)  # (batch, frames, height, width, 3)
     height, width = images.shape[2:4]
     row_height = height + _LINE + 2 * _MARGIN
     canvas = Image.new("RGB", (max(320, len(shown) * (width + 2) + 2 * _MARGIN), len(images) * row_height), "white")
@@ -62,7 +62,7 @@ def describe_label(label: torch.Tensor, label_map: LabelMap, top: int = 3) -> st
     return " | ".join(parts)
 
 
-def _to_uint8(clips: torch.Tensor, processor: ViViTVideoProcessor) -> np.ndarray:
+def to_uint8(clips: torch.Tensor, processor: ViViTVideoProcessor) -> np.ndarray:
     """Undoes rescaling and normalisation: (batch, frames, channels, height, width) -> uint8, channels last, RGB."""
     values = clips
     if processor.do_normalize:
