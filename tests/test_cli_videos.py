@@ -1,0 +1,193 @@
+"""`classify`, `timeline`, `explain` and `demo` as users run them: real processes, files, pipes and addresses."""
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+from functools import partial
+
+import av
+import pytest
+from PIL import Image
+from tiny_models import make_model, tiny_config
+from typer.testing import CliRunner
+from video_files import write_kind, write_video
+
+from vivit_hf import ViViTVideoProcessor, demo_model_path
+from vivit_hf.cli import app
+
+
+SAMPLES = demo_model_path() / "samples"
+MOTIONS = ["down_left", "down_right", "up_left", "up_right"]
+
+
+def run(*arguments, **options):
+    command = [sys.executable, "-m", "vivit_hf", *map(str, arguments)]
+    environment = {**os.environ, "COLUMNS": "100"}
+    return subprocess.run(
+        command, capture_output=True, text="input" not in options, timeout=120, env=environment, **options
+    )
+
+
+def rows(process):
+    return [json.loads(line) for line in process.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory):
+    """A random model with two groups of labels, of another variant."""
+    folder = tmp_path_factory.mktemp("grouped")
+    labels = {0: "cup", 1: "door", 2: "take", 3: "open", 4: "close"}
+    config = tiny_config("factorised_self_attention", id2label=labels, label_groups={"noun": 2, "verb": 3})
+    make_model(config).save_pretrained(folder)
+    processor = ViViTVideoProcessor(
+        num_frames=8, frame_stride=1, size={"height": 24, "width": 40}, do_center_crop=False
+    )
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_classify_takes_files_folders_patterns_and_goes_on_past_damage(tmp_path):
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    write_kind(tmp_path, "turned_90")
+    process = run("classify", SAMPLES / "up*.mp4", tmp_path, "gone.mp4", "--json", "--num-clips", 2, "--num-crops", 1)
+    found = rows(process)
+    assert process.returncode == 1
+    assert [os.path.basename(row["file"]) for row in found[:2]] == ["up_left.mp4", "up_right.mp4"]
+    for row in found[:2]:
+        scores = [one["score"] for one in row["predictions"]]
+        assert scores == sorted(scores, reverse=True) and sum(scores) == pytest.approx(1, abs=1e-3)
+        assert row["predictions"][0]["label"] == os.path.basename(row["file"]).removesuffix(".mp4")
+        assert {one["label"] for one in row["predictions"]} == set(MOTIONS)
+    by_name = {os.path.basename(row["file"]): row for row in found[2:]}
+    assert set(by_name["broken.mp4"]) == {"file", "error"} and "broken.mp4" in by_name["broken.mp4"]["error"]
+    assert "No such file" in by_name["gone.mp4"]["error"] and len(found) == 5
+    assert "demo model" in process.stderr and "Traceback" not in process.stderr
+
+
+def test_classify_prints_a_table_with_its_views_and_its_rate():
+    process = run("classify", SAMPLES, "--top-k", 1)
+    assert process.returncode == 0
+    assert all(f"{motion}.mp4" in process.stdout for motion in [*MOTIONS, "all"])
+    assert "5 videos in " in process.stdout and "4 clips x 3 crops of 16 frames" in process.stdout
+
+
+def test_classify_reads_addresses_and_standard_input(tmp_path):
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(SAMPLES))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        data = (SAMPLES / "down_left.mp4").read_bytes()
+        arguments = ("classify", f"{address}/up_left.mp4", "-", f"{address}/gone.mp4", "--json", "--num-crops", 1)
+        process = run(*arguments, input=data)
+        server.shutdown()
+    first, second, third = [json.loads(line) for line in process.stdout.decode().splitlines()]
+    assert first["predictions"][0]["label"] == "up_left" and second["file"] == "-"
+    assert second["predictions"][0]["label"] == "down_left" and "404" in third["error"]
+
+
+def test_classify_gives_labels_by_their_group(grouped, tmp_path):
+    path = write_video(tmp_path / "video.mp4")
+    (row,) = rows(run("classify", path, "--model", grouped, "--json", "--top-k", 2, "--num-crops", 1))
+    assert [one["group"] for one in row["predictions"]] == ["noun", "noun", "verb", "verb"]
+    assert sum(one["score"] for one in row["predictions"][:2]) == pytest.approx(1, abs=1e-3)
+    table = run("classify", path, "--model", grouped, "--num-crops", 1).stdout
+    assert "noun: " in table and "verb: " in table
+
+
+def test_timeline_finds_the_parts_of_a_joined_video():
+    process = run("timeline", SAMPLES / "all.mp4", "--json")
+    found = rows(process)
+    assert process.returncode == 0 and [row["label"] for row in found] == MOTIONS
+    assert [row["start"] for row in found[1:]] == [row["end"] for row in found[:-1]]
+    assert [row["start"] for row in found] == pytest.approx([0, 4, 8, 12], abs=0.4)
+    table = run("timeline", SAMPLES / "all.mp4", "--hop", 8, "--min-score", 0.5).stdout
+    assert all(motion in table for motion in MOTIONS) and "12." in table
+    windows = rows(run("timeline", SAMPLES / "all.mp4", "--windows", "--hop", 16, "--json"))
+    assert len(windows) == 192 // 16 and windows[0]["end"] == 1.25
+
+
+def test_timeline_reads_pipes_to_their_end_and_as_they_come(tmp_path):
+    data = (SAMPLES / "all.mp4").read_bytes()
+    process = run("timeline", "-", "--json", input=data)
+    assert [json.loads(line)["label"] for line in process.stdout.decode().splitlines()] == MOTIONS
+    stream = tmp_path / "all.ts"
+    with av.open(str(SAMPLES / "all.mp4")) as source, av.open(str(stream), "w") as sink:
+        output = sink.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = output
+                sink.mux(packet)
+    process = run("timeline", "-", "--live", input=stream.read_bytes())
+    lines = process.stdout.decode().splitlines()
+    assert [line.split()[-1] for line in lines] == MOTIONS
+    assert "192 frames received, 0 dropped" in process.stderr.decode()
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif", "mp4"])
+@pytest.mark.parametrize("method", ["rollout", "gradient"])
+def test_explain_draws(tmp_path, suffix, method):
+    output = tmp_path / f"out.{suffix}"
+    process = run("explain", SAMPLES / "up_left.mp4", "--output", output, "--method", method, "--top-k", 2)
+    assert process.returncode == 0 and process.stdout.splitlines()[0].endswith("up_left")
+    if suffix == "mp4":
+        with av.open(str(output)) as container:
+            assert sum(1 for _ in container.decode(video=0)) == 16
+    else:
+        with Image.open(output) as picture:
+            assert getattr(picture, "n_frames", 1) == (16 if suffix == "gif" else 1) and picture.width > 200
+
+
+def test_explain_a_label_in_a_part_of_a_video(tmp_path):
+    output = tmp_path / "out.png"
+    arguments = ("explain", SAMPLES / "all.mp4", "--output", output, "--start", 8.5, "--end", 11.5)
+    process = run(*arguments, "--method", "gradient", "--label", "down_left")
+    assert process.returncode == 0 and process.stdout.splitlines()[0].endswith("up_left") and output.exists()
+
+
+def test_the_demo_writes_videos_and_labels_them(tmp_path):
+    process = run("demo", "--output", tmp_path / "out")
+    assert process.returncode == 0 and len(list((tmp_path / "out").glob("*.mp4"))) == 5
+    for motion in MOTIONS:
+        assert any(motion in line and f"{motion}.mp4" in line for line in process.stdout.splitlines())
+    timeline, explain = [line.split()[1:] for line in process.stdout.splitlines() if line.startswith("vivit-hf ")]
+    assert run(*timeline).returncode == 0
+    assert run(*explain, cwd=tmp_path).returncode == 0 and (tmp_path / explain[-1]).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["classify"], 2, "Missing argument"),
+        (["classify", "x.mp4", "--num-crops", "2"], 2, "there are 1 or 3 crops, got 2"),
+        (["classify", "x.mp4", "--dtype", "int8"], 2, "expected float32, bfloat16 or float16, got 'int8'"),
+        (["classify", "x.mp4", "--device", "abacus"], 2, "'abacus' cannot be used here"),
+        (["classify", "x.mp4", "--model", "nowhere/at-all"], 2, "Cannot load the model nowhere/at-all"),
+        (["classify", "{empty}"], 2, "holds no video"),
+        (["timeline", "gone.mp4"], 1, "Cannot read gone.mp4"),
+        (["timeline", "tcp://127.0.0.1:1"], 1, "Cannot read tcp://127.0.0.1:1"),
+        (["timeline", "{empty}/sound.mp4"], 1, "no video stream"),
+        (["explain", "x.mp4", "--output", "x.bmp"], 2, "expected .png, .gif, .mp4, got 'x.bmp'"),
+        (["explain", "x.mp4", "--output", "no/where/x.png"], 2, "there is no folder 'no/where'"),
+        (["explain", "x.mp4", "--output", "x.png", "--method", "magic"], 2, "expected rollout or gradient"),
+        (["explain", "x.mp4", "--output", "x.png", "--label", "up_left"], 2, "rollout is of no label"),
+        (["explain", "gone.mp4", "--output", "{empty}/x.png"], 1, "gone.mp4"),
+        (
+            ["explain", "x.mp4", "--output", "x.png", "--method", "gradient", "--label", "sideways"],
+            2,
+            "the model does not know 'sideways'; it knows down_left",
+        ),
+    ],
+)
+def test_what_goes_wrong_is_said_in_words(arguments, code, message, tmp_path):
+    if any("sound.mp4" in argument for argument in arguments):
+        with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+            stream = container.add_stream("aac", rate=44100)
+            container.mux(stream.encode())
+            container.start_encoding()
+    result = CliRunner().invoke(app, [argument.replace("{empty}", str(tmp_path)) for argument in arguments])
+    said = " ".join(result.stderr.replace("│", " ").split())
+    assert result.exit_code == code and message in said, result.stderr
+    assert isinstance(result.exception, SystemExit) and not list(tmp_path.glob("*.png"))
