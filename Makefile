@@ -53,7 +53,7 @@ $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv --clear .venv-oldest
 	.venv-oldest/bin/$(INSTALL_TORCH) -c constraints-oldest.txt torch==$(OLDEST_TORCH)
-	.venv-oldest/bin/python -m pip install -c constraints-oldest.txt -e '.[conversion,training,test]'
+	.venv-oldest/bin/python -m pip install -c constraints-oldest.txt -e '.[conversion,export,training,test]'
 	@touch $@
 
 test: .venv/ready
