@@ -32,6 +32,7 @@ CODE = {
     *(
         "video_processing_vivit.py",
         "processing_parameters.py",
+        "video_container.py",
         "video_decoding.py",
         "video_frames.py",
         "video_sources.py",

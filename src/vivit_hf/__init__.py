@@ -15,8 +15,9 @@ from .inference import demo_model_path
 from .model_card import write_model_card
 from .modeling_vivit import ViViTForVideoClassification, ViViTModel, ViViTPreTrainedModel
 from .streaming import StreamingClassifier
-from .video_decoding import VideoDecodingError, VideoReader
+from .video_decoding import VideoReader
 from .video_processing_vivit import ViViTVideoProcessor
+from .video_sources import VideoDecodingError
 
 
 __version__ = "0.1.0"
