@@ -74,6 +74,17 @@ def test_the_commands_for_training_run_one_after_the_other(folder):
     assert (folder / "scores" / "confusion_matrix.png").exists() and (folder / "labels" / "part-00000.parquet").exists()
 
 
+def test_the_outputs_are_what_the_commands_print_today():
+    process = subprocess.run(
+        [sys.executable, str(README.parent / "examples" / "update_readme.py"), "--check"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert README.read_text(encoding="utf-8").count("<!-- output of: ") >= 4
+
+
 def test_the_first_snippet_runs_in_an_interpreter_of_its_own(folder):
     process = subprocess.run(
         [sys.executable, "-c", SNIPPETS[0]], cwd=folder, capture_output=True, text=True, timeout=120
