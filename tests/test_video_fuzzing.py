@@ -4,7 +4,9 @@ import contextlib
 import gc
 import io
 import logging
+import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import av
@@ -141,10 +143,8 @@ def test_2000_broken_files(originals, kind, changes, seed):
                 assert not all(content in intact for _, content in groups[max(0, place - 1) : place + 1])
 
 
-def test_2000_opens_keep_no_memory(originals):
-    """Good and broken files by turns; the first rounds fill the allocators' pools."""
-    data = originals["h264_b_frames"]
-    broken = mutated(data, ("zeros", 0.4, 600))
+def _grown_megabytes(files: list[bytes]) -> float:
+    """How far the memory of this process grows in 2000 opens, after 200 that fill the allocators' pools."""
 
     def resident_megabytes() -> float:
         gc.collect()
@@ -154,7 +154,7 @@ def test_2000_opens_keep_no_memory(originals):
     def open_and_read(times: int) -> None:
         for number in range(times):
             try:
-                with VideoReader(broken if number % 4 == 0 else data) as reader:
+                with VideoReader(files[number % len(files)]) as reader:
                     reader.frames_at([0, 17], on_lost="repeat_last")
             except VideoDecodingError:
                 continue
@@ -162,4 +162,12 @@ def test_2000_opens_keep_no_memory(originals):
     open_and_read(200)
     before = resident_megabytes()
     open_and_read(2000)
-    assert resident_megabytes() - before < 5
+    return resident_megabytes() - before
+
+
+def test_2000_opens_keep_no_memory(originals):
+    """Good and broken files by turns, in a process of their own: what other tests left must not count."""
+    data = originals["h264_b_frames"]
+    files = [mutated(data, ("zeros", 0.4, 600)), data, data, data]
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert pool.submit(_grown_megabytes, files).result() < 5
