@@ -23,12 +23,13 @@ endef
 INSTALL_TORCH = python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo bench lint format test-oldest clean
+.PHONY: help test demo app bench lint format test-oldest clean
 
 help:
 	@echo 'make test          run the tests'
 	@echo 'make demo          train a small ViViT on videos of moving shapes and classify held-out ones (a few minutes)'
 	@echo 'make demo VIDEO=x  the same, and then classify the video file x'
+	@echo 'make app           open a page to try a model on videos'
 	@echo 'make bench         measure speed against the machine and the peers (BENCH_ARGS=--quick: what has a target)'
 	@echo 'make lint          check style and types'
 	@echo 'make format        rewrite the code in that style'
@@ -53,7 +54,7 @@ $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv --clear .venv-oldest
 	.venv-oldest/bin/$(INSTALL_TORCH) -c constraints-oldest.txt torch==$(OLDEST_TORCH)
-	.venv-oldest/bin/python -m pip install -c constraints-oldest.txt -e '.[conversion,export,training,test]'
+	.venv-oldest/bin/python -m pip install -c constraints-oldest.txt -e '.[conversion,export,training,app,test]'
 	@touch $@
 
 test: .venv/ready
@@ -61,6 +62,9 @@ test: .venv/ready
 
 demo: .venv/ready
 	.venv/bin/python examples/demo.py $(if $(VIDEO),--video "$$VIDEO") $(DEMO_ARGS)
+
+app: .venv/ready
+	.venv/bin/python examples/app.py
 
 bench: .venv/ready
 	.venv/bin/python benchmarks/run.py $(BENCH_ARGS)

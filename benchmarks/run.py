@@ -363,7 +363,7 @@ def measure_growth(bench: Bench) -> None:
         base: dict[str, float] = {}
         for num_frames, size in settings:
             changes = {"num_frames": num_frames, "image_size": size}
-            found = _growth(bench, name, rounds=1 if bench.is_smoke else 2, **changes)
+            found = _growth(bench, name, rounds=1, **changes)
             found["multiply-adds"] = multiply_adds(bench.config(name, **changes))
             base = base or found
             what = f"float32, {name}, {num_frames} frames of {size}: "

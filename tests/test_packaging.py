@@ -192,7 +192,7 @@ def test_the_oldest_versions_that_are_tested_are_the_oldest_that_are_promised(me
     pins = requirements(ROOT / "constraints-oldest.txt")
     promised = {
         normalised(requirement): floor(requirement)
-        for requirement in required(metadata, "conversion", "export", "training")
+        for requirement in required(metadata, "conversion", "export", "training", "app")
     }
     torch_floor = promised.pop("torch")  # named in the file, where the reason is given, but not pinned
     (oldest_torch,) = re.findall(r"OLDEST_TORCH=([\d.]+)", (ROOT / "constraints-oldest.txt").read_text())
