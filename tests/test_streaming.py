@@ -174,6 +174,14 @@ def test_a_processor_that_cannot_stream_is_refused():
         stream.push(make_frames(1))
 
 
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_frames_of_another_size_are_refused_as_the_model_refuses_them(attention_type):
+    stream = make_stream(None, attention_type=attention_type)
+    stream.processor.do_center_crop = stream.processor.do_resize = False
+    with pytest.raises(ValueError, match=r"The model expects .*24, 40\).*got .*30, 50\)"):
+        stream.push(make_frames(10))
+
+
 def count_tubelets(model):
     """How many tubelets go through the spatial encoder, in a list."""
     seen = []

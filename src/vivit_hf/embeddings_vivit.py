@@ -173,7 +173,7 @@ class ViViTEmbeddings(nn.Module):
         (batch, frames, channels, height, width) -> tokens (batch, time, space, hidden), class token (1, 1, hidden).
         """
         dtype = self.position_embeddings.dtype
-        _check_pixel_values(pixel_values, self.config, interpolate_pos_encoding)
+        check_pixel_values(pixel_values, self.config, interpolate_pos_encoding)
         tokens = self.patch_embeddings(pixel_values.to(dtype))  # (batch, time, height, width, hidden)
         positions = resample_position_embeddings(
             self.position_embeddings,
@@ -232,7 +232,7 @@ def prepend_class_token(tokens: torch.Tensor, class_token: torch.Tensor | None) 
     return torch.cat([class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
 
 
-def _check_pixel_values(pixel_values: torch.Tensor, config: ViViTConfig, any_size: bool) -> None:
+def check_pixel_values(pixel_values: torch.Tensor, config: ViViTConfig, any_size: bool) -> None:
     if not isinstance(pixel_values, torch.Tensor) or pixel_values.ndim != 5:
         got = tuple(pixel_values.shape) if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
         raise ValueError(f"`pixel_values` must be (batch, frames, channels, height, width), but got {got}.")

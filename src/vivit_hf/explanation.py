@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .embeddings_vivit import _check_pixel_values
+from .embeddings_vivit import check_pixel_values
 from .evaluation import to_probabilities
 from .labels import LabelMap
 
@@ -143,7 +143,7 @@ def backbone_for(model: Any, pixel_values: Any) -> Any:
     backbone: Any = getattr(model, "base_model", None)
     if getattr(getattr(backbone, "config", None), "model_type", None) != "vivit_hf" or not hasattr(backbone, "encoder"):
         raise TypeError(f"Expected a ViViTModel or ViViTForVideoClassification of this package, got {type(model)}.")
-    _check_pixel_values(pixel_values, backbone.config, any_size=False)
+    check_pixel_values(pixel_values, backbone.config, any_size=False)
     return backbone
 
 

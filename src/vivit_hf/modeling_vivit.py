@@ -253,7 +253,16 @@ class ViViTModel(ViViTPreTrainedModel):
         """
         Model 2: a clip of any whole number of tubelets, (batch, frames, channels, height, width), becomes a token per
         time step, (batch, time, hidden). No step sees another, so that they can be kept and put together again.
+
+        Raises:
+            ValueError: for frames that are not of the configured size, or fewer than a tubelet has.
         """
+        size = tuple(pixel_values.shape[-2:])
+        if size != self.config.frame_size:
+            raise ValueError(
+                f"The model expects frames of {self.config.frame_size} (height, width), but got {size}. Resize the "
+                "frames, or change the model with `resize_position_embeddings`."
+            )
         return self.encode_space(*self.embeddings(pixel_values, interpolate_pos_encoding=True))
 
     def encode_time(
