@@ -67,6 +67,13 @@ def test_classify_takes_files_folders_patterns_and_goes_on_past_damage(tmp_path)
     assert "demo model" in process.stderr and "Traceback" not in process.stderr
 
 
+def test_names_in_brackets_are_printed_as_they_are(tmp_path):
+    for name in ("clip[bold].mp4", "clip[red]broken.mp4"):
+        (tmp_path / name).write_bytes(b"no video" if "broken" in name else (SAMPLES / "up_left.mp4").read_bytes())
+    result = CliRunner().invoke(app, ["classify", str(tmp_path), "--top-k", "1", "--num-crops", "1"])
+    assert result.exit_code == 1 and "clip[bold].mp4" in result.stdout and "clip[red]broken.mp4" in result.stdout
+
+
 def test_classify_prints_a_table_with_its_views_and_its_rate():
     process = run("classify", SAMPLES, "--top-k", 1)
     assert process.returncode == 0

@@ -118,11 +118,13 @@ def _print_predictions(rows: list[dict[str, Any]]) -> None:
     table = Table(Column("file", overflow="fold"), Column("label", overflow="fold"), Column("score", justify="right"))
     for row in rows:
         if "error" in row:
-            table.add_row(row["file"], f"[red]not read:[/] {_escaped(str(row['error']))}", "")
+            table.add_row(_escaped(row["file"]), f"[red]not read:[/] {_escaped(str(row['error']))}", "")
         for place, one in enumerate(row.get("predictions", ())):
             label = f"{one['group']}: {one['label']}" if "group" in one else one["label"]
             is_last = 0 < place == len(row["predictions"]) - 1  # no line between rows that are one line each
-            table.add_row("" if place else row["file"], _escaped(label), f"{one['score']:.3f}", end_section=is_last)
+            table.add_row(
+                "" if place else _escaped(row["file"]), _escaped(label), f"{one['score']:.3f}", end_section=is_last
+            )
     console.print(table)
 
 
