@@ -102,7 +102,14 @@ def test_an_interrupted_scan_leaves_nothing_half_written(tmp_path):
     output = tmp_path / "scan.jsonl"
     output.write_text("what was there\n")
     command = [sys.executable, "-m", "vivit_hf", "scan", str(tmp_path), "--json", str(output)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What a shell starts in the background is deaf to it, and so is all that this starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not any(_reads(child, "video.mp4") for child in psutil.Process(process.pid).children(recursive=True)):
         assert time.monotonic() < deadline and process.poll() is None
