@@ -122,12 +122,30 @@ def test_the_windows_of_a_file_of_300_frames(tmp_path, hop):
     path = write_video(tmp_path / "video.mp4", make_frames(300, 48, 80), options={"bf": "2"}, gop=50)
     stream = make_stream(hop, frame_stride=2)
     found = list(stream_windows(stream.model, stream.processor, path, hop=hop))
-    assert len(found) == (150 - 8) // hop + 1
+    assert len(found) == math.ceil((150 - 8) / hop) + 1  # the last one ends with the file
     for window in found:
         first = window.first_frame * 2
         clip = stream.processor(path, do_sample_frames=False)["pixel_values"][:, first : first + 16 : 2]
         with torch.no_grad():
             torch.testing.assert_close(window.logits, stream.model(clip).logits[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["factorised_encoder", "spatio_temporal"])
+def test_a_cut_is_seen_in_every_window_that_holds_it(variant):
+    """Not a flicker, a slow change, nor the noise of a still picture."""
+    rng = np.random.default_rng(0)
+    first, second = rng.integers(0, 256, (2, 6, 10, 3)).repeat(8, axis=1).repeat(8, axis=2)
+    frames = np.stack([first] * 20 + [second] * 20).astype(np.float64)
+    brightness = 1 + 0.1 * np.sin(np.arange(40))[:, None, None, None]
+    frames = (frames * brightness * 0.9 + rng.normal(0, 2, frames.shape)).clip(0, 255).astype(np.uint8)
+    stream = make_stream(1, attention_type=variant)
+    windows = stream.push(frames)
+    assert len(windows) == 33
+    for window in windows:
+        assert window.cut == (20 if window.start < 20 <= window.end else None)
+    stream.reset()
+    fade = np.stack([first + (second - first) * share for share in np.linspace(0, 1, 40)]).astype(np.uint8)
+    assert all(window.cut is None for window in stream.push(fade))
 
 
 def test_memory_is_flat_over_10000_frames():

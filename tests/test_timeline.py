@@ -26,32 +26,70 @@ def demo():
     return model, ViViTVideoProcessor.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 3, 4, 5])
-def test_boundaries_of_joined_motions_are_found_within_a_hop(demo, tmp_path, seed):
-    """Five parts of 3 to 6 seconds with different shapes and backgrounds; the hop is half a window, 0.67 s."""
+def join_motions(path, seed):
+    """Five parts of 3 to 6 seconds, each a motion in a scene of its own; the motions, and when they end."""
     rng = np.random.default_rng(seed)
     motions = [str(rng.choice(list(MOTIONS)))]
     while len(motions) < 5:
         motions.append(str(rng.choice([motion for motion in MOTIONS if motion != motions[-1]])))
-    parts, borders = [], []
+    parts = []
     for number, motion in enumerate(motions):
         scene = Scene.draw(np.random.default_rng([7, seed, number]), 24, 80, 96)
         parts.append(scene.render(motion, int(rng.integers(36, 72))))
-        borders.append((borders[-1] if borders else 0) + len(parts[-1]))
-    write_video(tmp_path / "joined.mp4", np.concatenate(parts), fps=12)
+    write_video(path, np.concatenate(parts), fps=12)
+    return motions, np.cumsum([len(part) for part in parts]) / 12
+
+
+@pytest.mark.parametrize("hop", [None, 3, 8])
+def test_boundaries_of_joined_motions_are_found_within_a_hop(demo, tmp_path, hop):
+    """A hop is a tubelet (0.17 s), 0.25 s or half a window (0.67 s)."""
     model, processor = demo
-    segments = video_timeline(model, processor, tmp_path / "joined.mp4", hop=8)
-    assert [segment.label for segment in segments] == motions
-    assert segments[0].start == 0 and segments[-1].end == pytest.approx(borders[-1] / 12, abs=8 / 12 + 0.1)
-    for segment, following, border in zip(segments, segments[1:], borders, strict=False):
-        assert segment.end == following.start == pytest.approx(border / 12, abs=8 / 12)
-        assert segment.score > 0.5
+    for seed in range(8):
+        motions, ends = join_motions(tmp_path / "joined.mp4", seed)
+        segments = video_timeline(model, processor, tmp_path / "joined.mp4", hop=hop)
+        assert [segment.label for segment in segments] == motions
+        assert segments[0].start == 0 and segments[-1].end == pytest.approx(ends[-1] - 1 / 12)
+        for segment, following, end in zip(segments, segments[1:], ends, strict=False):
+            assert segment.end == following.start == pytest.approx(end, abs=(hop or 2) / 12)
+            assert segment.score > 0.5
 
 
-def windows_of(labels, hop=1.0, length=3.0, sharpness=6.0):
-    """Windows that are sure of one label each."""
+@pytest.mark.parametrize("hop", [2, 8])
+def test_boundaries_within_one_take_are_found_by_the_windows_alone(demo, tmp_path, hop):
+    """The shape turns round where it is: no cut tells, and a window of 1.33 s can be wrong by half of itself."""
+    model, processor = demo
+    for seed in range(4):
+        scene = Scene.draw(np.random.default_rng([8, seed]), 24, 80, 96)
+        there = scene.render("up_left", 48)
+        write_video(tmp_path / "turn.mp4", np.concatenate([there, there[::-1]]), fps=12)
+        windows = list(stream_windows(model, processor, tmp_path / "turn.mp4", hop=hop))
+        first, second = merge_windows(windows, model.config)
+        assert (first.label, second.label) == ("up_left", "down_right")
+        assert first.end == second.start == pytest.approx(4.0, abs=0.67)
+        assert all(window.cut is None for window in windows)
+
+
+def test_the_last_window_ends_with_the_last_frame(demo, tmp_path):
+    model, processor = demo
+    path = write_test_video(tmp_path / "video.mp4", num_frames=90)
+    windows = list(stream_windows(model, processor, path, hop=10))
+    assert [window.first_frame for window in windows] == [*range(0, 80, 10), 90 - 16]
+    with torch.no_grad():
+        clip = processor(path, do_sample_frames=False)["pixel_values"][:, -16:]
+        # Frames here are resized after they are decoded, there with it.
+        torch.testing.assert_close(windows[-1].logits, model(clip).logits[0], atol=0.2, rtol=0.05)
+    assert len(list(stream_windows(model, processor, path, hop=37))) == 3  # 0, 37 and 74, which is the last one
+
+
+def windows_of(labels, hop=1.0, length=3.0, sharpness=6.0, cuts=()):
+    """Windows that are sure of one label each, and see the first cut that is in them."""
     logits = sharpness * torch.nn.functional.one_hot(torch.tensor(labels), 3).float()
-    return [WindowPrediction(hop * place, hop * place + length, place, row) for place, row in enumerate(logits)]
+    return [
+        WindowPrediction(
+            start, start + length, place, row, cut=next((cut for cut in cuts if start < cut <= start + length), None)
+        )
+        for place, (start, row) in enumerate(zip(hop * np.arange(len(labels)), logits, strict=True))
+    ]
 
 
 @settings(max_examples=200, deadline=None)
@@ -59,9 +97,10 @@ def windows_of(labels, hop=1.0, length=3.0, sharpness=6.0):
     labels=st.lists(st.integers(0, 2), min_size=1, max_size=40),
     hop=st.sampled_from([0.5, 1.0, 2.5, 4.0]),
     min_duration=st.sampled_from([None, 0.0, 2.0, 100.0]),
+    cuts=st.lists(st.integers(0, 400).map(lambda tenths: tenths / 10), max_size=20).map(sorted),
 )
-def test_segments_cover_what_the_windows_saw_without_gap_or_overlap(labels, hop, min_duration):
-    windows = windows_of(labels, hop)
+def test_segments_cover_what_the_windows_saw_without_gap_or_overlap(labels, hop, min_duration, cuts):
+    windows = windows_of(labels, hop, cuts=cuts)
     segments = list(merge_windows(windows, CONFIG, min_duration=min_duration))
     assert segments[0].start == 0 and segments[-1].end == windows[-1].end
     for segment, following in itertools.pairwise(segments):
@@ -82,6 +121,32 @@ def test_two_labels_meet_in_the_middle_of_what_lies_between():
     assert [segment.label for segment in whole] == ["a", "b", "c"]
     assert first.end == pytest.approx((whole[1].start + whole[1].end) / 2)
     assert [one.label for one in merge_windows(windows_of([0] * 6 + [1] + [0] * 6), CONFIG)] == ["a"]
+
+
+def test_a_cut_is_the_boundary_if_it_is_near():
+    """Windows of 3 s, one per second: those from 6 s on are sure of the second label, so that half begins at 7 s."""
+    labels = [0] * 6 + [1] * 8
+
+    def boundary(*cuts, **options):
+        first, second = merge_windows(windows_of(labels, cuts=cuts), CONFIG, **options)
+        assert first.end == second.start
+        return first.end
+
+    usual = boundary()
+    assert 6 <= usual <= 8
+    assert boundary(usual + 0.9) == usual + 0.9 and boundary(usual - 0.9) == usual - 0.9
+    assert boundary(usual - 2.0, usual + 0.7, usual + 3.0) == usual + 0.7
+    assert boundary(usual - 2.4) == usual and boundary(usual + 2.4) == usual
+    assert boundary(usual - 0.9, min_duration=usual - 0.5) == usual  # it would leave the first one too short
+
+
+def test_what_windows_see_across_a_cut_is_no_segment():
+    """Windows of 3 s, one per half second, of which six agree on a third label."""
+    labels = [0] * 12 + [2] * 6 + [1] * 16
+    _, third, _ = merge_windows(windows_of(labels, hop=0.5), CONFIG)
+    assert third.label == "c" and third.end - third.start == pytest.approx(2.5)
+    first, second = merge_windows(windows_of(labels, hop=0.5, cuts=[third.start + 1.1]), CONFIG)
+    assert (first.label, first.end, second.label) == ("a", third.start + 1.1, "b")
 
 
 def test_segments_below_the_least_score_are_left_out():

@@ -185,8 +185,9 @@ def timeline(
     """
     Say what happens when in a long or live video.
 
-    A window slides over the video; where one label stays the likeliest is a segment. Times are those of the file's own
-    timestamps, memory does not grow with its length. In factorised encoders no frame is encoded twice.
+    A window slides over the video; where one label stays the likeliest is a segment. Where the label changes near a
+    cut, the cut is the boundary. Times are those of the file's own timestamps, memory does not grow with its length.
+    In factorised encoders no frame is encoded twice.
 
     With --json one line per segment: {"start", "end", "label", "score"}, seconds, each as soon as it is known.
     Exit code 0: read to its end; 1: not (the reason is on standard error); 2: wrong usage; 130: interrupted.

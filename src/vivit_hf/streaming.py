@@ -20,7 +20,9 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from statistics import median
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +33,10 @@ from .video_processing_vivit import ViViTVideoProcessor
 
 # Tubelets or clips that go through the model at a time.
 _BATCH = 16
+# A picture is another one if it differs from the last by half of its own contrast (standard deviation), and by three
+# times what frames of that window differ usually. Pictures that have nothing in common differ by about 1.1; what
+# moves in one take stays below 0.3 or moves in the other frames, too.
+_CUT_CONTRAST, _CUT_OVER_MEDIAN = 0.5, 3.0
 
 
 @dataclass
@@ -39,13 +45,24 @@ class WindowPrediction:
     What the model says of one window.
 
     `start` and `end` are the times in seconds at which its first and its last frame are shown, `first_frame` counts the
-    sampled frames from the beginning of the stream, `logits` are float32 (num_labels,).
+    sampled frames from the beginning of the stream, `logits` are float32 (num_labels,). `cut` is the time of the frame
+    with which another picture begins, the most different one if there are several; None where all goes on.
     """
 
     start: float
     end: float
     first_frame: int
     logits: torch.Tensor
+    cut: float | None = None
+
+
+class _Sampled(NamedTuple):
+    """A sampled frame: how many came before it, its time, the model's input, how much is new in it."""
+
+    number: int
+    seconds: float
+    pixels: torch.Tensor  # (channels, height, width)
+    change: float
 
 
 def reuses_tubelets(config: Any) -> bool:
@@ -103,7 +120,7 @@ class StreamingClassifier:
         """Forgets every frame: the next one begins another stream."""
         self.num_frames_seen = 0
         self.num_windows = self.num_tubelets_encoded = 0
-        self._frames: deque[tuple[int, float, torch.Tensor]] = deque()  # sampled: number, seconds, pixels
+        self._frames: deque[_Sampled] = deque()
         self._tokens: dict[int, torch.Tensor] = {}  # of the tubelet that begins with that sampled frame
         self._num_sampled = self._num_chosen = self._next_window = 0
         self._held: tuple[Any, float] | None = None  # the last frame, while it is not clear how long it is shown
@@ -191,10 +208,26 @@ class StreamingClassifier:
             features = self.processor(list(frames[part]), crop_position="centre", **whole)
             # (1, frames, channels, height, width)
             for time, pixels in zip(times[part], features["pixel_values"][0], strict=True):
-                self._frames.append((self._num_sampled, time, pixels))
+                self._frames.append(_Sampled(self._num_sampled, time, pixels, self._change_to(pixels)))
                 self._num_sampled += 1
             windows += self._complete()
         return windows
+
+    def _change_to(self, pixels: torch.Tensor) -> float:
+        """How much a frame differs from the last one: the mean difference over the contrast of the richer of them."""
+        if not self._frames:
+            return 0.0
+        last = self._frames[-1].pixels
+        return float((pixels - last).abs().mean() / torch.maximum(pixels.std(), last.std()).clamp(min=1e-6))
+
+    def last_window(self) -> list[WindowPrediction]:
+        """At the end of a stream: the window that ends with the last frame, if the hops have left frames out."""
+        start = self._num_sampled - self._num_frames
+        if start < 0 or start == self._next_window - self.hop:
+            return []
+        with torch.inference_mode():
+            logits = self.model(self._pixels(start, self._num_frames)[None]).logits[0]
+        return [self._prediction(start, logits.float().cpu())]
 
     def _complete(self) -> list[WindowPrediction]:
         """The windows whose frames are all there now."""
@@ -210,14 +243,20 @@ class StreamingClassifier:
                 logits = self.model.classify_steps(steps)
             else:
                 logits = self.model(torch.stack([self._pixels(start, self._num_frames) for start in batch])).logits
-            for start, row in zip(batch, logits.float().cpu(), strict=True):
-                offset = start - self._frames[0][0]
-                times = self._frames[offset][1], self._frames[offset + self._num_frames - 1][1]
-                found.append(WindowPrediction(*times, first_frame=start, logits=row))
+            found += [self._prediction(*one) for one in zip(batch, logits.float().cpu(), strict=True)]
         self._next_window += len(starts) * self.hop
         self.num_windows += len(starts)
         self._forget()
         return found
+
+    def _prediction(self, start: int, logits: torch.Tensor) -> WindowPrediction:
+        offset = start - self._frames[0].number
+        frames = list(islice(self._frames, offset, offset + self._num_frames))
+        changes = [frame.change for frame in frames[1:]] or [0.0]
+        most = max(changes)
+        is_cut = most > max(_CUT_CONTRAST, _CUT_OVER_MEDIAN * median(changes))
+        cut = frames[1 + changes.index(most)].seconds if is_cut else None
+        return WindowPrediction(frames[0].seconds, frames[-1].seconds, start, logits, cut)
 
     @property
     def _places(self) -> range:
@@ -225,8 +264,8 @@ class StreamingClassifier:
         return range(0, self._num_tubelets * self._tubelet, self._tubelet)
 
     def _pixels(self, start: int, count: int) -> torch.Tensor:
-        offset = start - self._frames[0][0]
-        frames = [self._frames[place][2] for place in range(offset, offset + count)]
+        offset = start - self._frames[0].number
+        frames = [frame.pixels for frame in islice(self._frames, offset, offset + count)]
         return torch.stack(frames).to(self.model.device, self.model.dtype)
 
     def _encode_tubelets(self) -> None:
@@ -247,8 +286,9 @@ class StreamingClassifier:
         self.num_tubelets_encoded += len(needed)
 
     def _forget(self) -> None:
-        """Frames and tokens before the next window are of no use any more."""
-        while self._frames and self._frames[0][0] < self._next_window:
+        """Tokens before the next window are of no use any more, nor frames before it and before `last_window`."""
+        first = min(self._next_window, self._num_sampled - self._num_frames)
+        while self._frames and self._frames[0].number < first:
             self._frames.popleft()
         for start in [start for start in self._tokens if start < self._next_window]:
             del self._tokens[start]

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,13 +61,15 @@ def stream_windows(
         source: a file as `VideoReader` takes it, or a `LiveVideo`, whose frames are classified as they come.
         batch_size: sampled frames that a file hands over at a time; a `LiveVideo` hands over each by itself.
 
-    A video that is shorter than a window has one, filled as the processor's `short_video_policy` says.
+    The last window ends with the last frame, a whole hop or less after the one before. A video that is shorter than a
+    window has one, filled as the processor's `short_video_policy` says.
     """
     stream = StreamingClassifier(model, processor, hop=hop)
     if isinstance(source, LiveVideo):
         for seconds, frame in source:
             yield from stream.push(frame, seconds)
         yield from stream.flush()
+        yield from stream.last_window()
         return
 
     def choose(timestamps: np.ndarray) -> np.ndarray:
@@ -82,6 +84,7 @@ def stream_windows(
         frames = reader.stream(choose, size=size, window=window)
         while batch := list(islice(frames, batch_size)):
             yield from stream.push_sampled([frame for _, frame in batch], [seconds for seconds, _ in batch])
+        yield from stream.last_window()
         end = float(reader.timestamps[-1])
     if stream.num_windows == 0:
         pixel_values = processor(source, num_clips=1, num_crops=1)["pixel_values"]
@@ -98,20 +101,24 @@ def merge_windows(
 
     Between the beginnings of two windows, the probabilities are the mean over the windows that look there; a segment
     lasts while one label is the likeliest. A window cannot tell what is much shorter than itself, and where two actions
-    meet it may see a third: a segment shorter than `min_duration` is divided among its neighbours.
+    meet it may see a third: a segment shorter than `min_duration` is divided among its neighbours. Where one label
+    takes over from another within three quarters of a window of a cut, that cut is the boundary.
 
     Args:
         windows: as `stream_windows` gives them.
         config: of the model, for its labels. With `label_groups` it is the first group that counts.
         min_score: segments with less than this mean probability are left out.
-        min_duration: seconds; None for three quarters of a window, 0 to keep every segment.
+        min_duration: seconds, 0 to keep every segment. None: three quarters of a window, across a cut a whole one.
     """
     label_map = LabelMap.from_config(config)
     names = next(iter(label_map.groups.values()))
     kept: Segment | None = None  # the last that is long enough
     passed: dict[str, Segment] = {}  # those since, by their label, `score` still a sum over seconds
     for one in _runs(_cells(windows, label_map, len(names)), names):
-        start, end, shortest = one.start, one.end, 0.75 * one.window if min_duration is None else min_duration
+        start, end, shortest = one.start, one.end, min_duration
+        if shortest is None:
+            # Windows that look at two pictures at once may agree on what is in neither.
+            shortest = one.window * (1 if any(start < cut < end for cut in one.cuts) else 0.75)
         if end - start < shortest:
             sum_of = passed.setdefault(one.label, Segment(start, start, one.label, 0.0))
             sum_of.end, sum_of.score = end, sum_of.score + one.score * (end - start)
@@ -125,7 +132,15 @@ def merge_windows(
             kept.score = (kept.score * lengths[0] + one.score * lengths[1]) / sum(lengths)
             kept.end = end
         else:
-            kept.end = (begin + start) / 2
+            middle = (begin + start) / 2
+            near = [
+                cut
+                for cut in one.cuts
+                if abs(cut - middle) <= 0.75 * one.window
+                and kept.start < cut < end
+                and kept.start + shortest <= cut <= end - shortest
+            ]
+            kept.end = min(near, key=lambda cut: abs(cut - middle), default=middle)
             yield from _good([kept], min_score)
             kept = Segment(kept.end, end, one.label, one.score)
     if kept is not None:
@@ -141,39 +156,55 @@ def _good(segments: Iterable[Segment], min_score: float) -> Iterator[Segment]:
     return (segment for segment in segments if segment.score >= min_score)
 
 
+class _Cell(NamedTuple):
+    """From one window's beginning to the next one's, or to the end."""
+
+    start: float
+    end: float
+    window: float  # seconds that a window has there
+    probabilities: np.ndarray  # mean over the windows that look there
+    cuts: tuple[float, ...]  # from two windows before it to one after it
+
+
 @dataclass
 class _Run(Segment):
-    """A segment as the windows show it, and the seconds that a window has there."""
+    """A segment as the windows show it; `window` and `cuts` are those of its beginning."""
 
-    window: float = 0.0
+    window: float
+    cuts: tuple[float, ...]
 
 
-def _runs(cells: Iterable[tuple[float, float, float, np.ndarray]], names: Sequence[str]) -> Iterator[_Run]:
+def _runs(cells: Iterable[_Cell], names: Sequence[str]) -> Iterator[_Run]:
     run: _Run | None = None
-    for start, end, window, probabilities in cells:
-        best = int(probabilities.argmax())
-        score = float(probabilities[best])
+    for cell in cells:
+        best = int(cell.probabilities.argmax())
+        score = float(cell.probabilities[best])
         if run is None or run.label != names[best]:
             if run is not None:
                 yield run
-            run = _Run(start, end, names[best], score, window)
+            run = _Run(cell.start, cell.end, names[best], score, cell.window, cell.cuts)
             continue
-        run.score += (score - run.score) * (end - start) / max(end - run.start, 1e-9)  # the mean over time
-        run.end, run.window = end, window
+        run.score += (score - run.score) * (cell.end - cell.start) / max(cell.end - run.start, 1e-9)  # mean over time
+        run.end = cell.end
     if run is not None:
         yield run
 
 
-def _cells(
-    windows: Iterable[WindowPrediction], label_map: LabelMap, num_labels: int
-) -> Iterator[tuple[float, float, float, np.ndarray]]:
-    """From each window's beginning to the next one's, and to the end: (start, end, window, mean probabilities)."""
+def _cells(windows: Iterable[WindowPrediction], label_map: LabelMap, num_labels: int) -> Iterator[_Cell]:
     looking: deque[tuple[float, float, np.ndarray]] = deque()
+    cuts: tuple[float, ...] = ()
+
+    def cell(start: float, end: float) -> _Cell:
+        seconds = looking[-1][1] - looking[-1][0]
+        return _Cell(start, end, seconds, np.mean([probabilities for _, _, probabilities in looking], axis=0), cuts)
+
     for window in windows:
+        oldest = window.start - 2 * (window.end - window.start)
+        cuts = tuple(sorted({cut for cut in (*cuts, window.cut) if cut is not None and cut >= oldest}))
         probabilities = to_probabilities(window.logits, label_map)[:num_labels].numpy()
         if looking:
             # All windows that look at what lies before this one's beginning have begun by now.
-            yield looking[-1][0], window.start, looking[-1][1] - looking[-1][0], _mean(looking)
+            yield cell(looking[-1][0], window.start)
             while looking and looking[0][1] <= window.start:
                 looking.popleft()
         looking.append((window.start, window.end, probabilities))
@@ -181,14 +212,10 @@ def _cells(
         begin = looking[-1][0]
         for end in sorted({end for _, end, _ in looking}):
             if end > begin:
-                yield begin, end, looking[-1][1] - looking[-1][0], _mean(looking)
+                yield cell(begin, end)
                 begin = end
             while looking and looking[0][1] <= end:
                 looking.popleft()
-
-
-def _mean(looking: Iterable[tuple[float, float, np.ndarray]]) -> np.ndarray:
-    return np.mean([probabilities for _, _, probabilities in looking], axis=0)
 
 
 def video_timeline(
