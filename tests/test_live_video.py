@@ -38,6 +38,17 @@ def video(tmp_path_factory):
     return write_video(tmp_path_factory.mktemp("live") / "video.mp4", frames, gop=12)
 
 
+def write_stream(video, path):
+    """Its packets in a container that can be cut anywhere."""
+    with av.open(str(video)) as source, av.open(str(path), "w") as sink:
+        stream = sink.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                sink.mux(packet)
+    return path
+
+
 @pytest.fixture
 def camera(video):
     """A process that sends the video to whoever connects; its address."""
@@ -103,14 +114,7 @@ def test_a_source_that_waits_is_not_read_ahead(video):
 def test_a_pipe_is_read_as_it_is_written(video, tmp_path):
     pipe = tmp_path / "pipe.ts"
     os.mkfifo(pipe)
-    stream = tmp_path / "stream.ts"
-    with av.open(str(video)) as source, av.open(str(stream), "w") as sink:
-        output = sink.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(source.streams.video[0]):
-            if packet.dts is not None:
-                packet.stream = output
-                sink.mux(packet)
-    data = stream.read_bytes()
+    data = write_stream(video, tmp_path / "stream.ts").read_bytes()
 
     def write():
         with open(pipe, "wb", buffering=0) as file:
@@ -145,6 +149,32 @@ def test_closing_ends_the_thread_while_frames_wait(video):
         next(iter(live))
         live.close()
         assert not live._thread.is_alive() and list(live) == []
+
+
+def test_a_source_that_fell_silent_does_not_hold_up_who_closes_it(video, tmp_path):
+    part = write_stream(video, tmp_path / "part.ts").read_bytes()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve():
+            connection, _ = server.accept()
+            with connection:
+                connection.sendall(part)
+                is_over.wait(60)
+
+        is_over = threading.Event()
+        threading.Thread(target=serve, daemon=True).start()
+        live = LiveVideo(f"tcp://127.0.0.1:{server.getsockname()[1]}", format="mpegts", timeout=20)
+        received, deadline = -1, time.monotonic() + 30
+        while received != live.num_received and time.monotonic() < deadline:  # until nothing comes any more
+            received = live.num_received
+            time.sleep(0.5)
+        assert received > 30 and live._thread.is_alive()
+        begin = time.monotonic()
+        live.close()
+        assert time.monotonic() - begin < 5 and list(live) == []
+        is_over.set()
+        live._thread.join(10)
+        assert not live._thread.is_alive()
 
 
 def test_damage_on_the_way_is_counted_and_passed_over(video, tmp_path):

@@ -27,6 +27,8 @@ except ImportError:
 
 
 POLICIES = ("drop_oldest", "wait")
+# Seconds that `close` waits for the thread. FFmpeg cannot be called back from a source that sends nothing.
+PATIENCE = 1.0
 
 
 class LiveVideo:
@@ -93,12 +95,16 @@ class LiveVideo:
         self.close()
 
     def close(self) -> None:
-        """Ends the thread once it has its packet, and closes the source; frames that wait are forgotten."""
+        """
+        Ends the thread, which closes the source; frames that wait are forgotten.
+
+        A thread that waits for a silent source ends by itself, when something comes or after `timeout`.
+        """
         with self._changed:
             self._is_closed = True
             self._waiting.clear()
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(PATIENCE)
 
     def __iter__(self) -> Iterator[tuple[float, np.ndarray]]:
         while True:
