@@ -16,6 +16,7 @@ from video_files import write_video
 from vivit_hf import VideoDecodingError, VideoReader, ViViTVideoProcessor
 from vivit_hf.live_video import LiveVideo
 from vivit_hf.timeline import stream_windows
+from vivit_hf.video_processing_vivit import reader_size
 
 
 # Sends a file over TCP, as a camera would: its packets, in a container that has no end.
@@ -130,12 +131,9 @@ def test_a_pipe_is_read_as_it_is_written(video, tmp_path):
 
 def test_windows_of_a_live_source_are_those_of_the_file(camera, video):
     model = make_model(tiny_config("factorised_encoder", image_size=(24, 24)))
-    processor = ViViTVideoProcessor(num_frames=8, frame_stride=2, size={"shortest_edge": 24}, crop_size=24)
+    processor = ViViTVideoProcessor(num_frames=8, frame_stride=2, size={"shortest_edge": 32}, crop_size=24)
     from_file = list(stream_windows(model, processor, video))
-    from vivit_hf.timeline import frame_shape
-
-    size, window = frame_shape(processor)
-    with connect(camera(), policy="wait", size=size, window=window) as live:
+    with connect(camera(), policy="wait", size=reader_size(processor)) as live:
         found = list(stream_windows(model, processor, live))
     assert len(found) == len(from_file) == (30 - 8) // 2 + 1
     for one, other in zip(found, from_file, strict=True):

@@ -17,7 +17,7 @@ from vivit_hf.streaming import predict_clips
 from vivit_hf.timeline import stream_windows
 
 
-SIZE = {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 40}}
+SIZE = {"size": {"shortest_edge": 28}, "crop_size": {"height": 24, "width": 40}}
 
 
 def make_frames(count, height=30, width=50, seed=0):

@@ -76,8 +76,7 @@ def test_the_last_window_ends_with_the_last_frame(demo, tmp_path):
     assert [window.first_frame for window in windows] == [*range(0, 80, 10), 90 - 16]
     with torch.no_grad():
         clip = processor(path, do_sample_frames=False)["pixel_values"][:, -16:]
-        # Frames here are resized after they are decoded, there with it.
-        torch.testing.assert_close(windows[-1].logits, model(clip).logits[0], atol=0.2, rtol=0.05)
+        torch.testing.assert_close(windows[-1].logits, model(clip).logits[0], atol=1e-5, rtol=1e-5)
     assert len(list(stream_windows(model, processor, path, hop=37))) == 3  # 0, 37 and 74, which is the last one
 
 
@@ -198,6 +197,22 @@ def test_a_stream_of_frames_is_what_frames_at_gives(tmp_path, kind):
             list(reader.stream(lambda _: [3, 2]))
         with pytest.raises(IndexError, match="index 70 is outside"):
             list(reader.stream(lambda _: [70]))
+
+
+@pytest.mark.parametrize("resample", [2, 3])
+@pytest.mark.parametrize("do_resize", [True, False])
+def test_frames_are_cut_as_the_processor_cuts_them(demo, tmp_path, resample, do_resize):
+    """The crop is smaller than the frame, as it is by default, and in the middle of it."""
+    model, processor = demo
+    changes = {"size": {"shortest_edge": 72}, "resample": resample, "do_resize": do_resize}
+    processor = ViViTVideoProcessor.from_dict({**processor.to_dict(), **changes})
+    path = tmp_path / "video.mp4"
+    write_video(path, Scene.draw(np.random.default_rng(0), 24, 80, 96).render("up_left", 40), fps=12)
+    clips = processor(path, do_sample_frames=False)["pixel_values"]
+    for window in stream_windows(model, processor, path, hop=5):
+        with torch.no_grad():
+            expected = model(clips[:, window.first_frame : window.first_frame + 16]).logits[0]
+        torch.testing.assert_close(window.logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_frames_by_their_rate(demo, tmp_path):

@@ -194,7 +194,8 @@ def timeline(
 
     Example: vivit-hf timeline match.mp4 --model my_vivit --hop 8
     """
-    from .timeline import Segment, frame_shape, merge_windows, stream_windows
+    from .timeline import Segment, merge_windows, stream_windows
+    from .video_processing_vivit import reader_size
     from .video_sources import VideoDecodingError
 
     is_live = live or video.split("://")[0].lower() in LIVE_SCHEMES
@@ -205,13 +206,11 @@ def timeline(
         if is_live:
             from .live_video import LiveVideo
 
-            size, window = frame_shape(processor)
             source = LiveVideo(
                 source,
                 format=source_format,
                 policy=policy or ("wait" if video == "-" else "drop_oldest"),
-                size=size,
-                window=window,
+                size=reader_size(processor),
             )
         found = stream_windows(classifier, processor, source, hop=hop)
         segments = (

@@ -12,13 +12,12 @@ import numpy as np
 import torch
 
 from .evaluation import to_probabilities
-from .frame_conversion import FrameSize, FrameWindow
-from .frame_sampling import TIME_TOLERANCE, centre_crop, resized_size
+from .frame_sampling import TIME_TOLERANCE
 from .labels import LabelMap
 from .live_video import LiveVideo
 from .streaming import StreamingClassifier, WindowPrediction
 from .video_decoding import VideoReader
-from .video_processing_vivit import ViViTVideoProcessor
+from .video_processing_vivit import ViViTVideoProcessor, reader_size
 from .video_sources import VideoLimits
 
 
@@ -30,24 +29,6 @@ class Segment:
     end: float
     label: str
     score: float
-
-
-def frame_shape(processor: ViViTVideoProcessor) -> tuple[FrameSize | None, FrameWindow | None]:
-    """`size` and `window` that have a reader scale and cut frames as the processor would, while it decodes them."""
-    is_bilinear = int(processor.resample) == 2
-    size: FrameSize | None = None
-    window: FrameWindow | None = None
-    if processor.do_resize and is_bilinear:
-
-        def size(height: int, width: int) -> tuple[int, int]:
-            return resized_size(height, width, processor.size)
-
-    if processor.do_center_crop and (is_bilinear or not processor.do_resize):
-
-        def window(height: int, width: int) -> tuple[int, int, int, int]:
-            return centre_crop(height, width, processor.crop_size["height"], processor.crop_size["width"])
-
-    return size, window
 
 
 def stream_windows(
@@ -79,9 +60,8 @@ def stream_windows(
         moments = np.arange(0, timestamps[-1] + TIME_TOLERANCE, 1 / rate)
         return np.searchsorted(timestamps, moments + TIME_TOLERANCE, side="right") - 1
 
-    size, window = frame_shape(processor)
     with VideoReader(source, limits=VideoLimits(**(processor.video_limits or {}))) as reader:
-        frames = reader.stream(choose, size=size, window=window)
+        frames = reader.stream(choose, size=reader_size(processor))
         while batch := list(islice(frames, batch_size)):
             yield from stream.push_sampled([frame for _, frame in batch], [seconds for seconds, _ in batch])
         yield from stream.last_window()

@@ -25,6 +25,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.utils import logging
 
 from .auto_class import AutoClassMixin
+from .frame_conversion import FrameSize
 from .frame_sampling import (
     check_choice,
     fixed_crops,
@@ -295,8 +296,7 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
                 frames = frames * np.float32(255)  # `rescale_factor` is for values from 0 to 255
             return frames.reshape(indices.shape + frames.shape[1:]), indices, None
 
-        # The scaler's bilinear filter is PIL's; the other filters differ, so those frames are left to PIL.
-        is_scaled = call.do_resize and call.resample == PIL.Image.Resampling.BILINEAR
+        size = reader_size(call)
         num_threads = call.num_threads
         if num_threads is None:
             num_threads = 0 if get_worker_info() is None else 1
@@ -310,11 +310,11 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
         with VideoReader(video, limits=limits, num_threads=num_threads) as reader:
             clips = reader.read(
                 choose,
-                size=(lambda height, width: resized_size(height, width, call.size)) if is_scaled else None,
-                window=partial(_kept_window, call=call) if is_scaled or not call.do_resize else None,
+                size=size,
+                window=partial(_kept_window, call=call) if size is not None or not call.do_resize else None,
                 on_lost="repeat_last" if call.on_error == "repeat_last" else "raise",
             )
-        if call.do_resize and not is_scaled:
+        if call.do_resize and size is None:
             new_size = resized_size(clips.shape[2], clips.shape[3], call.size)
             resized = resize_frames(clips.reshape(-1, *clips.shape[2:]), new_size, call.resample)
             clips = resized.reshape(*clips.shape[:2], *resized.shape[1:])
@@ -326,6 +326,18 @@ _PARAMETERS = tuple(
     for name, parameter in inspect.signature(ViViTVideoProcessor.__init__).parameters.items()
     if name != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD
 )
+
+
+def reader_size(settings: Any) -> FrameSize | None:
+    """
+    How `VideoReader` and `LiveVideo` are to scale frames while they decode them, for a processor or its settings.
+
+    The scaler's bilinear filter is PIL's; the other filters differ: None, those frames are left to the processor, to
+    which scaled ones have their size already.
+    """
+    if not settings.do_resize or settings.resample != PIL.Image.Resampling.BILINEAR:
+        return None
+    return lambda height, width: resized_size(height, width, settings.size)
 
 
 def _check_names(given: dict[str, Any], allowed: set[str] | None = None) -> None:
