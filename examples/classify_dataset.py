@@ -141,8 +141,12 @@ def main(argv: list[str] | None = None) -> None:
             batch_size=args.batch_size,
             num_workers=args.num_workers,
         )
+        try:
+            predictions = list(found)
+        except ValueError as error:  # of the settings or the model, not of a video
+            raise SystemExit(f"classify_dataset.py: {error}") from error
         rows = []
-        for one in found:
+        for one in predictions:
             best = label_map.best(one.probabilities, args.top_k, with_scores=True)
             rows.append(
                 {

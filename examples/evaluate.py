@@ -68,6 +68,8 @@ def main(argv: list[str] | None = None) -> None:
         )
         config = ViViTForVideoClassification.config_class.from_pretrained(args.model)
         label_map = LabelMap.from_config(config)
+        if label_map.is_regression:
+            raise AnnotationError(f"{args.model} is a regression: its outputs are no labels that could be right.")
         targets = torch.stack([label_map.encode(one) for one in data.videos]).numpy()
     except (AnnotationError, OSError) as error:
         raise SystemExit(f"evaluate.py: {error}") from error
@@ -91,7 +93,10 @@ def main(argv: list[str] | None = None) -> None:
         batch_size=args.batch_size,
         num_workers=args.num_workers,
     )
-    gathered = gather_object([(mine[one.index], one) for one in found])
+    try:
+        gathered = gather_object([(mine[one.index], one) for one in found])
+    except ValueError as error:
+        raise SystemExit(f"evaluate.py: {error}") from error
     if state.is_main_process:
         predictions = [one for _, one in sorted(gathered, key=lambda pair: pair[0])]
         views = describe_views(processor, args.num_clips, args.num_crops, args.averaging)

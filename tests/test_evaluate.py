@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,10 +130,18 @@ def test_two_processes_give_the_same_scores(data, evaluated, tmp_path):
 
 
 def test_evaluation_that_cannot_work(data, tmp_path):
+    for name, processor in (("uniform", {"frame_sampling": "uniform"}), ("short", {"num_frames": 4})):
+        shutil.copytree(data / "model", tmp_path / name)
+        settings = {**ViViTVideoProcessor.from_pretrained(data / "model").to_dict(), **processor}
+        ViViTVideoProcessor.from_dict(settings).save_pretrained(tmp_path / name)
+    ViViTConfig.from_preset("vivit-tiny", num_labels=1).save_pretrained(tmp_path / "regression")
     for changed, message in (
         (["--data", data / "nowhere"], "nowhere: there is no such file or folder"),
         (["--data", data / "videos"], "is not among the 4 of the model"),
         (["--model", data / "no_model"], "no_model"),
+        (["--model", tmp_path / "regression"], "regression is a regression: its outputs are no labels"),
+        (["--model", tmp_path / "uniform"], "spreads one clip over the whole video, got num_clips=4"),
+        (["--model", tmp_path / "short"], r"The model expects clips of \(8, 32, 32\)"),
     ):
         with pytest.raises(SystemExit, match=message):
             evaluate.main(list(map(str, [*options(data, tmp_path / "out"), *changed])))
@@ -241,6 +250,16 @@ def test_a_list_of_files_and_a_data_set(data, tmp_path):
     assert [row["scores"] for row in one] == [row["scores"] for row in two] and len(one) == 4
     assert all(len(row["labels"]) == 2 for row in one)
     assert two[0]["video"] == f"{data / 'videos'}/test[0]"
+
+
+def test_a_processor_that_does_not_fit_the_model_is_said(data, tmp_path):
+    shutil.copytree(data / "model", tmp_path / "short")
+    settings = {**ViViTVideoProcessor.from_pretrained(data / "model").to_dict(), "num_frames": 4}
+    ViViTVideoProcessor.from_dict(settings).save_pretrained(tmp_path / "short")
+    arguments = ["--model", tmp_path / "short", "--videos", data / "videos", "--output_dir", tmp_path / "labels"]
+    with pytest.raises(SystemExit, match=r"classify_dataset.py: The model expects clips of \(8, 32, 32\)"):
+        classify_dataset.main(list(map(str, [*arguments, "--use_cpu", "--num_workers", "0"])))
+    assert not list((tmp_path / "labels").glob("*.parquet"))
 
 
 def test_another_run_is_not_mixed_in(data, tmp_path):

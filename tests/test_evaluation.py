@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vivit_hf import ViViTConfig
 from vivit_hf.evaluation import (
     average_views,
     classification_metrics,
@@ -21,6 +22,7 @@ from vivit_hf.labels import LabelMap
 
 ONE = LabelMap({"": tuple("abcdefg")})
 SEVERAL = LabelMap({"": tuple("abc")}, True)
+VALUES = LabelMap({"": ("angle", "speed")}, is_regression=True)
 GROUPED = LabelMap({"noun": ("pan", "lid", "tap"), "verb": ("open", "wash")})
 
 
@@ -84,7 +86,7 @@ def test_ranks_of_equal_scores_go_by_index():
     assert ranks(np.array([[1.0, 1.0, 0.0]] * 3), np.array([0, 1, 2])).tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("label_map", [ONE, GROUPED, SEVERAL])
+@pytest.mark.parametrize("label_map", [ONE, GROUPED, SEVERAL, VALUES])
 def test_averages_of_views(label_map):
     logits = torch.randn(5, 4, len(label_map.names), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mean = to_probabilities(logits, label_map).mean(dim=1)
@@ -95,6 +97,15 @@ def test_averages_of_views(label_map):
     assert torch.allclose(to_probabilities(one, label_map), to_probabilities(logits[:, 0], label_map))
     with pytest.raises(ValueError, match="must be one of probabilities, logits"):
         average_views(logits, label_map, "votes")
+
+
+def test_a_regression_has_its_values():
+    for options in ({"num_labels": 1}, {"num_labels": 2, "problem_type": "regression"}):
+        label_map = LabelMap.from_config(ViViTConfig.from_preset("vivit-tiny", **options))
+        values = torch.tensor([[[-3.0, 7.0], [5.0, 8.0]]])[..., : options["num_labels"]]
+        assert torch.equal(to_probabilities(values, label_map), values)
+        expected = torch.tensor([[1.0, 7.5]])[:, : options["num_labels"]]
+        assert torch.equal(average_views(values, label_map), expected)
 
 
 def test_averages_stay_finite_for_extreme_logits():

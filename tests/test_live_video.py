@@ -1,5 +1,6 @@
 """Live sources over real sockets and pipes: what arrives is what was sent, and what is dropped is counted."""
 
+import io
 import os
 import socket
 import subprocess
@@ -139,6 +140,15 @@ def test_windows_of_a_live_source_are_those_of_the_file(camera, video):
     for one, other in zip(found, from_file, strict=True):
         np.testing.assert_allclose(one.logits, other.logits, atol=1e-5)
         assert one.start == pytest.approx(other.start, abs=1e-3)
+
+
+def test_time_goes_on_where_the_clock_is_set(video, tmp_path):
+    """As if a camera began again: the same stream twice in one pipe."""
+    stream = write_stream(video, tmp_path / "stream.ts").read_bytes()
+    with LiveVideo(io.BytesIO(stream + stream), policy="wait") as live:
+        times = np.array([seconds for seconds, _ in live])
+    assert len(times) == 120
+    np.testing.assert_allclose(np.diff(times), 1 / 25, atol=1e-3)
 
 
 def test_closing_ends_the_thread_while_frames_wait(video):

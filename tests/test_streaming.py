@@ -95,7 +95,7 @@ def test_a_hop_costs_what_it_says(hop, cost):
     assert stream.num_tubelets_encoded <= cost * count + 2 * 4, "what the first windows cannot share comes on top"
     assert stream.num_tubelets_encoded >= cost * (count - 1)
     other = make_stream(hop, attention_type="spatio_temporal")
-    assert other.tubelets_per_window == 1, "the whole window is one piece"
+    assert other.tubelets_per_window == 4 == other.model.config.grid_size[0], "the whole window is one piece"
 
 
 def test_frames_are_sampled_by_their_times_as_the_processor_samples_a_file(tmp_path):
@@ -175,6 +175,8 @@ def test_a_stream_can_begin_again():
         (lambda: make_stream(0), "`hop` must be a whole number of sampled frames, at least 1, got 0"),
         (lambda: make_stream(1.5), r"`hop` must be .* got 1\.5"),
         (lambda: make_stream(2).push(make_frames(3), [0.0, 1.0]), "3 frames came with 2 times"),
+        (lambda: make_stream(2).push(make_frames(3), [0.0, 2.0, 1.9]), r"must not decrease, got 1\.9 s after 2 s"),
+        (lambda: make_stream(2).push(make_frames(2), [0.0, math.nan]), "must not decrease, got nan s after 0 s"),
         (lambda: make_stream(2).push(np.zeros((1, 2, 3, 4, 5))), r"Frames are \(height, width, channels\)"),
     ],
 )
@@ -185,8 +187,12 @@ def test_what_cannot_stream_is_said(problem, message):
 
 def test_a_processor_that_cannot_stream_is_refused():
     model = make_model(tiny_config("factorised_encoder"))
-    with pytest.raises(ValueError, match="spreads its frames over a whole video"):
-        StreamingClassifier(model, ViViTVideoProcessor(num_frames=8, frame_sampling="uniform", **SIZE))
+    for rate in (None, 5.0):
+        processor = ViViTVideoProcessor(num_frames=8, frame_sampling="uniform", frames_per_second=rate, **SIZE)
+        with pytest.raises(ValueError, match=r"spreads its frames over a whole video.*use frame_sampling='clip'"):
+            StreamingClassifier(model, processor)
+    for name in ("frame_stride", "frames_per_second"):  # the way out that the message names
+        StreamingClassifier(model, ViViTVideoProcessor(num_frames=8, frame_sampling="clip", **{name: 2}, **SIZE))
     stream = StreamingClassifier(model, ViViTVideoProcessor(num_frames=8, frames_per_second=5, **SIZE))
     with pytest.raises(ValueError, match="needs the `times` of the frames"):
         stream.push(make_frames(1))
@@ -198,6 +204,16 @@ def test_frames_of_another_size_are_refused_as_the_model_refuses_them(attention_
     stream.processor.do_center_crop = stream.processor.do_resize = False
     with pytest.raises(ValueError, match=r"The model expects .*24, 40\).*got .*30, 50\)"):
         stream.push(make_frames(10))
+
+
+def test_clips_of_another_length_are_refused_whether_or_not_they_share_tubelets():
+    """The embeddings of a short clip would be interpolated, and the scores be those of no training."""
+    model = make_model(tiny_config("factorised_encoder"))
+    processor = ViViTVideoProcessor(num_frames=4, **SIZE)
+    features = processor(make_frames(9), num_clips=4)
+    for ids in (features.frame_ids, None):
+        with pytest.raises(ValueError, match=r"The model expects clips of \(8, 24, 40\).*got \(4, 24, 40\)"):
+            predict_clips(model, features["pixel_values"], ids)
 
 
 def count_tubelets(model):

@@ -140,7 +140,7 @@ def load_model(name: str) -> tuple[Any, ViViTVideoProcessor]:
 
 def looks_at_once(processor: ViViTVideoProcessor) -> bool:
     """Whether a clip is frames from all of the video, so that there is one clip and no when."""
-    return processor.frame_sampling == "uniform" and processor.frames_per_second is None
+    return processor.frame_sampling == "uniform"
 
 
 def num_clips(processor: ViViTVideoProcessor) -> int:

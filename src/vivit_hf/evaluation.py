@@ -21,7 +21,8 @@ _MIN_PREDICTIONS = 12  # among fewer it can be chance
 
 def average_views(logits: torch.Tensor, label_map: LabelMap, averaging: str = "probabilities") -> torch.Tensor:
     """
-    The views of each video as one row of logits, whose softmax (sigmoid with several labels) is the averaged score.
+    The views of each video as one row of logits, whose softmax (sigmoid with several labels) is the averaged score; in
+    a regression the mean of the values.
 
     Args:
         logits: (batch, views, num_labels).
@@ -33,7 +34,7 @@ def average_views(logits: torch.Tensor, label_map: LabelMap, averaging: str = "p
     if averaging not in AVERAGINGS:
         raise ValueError(f"`averaging` must be one of {', '.join(AVERAGINGS)}, got {averaging!r}.")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if averaging == "logits" or logits.shape[1] == 1:
+    if averaging == "logits" or logits.shape[1] == 1 or label_map.is_regression:
         return logits.mean(dim=1)
     if label_map.has_several:  # log(p / (1 - p)) of the mean p
         log_count = np.log(logits.shape[1])
@@ -44,8 +45,10 @@ def average_views(logits: torch.Tensor, label_map: LabelMap, averaging: str = "p
 
 
 def to_probabilities(logits: torch.Tensor, label_map: LabelMap) -> torch.Tensor:
-    """(..., num_labels): softmax within each group, or sigmoid with several labels per video."""
+    """(..., num_labels): softmax within each group, sigmoid with several labels per video, a regression's values."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if label_map.is_regression:
+        return logits
     if label_map.has_several:
         return logits.sigmoid()
     return torch.cat([part.softmax(dim=-1) for part in logits.split(label_map.sizes, dim=-1)], dim=-1)

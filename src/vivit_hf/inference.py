@@ -30,7 +30,10 @@ def demo_model_path() -> Path:
 
 @dataclass
 class VideoPrediction:
-    """`index` of the video in the input; `logits` and `probabilities`, float32 (num_labels,), or `error`."""
+    """
+    `index` of the video in the input; `logits` and `probabilities`, float32 (num_labels,), or `error`. In a regression
+    both are its values.
+    """
 
     index: int
     logits: np.ndarray | None = None
@@ -86,13 +89,17 @@ def predict_videos(
     Classifies videos in their order; one that cannot be read has an `error` in its place.
 
     Args:
-        model: a `ViViTForVideoClassification`, which is used on its device and in its dtype.
+        model: a `ViViTForVideoClassification`, which is used on its device and in its dtype; put it in eval mode.
+        processor: makes clips of the model's frames and size.
         videos: what the processor takes, or functions without arguments that give it.
         num_clips, num_crops: the views of a video.
         averaging: see `average_views`.
         batch_size: clips that the model sees at a time.
         num_workers: processes that decode.
+
+    Raises ValueError for views that the processor does not give, and for clips that the model does not take.
     """
+    processor.settings_with({"num_clips": num_clips, "num_crops": num_crops})
     label_map = LabelMap.from_config(model.config)
     loader = DataLoader(
         _Views(videos, processor, num_clips, num_crops),

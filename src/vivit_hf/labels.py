@@ -27,10 +27,12 @@ class LabelMap:
 
     `groups`: names by group, such as {"noun": (...), "verb": (...)}; one classification is the group "".
     `has_several`: whether a video has any number of the labels instead of one per group.
+    `is_regression`: whether the outputs are values themselves and no scores of labels.
     """
 
     groups: Mapping[str, Sequence[str]]
     has_several: bool = False
+    is_regression: bool = False
 
     @classmethod
     def of(
@@ -64,7 +66,9 @@ class LabelMap:
         """The labels of a model."""
         names = [str(config.id2label[index]) for index in range(config.num_labels)]
         if config.label_groups is None:
-            return cls({ONE_GROUP: tuple(names)}, config.problem_type == "multi_label_classification")
+            problem = config.problem_type or ("regression" if len(names) == 1 else None)  # as transformers infers it
+            has_several, is_regression = problem == "multi_label_classification", problem == "regression"
+            return cls({ONE_GROUP: tuple(names)}, has_several, is_regression)
         groups, start = {}, 0
         for group, size in config.label_groups.items():
             groups[group] = tuple(name.removeprefix(f"{group}: ") for name in names[start : start + size])

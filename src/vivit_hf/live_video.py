@@ -29,6 +29,8 @@ except ImportError:
 POLICIES = ("drop_oldest", "wait")
 # Seconds that `close` waits for the thread. FFmpeg cannot be called back from a source that sends nothing.
 PATIENCE = 1.0
+# Seconds from one frame to the next beyond which the clock was set and nothing was waited for.
+LONGEST_GAP = 10.0
 
 
 class LiveVideo:
@@ -47,7 +49,8 @@ class LiveVideo:
         size, window: as for `VideoReader.frames_at`; frames are scaled and cut in the thread that decodes.
         timeout: seconds without anything from the network after which the source counts as broken.
 
-    `seconds` count from the first frame, by the source's own timestamps. Packets that cannot be decoded are counted in
+    `seconds` count from the first frame, by the source's own timestamps; where these go back or leap by more than ten
+    seconds, as when a source begins again, time goes on by a frame. Packets that cannot be decoded are counted in
     `num_rejected_packets` and passed over. Use it as a context manager: that ends the thread and closes the source.
 
     Raises VideoDecodingError if the source cannot be opened or breaks off, with its name and the reason.
@@ -139,7 +142,8 @@ class LiveVideo:
         stream.thread_type = "SLICE"
         converter = FrameConverter(1)
         header = (stream.codec_context.height, stream.codec_context.width)
-        first: float | None = None
+        duration = 1 / float(stream.average_rate or 25)
+        last = offset = None
         for packet in self._container.demux(stream):
             try:
                 frames = packet.decode()
@@ -149,11 +153,15 @@ class LiveVideo:
             for frame in frames:
                 seconds = frame.time
                 if seconds is None:  # a source without a clock: by the rate that it says it has
-                    seconds = self.num_received / float(stream.average_rate or 25)
-                first = seconds if first is None else first
+                    seconds = self.num_received * duration
+                if offset is None or last is None:
+                    offset, last = -seconds, 0.0
+                elif not last <= seconds + offset <= last + LONGEST_GAP:
+                    offset = last + duration - seconds
+                last = seconds + offset
                 self.num_received += 1
                 image = converter.to_rgb((one for one in (frame,)), 1, header, self._shape)[0]
-                if not self._hand_over(seconds - first, image):
+                if not self._hand_over(last, image):
                     return
 
     def _hand_over(self, seconds: float, image: np.ndarray) -> bool:

@@ -110,7 +110,7 @@ def explain_clip(
         names = label_map.names
         with torch.no_grad(), evaluating(model):
             logits = model(pixel_values.to(model.device)).logits[0].float().cpu()
-        scores = logits if model.config.problem_type == "regression" else to_probabilities(logits, label_map)
+        scores = to_probabilities(logits, label_map)
         top = scores.topk(min(top_k, len(names)))
         labels = [(names[index], score) for index, score in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
         best = int(top.indices[0])

@@ -20,14 +20,15 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from .frame_sampling import TIME_TOLERANCE
+from .embeddings_vivit import check_pixel_values
+from .frame_sampling import TIME_TOLERANCE, apply_short_video_policy
 from .video_processing_vivit import ViViTVideoProcessor
 
 
@@ -109,10 +110,10 @@ class StreamingClassifier:
         self.hop = default if hop is None else hop
         if not isinstance(self.hop, int) or self.hop < 1:
             raise ValueError(f"`hop` must be a whole number of sampled frames, at least 1, got {hop!r}.")
-        if processor.frame_sampling == "uniform" and processor.frames_per_second is None:
+        if processor.frame_sampling == "uniform":
             raise ValueError(
                 "A processor with frame_sampling='uniform' spreads its frames over a whole video, which a stream does "
-                "not have: set `frame_sampling='dense'` with a `frame_stride`, or `frames_per_second`."
+                "not have: use frame_sampling='clip' with a `frame_stride` or with `frames_per_second`."
             )
         self.reset()
 
@@ -124,13 +125,13 @@ class StreamingClassifier:
         self._tokens: dict[int, torch.Tensor] = {}  # of the tubelet that begins with that sampled frame
         self._num_sampled = self._num_chosen = self._next_window = 0
         self._held: tuple[Any, float] | None = None  # the last frame, while it is not clear how long it is shown
-        self._first_time = 0.0
+        self._first_time, self._last_time = 0.0, -math.inf
 
     @property
     def tubelets_per_window(self) -> int:
-        """Runs of the spatial encoder per window in the long run; `time` of them would be no reuse at all."""
+        """Tubelets that are encoded anew in a window, in the long run: all of `config.grid_size[0]` without reuse."""
         if not self.reuses_tubelets:
-            return self._num_tubelets
+            return int(self.model.config.grid_size[0])
         return min(self._num_tubelets, self.hop // math.gcd(self.hop, self._tubelet))
 
     @property
@@ -145,7 +146,7 @@ class StreamingClassifier:
         Args:
             frames: one frame or several, as the processor takes them: uint8 (height, width, channels) or
                 (frames, height, width, channels), PIL images, tensors.
-            times: seconds at which they are shown, one or one per frame, increasing. None: they are counted, which
+            times: seconds at which they are shown, one or one per frame, not decreasing. None: they are counted, which
                 `frames_per_second` cannot do without.
 
         Raises ValueError for times that do not fit the frames, and what the processor raises.
@@ -158,6 +159,13 @@ class StreamingClassifier:
         times = [float(time) for time in np.atleast_1d(np.asarray(times, dtype=np.float64))]
         if len(times) != len(frames):
             raise ValueError(f"{len(frames)} frames came with {len(times)} times; expected one each.")
+        for before, time in pairwise([self._last_time, *times]):
+            if not time >= before:
+                raise ValueError(
+                    f"The times of frames must not decrease, got {time:g} s after {before:g} s. Call `reset` where "
+                    "another video begins."
+                )
+        self._last_time = times[-1] if times else self._last_time
         chosen = [pair for frame, time in zip(frames, times, strict=True) for pair in self._sampled(frame, time)]
         return self.push_sampled([frame for frame, _ in chosen], [time for _, time in chosen])
 
@@ -221,12 +229,20 @@ class StreamingClassifier:
         return float((pixels - last).abs().mean() / torch.maximum(pixels.std(), last.std()).clamp(min=1e-6))
 
     def last_window(self) -> list[WindowPrediction]:
-        """At the end of a stream: the window that ends with the last frame, if the hops have left frames out."""
-        start = self._num_sampled - self._num_frames
-        if start < 0 or start == self._next_window - self.hop:
+        """
+        At the end of a stream: the window that ends with the last frame, if the hops have left frames out.
+
+        Of fewer frames than a window has, it is filled as the processor's `short_video_policy` says, from the sampled
+        ones: "error" is a ValueError.
+        """
+        start = max(0, self._num_sampled - self._num_frames)
+        if not self._num_sampled or start == self._next_window - self.hop:
             return []
+        frames = min(self._num_sampled, self._num_frames)
+        policy = self.processor.short_video_policy
+        places = apply_short_video_policy(np.arange(self._num_frames), frames, policy)
         with torch.inference_mode():
-            logits = self.model(self._pixels(start, self._num_frames)[None]).logits[0]
+            logits = self.model(self._pixels(start, frames)[None, places]).logits[0]
         return [self._prediction(start, logits.float().cpu())]
 
     def _complete(self) -> list[WindowPrediction]:
@@ -303,7 +319,10 @@ def predict_clips(
     Clips of one video overlap where it is short or they are many. With `frame_ids`, int64 (clips, frames) as
     `VideoFeatures` has them, equal numbers stand for equal frames, and the factorised encoder encodes every tubelet
     once; the logits are those of the model.
+
+    Raises ValueError for clips that are not of the model's frames and size.
     """
+    check_pixel_values(clips, model.config, any_size=False)
     tubelet = model.config.tubelet_size[0]
     time = clips.shape[1] // tubelet
     if frame_ids is not None and reuses_tubelets(model.config):

@@ -9,7 +9,6 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from .evaluation import to_probabilities
 from .frame_sampling import TIME_TOLERANCE
@@ -44,6 +43,8 @@ def stream_windows(
 
     The last window ends with the last frame, a whole hop or less after the one before. A video that is shorter than a
     window has one, filled as the processor's `short_video_policy` says.
+
+    Raises, also in the midst of it: VideoDecodingError for what cannot be read, ValueError as `StreamingClassifier`.
     """
     stream = StreamingClassifier(model, processor, hop=hop)
     if isinstance(source, LiveVideo):
@@ -65,12 +66,6 @@ def stream_windows(
         while batch := list(islice(frames, batch_size)):
             yield from stream.push_sampled([frame for _, frame in batch], [seconds for seconds, _ in batch])
         yield from stream.last_window()
-        end = float(reader.timestamps[-1])
-    if stream.num_windows == 0:
-        pixel_values = processor(source, num_clips=1, num_crops=1)["pixel_values"]
-        with torch.inference_mode():
-            logits = model(pixel_values.to(model.device, model.dtype)).logits[0].float().cpu()
-        yield WindowPrediction(0.0, end, first_frame=0, logits=logits)
 
 
 def merge_windows(

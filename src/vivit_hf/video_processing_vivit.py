@@ -221,7 +221,7 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
         """
         if return_tensors not in ("pt", "np", None):
             raise ValueError(f"`return_tensors` must be 'pt', 'np' or None, got {return_tensors!r}.")
-        call = self._call_settings(overrides)
+        call = self.settings_with(overrides)
         call.input_data_format, call.video_fps = input_data_format, video_fps
         call.generator = _generator(generator) if "random" in (call.clip_start, call.crop_position) else None
 
@@ -269,7 +269,8 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
         """
         return rescale_and_normalize(pixel_values, self)
 
-    def _call_settings(self, overrides: dict[str, Any]) -> SimpleNamespace:
+    def settings_with(self, overrides: dict[str, Any]) -> SimpleNamespace:
+        """All parameters as they are in a call with these overrides; raises what the call would raise for them."""
         _check_names(overrides)
         given = {name: value for name, value in overrides.items() if value is not None}
         values = {name: getattr(self, name) for name in _PARAMETERS}
