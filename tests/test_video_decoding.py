@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import wave
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -327,6 +328,46 @@ def test_mutated_files_end_in_frames_or_in_a_named_error(folder):
         except VideoDecodingError:
             outcomes["refused"] += 1
     assert min(outcomes.values()) > 20
+
+
+def test_a_reader_does_one_thing_at_a_time(video):
+    """FFmpeg crashes the process where a container is read from two places, or after it was closed."""
+
+    def started(reader):
+        frames = reader.stream(lambda times: np.arange(len(times)))
+        next(frames)
+        return frames
+
+    for disturb in (lambda one: one.describe(), lambda one: one.frames_at([3]), started, lambda one: one.verify()):
+        with VideoReader(video) as reader:
+            frames = started(reader)
+            disturb(reader)
+            with pytest.raises(RuntimeError, match=f"{video.name} was used for something else before its stream"):
+                next(frames)
+            assert len(reader.frames_at([1, 2])) == 2
+    with VideoReader(video) as reader:
+        frames = started(reader)
+    with pytest.raises(RuntimeError, match=f"{video.name} is closed before its stream was at the end"):
+        next(frames)
+    uses = (lambda: reader.frames_at([0]), reader.describe, reader.verify, lambda: started(reader))
+    for use in uses:
+        with pytest.raises(ValueError, match=f"The reader of .*{video.name} is closed: open another one"):
+            use()
+
+
+def test_threads_can_share_a_reader(video):
+    expected = plain_decode(video)
+    with VideoReader(video) as reader, ThreadPoolExecutor(6) as pool:
+        places = [np.random.default_rng(seed).integers(0, len(expected), 5) for seed in range(24)]
+        for place, frames in zip(places, pool.map(reader.frames_at, places), strict=True):
+            assert np.array_equal(frames, expected[place])
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.uint64])
+def test_indices_of_every_integer_type(tmp_path, dtype):
+    path = write_video(tmp_path / "video.mp4", num_frames=300, height=16, width=16)
+    with VideoReader(path) as reader:
+        assert np.array_equal(reader.frames_at(np.array([5, 100], dtype)), reader.frames_at([5, 100]))
 
 
 def test_nothing_is_left_open(video, tmp_path):

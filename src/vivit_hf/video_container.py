@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,16 +42,33 @@ class VideoContainer:
         self._file: Any = None
         self._owns_file = False
         self._num_demux_errors = 0
+        self._lock = threading.RLock()
+        self._turn = 0
+        self._is_closed = False
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Closes the container, and the file unless the caller had opened it."""
-        if self._container is not None:
-            self._container.close()
-        if self._owns_file and self._file is not None:
-            self._file.close()
+        with self._lock:
+            self._is_closed = True
+            if self._container is not None:
+                self._container.close()
+            if self._owns_file and self._file is not None:
+                self._file.close()
+
+    def _begin(self) -> int:
+        """The turn of whoever reads now; FFmpeg crashes where two move one container, or one moves a closed one."""
+        if self._is_closed:
+            raise ValueError(f"The reader of {self.name} is closed: open another one.")
+        self._turn += 1
+        return self._turn
+
+    def _check_turn(self, turn: int) -> None:
+        if self._is_closed or turn != self._turn:
+            what = "is closed" if self._is_closed else "was used for something else"
+            raise RuntimeError(f"The reader of {self.name} {what} before its stream was at the end: open one for each.")
 
     def _open(self, source: Any) -> None:
         self._file, self._owns_file = open_source(source, self.limits)

@@ -63,7 +63,7 @@ class VideoReader(VideoContainer):
 
     The first video stream that is not a cover picture is read. Rotation stored in the file is applied; non-square
     pixels are not stretched. Open a reader where it is used (in the worker, not before the fork) and close it: it is a
-    context manager.
+    context manager. It does one thing at a time, whatever thread asks.
 
     ```python
     with VideoReader("video.mp4") as video:
@@ -144,7 +144,8 @@ class VideoReader(VideoContainer):
         """
         if on_lost not in ("raise", "repeat_last"):
             raise ValueError(f"`on_lost` must be 'raise' or 'repeat_last', got {on_lost!r}.")
-        with self._named_errors():
+        with self._lock, self._named_errors():
+            self._begin()
             indices = self._checked(choose(self.timestamps))
             shape = (size, window)
             if self._trusted is None:
@@ -177,7 +178,25 @@ class VideoReader(VideoContainer):
 
         Yields:
             The seconds at which a frame is shown, and the frame, uint8 RGB (height, width, 3).
+
+        Raises:
+            IndexError, VideoDecodingError: as `frames_at`.
+            RuntimeError: the reader was closed, or used for something else, before the end.
         """
+        frames = self._streamed(choose, (size, window))
+        with self._lock:
+            turn = self._begin()
+        while True:
+            with self._lock:
+                self._check_turn(turn)
+                item = next(frames, None)
+            if item is None:
+                return
+            yield item
+
+    def _streamed(
+        self, choose: Callable[[np.ndarray], Any], shape: FrameShape
+    ) -> Generator[tuple[float, np.ndarray], None, None]:
         with self._named_errors():
             indices = self._checked(choose(self.timestamps))
             if indices.ndim != 1 or np.any(np.diff(indices) < 0):
@@ -187,7 +206,7 @@ class VideoReader(VideoContainer):
                 wanted = np.unique(indices)
                 try:
                     for number, frame in zip(wanted, self._read_trusted(self._trusted, wanted), strict=True):
-                        image = self._one(frame, (size, window))
+                        image = self._one(frame, shape)
                         while place < len(indices) and indices[place] == number:
                             yield float(self.timestamps[number]), image
                             place += 1
@@ -206,7 +225,7 @@ class VideoReader(VideoContainer):
             self._reopen()
             place = 0
             for output, frame in zip(needed, self._read_outputs(needed), strict=True):
-                image = self._one(frame, (size, window))
+                image = self._one(frame, shape)
                 while place < len(outputs) and outputs[place] == output:
                     yield float(self.timestamps[indices[place]]), image
                     place += 1
@@ -217,7 +236,8 @@ class VideoReader(VideoContainer):
     def describe(self) -> dict[str, Any]:
         """What the file and its first frame say: `container`, `codec`, `pixel_format`, upright `height` and `width` in
         pixels, and `rotation` in degrees clockwise (0, 90, 180 or 270)."""
-        with self._named_errors():
+        with self._lock, self._named_errors():
+            self._begin()
             self._reopen()
             frame = next(self._frames(self._packets()), None)
             if frame is None:
@@ -235,7 +255,8 @@ class VideoReader(VideoContainer):
 
     def verify(self) -> DecodingReport:
         """Decodes every frame and keeps none; the report then tells all the damage that a decoder can notice."""
-        with self._named_errors():
+        with self._lock, self._named_errors():
+            self._begin()
             if self._trusted is not None:
                 try:
                     for _ in self._read_trusted(self._trusted, np.arange(self.num_frames)):
@@ -250,10 +271,11 @@ class VideoReader(VideoContainer):
         indices = np.asarray(indices)
         if indices.size == 0 or indices.dtype.kind not in "iu":
             raise IndexError(f"Frame indices must be integers, and at least one, got {indices!r}.")
+        indices = indices.astype(np.int64)  # the number of frames may be too large for its type
         outside = indices[(indices < -self.num_frames) | (indices >= self.num_frames)]
         if outside.size:
             raise IndexError(f"{self.name} has {self.num_frames} frames, index {outside.flat[0]} is outside of them.")
-        return np.where(indices < 0, indices + self.num_frames, indices).astype(np.int64)
+        return np.where(indices < 0, indices + self.num_frames, indices)
 
     @staticmethod
     def _arranged(frames: np.ndarray, places: np.ndarray, indices: np.ndarray) -> np.ndarray:
