@@ -99,6 +99,46 @@ def test_what_is_not_a_plain_linear_layer_is_called(machine):
         assert torch.equal(hidden_states, kept)
 
 
+def test_what_a_wrapper_has_kept_stays_as_it_was(machine):
+    """A probe around the layer keeps its output, which a GELU in place would change behind its back."""
+    mlp = ViViTMLP(tiny_config("spatio_temporal")).eval()
+    hidden_states, kept = torch.randn(2, 7, mlp.fc1.in_features), []
+    expected = mlp.fc1(hidden_states).detach()
+    mlp.fc1.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    mlp.fc1 = torch.nn.Sequential(mlp.fc1)
+    with torch.no_grad():
+        mlp(hidden_states)
+    assert torch.equal(kept[0], expected)
+
+
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_forward_derivatives_need_no_gradients(attention_type, machine):
+    """`no_grad` is about the backward mode alone."""
+    model = make_model(tiny_config(attention_type, attn_implementation="eager")).to(torch.float64)
+    clips = make_clips(model.config).double()
+    direction = torch.randn_like(clips)
+    _, expected = torch.func.jvp(lambda given: model(given).logits, (clips,), (direction,))
+    with torch.no_grad():
+        _, found = torch.func.jvp(lambda given: model(given).logits, (clips,), (direction,))
+        model.float()
+        _, single = torch.func.jvp(lambda given: model(given).logits, (clips.float(),), (direction.float(),))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(single, expected.float(), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_a_hook_on_the_features_sees_all_of_them(attention_type):
+    model = make_model(tiny_config(attention_type))
+    clips, seen = make_clips(model.config), []
+    plain = model(clips).logits
+    with torch.no_grad():
+        expected = model.vivit(clips)
+    handle = model.vivit.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    torch.testing.assert_close(model(clips).logits, plain)
+    handle.remove()
+    torch.testing.assert_close(seen[0].last_hidden_state, expected.last_hidden_state)
+
+
 def test_multiply_adds_are_counted_without_gradients_too(machine):
     for attention_type in ATTENTION_TYPES:
         model = make_model(tiny_config(attention_type, attn_implementation="eager")).to(torch.float32)

@@ -10,7 +10,14 @@ import torch
 from convert_scenic_checkpoint import config_from_scenic, state_dict_from_scenic
 from test_golden import FOLDER as FIXTURES
 from tiny_models import ATTENTION_TYPES, make_clips, randomise
-from transformers import ViTConfig, ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
+from transformers import (
+    Dinov2Config,
+    ResNetConfig,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTForMaskedImageModeling,
+    ViTModel,
+)
 
 from vivit_hf import ViViTForVideoClassification, ViViTModel
 from vivit_hf.embeddings_vivit import resample_position_embeddings
@@ -406,6 +413,28 @@ def test_a_stray_weight_is_an_error():
     vit.layers[0].attention.register_parameter("relative_bias", torch.nn.Parameter(torch.ones(3)))
     with pytest.raises(ValueError, match="relative_bias"):
         initialise_from_vit(make_vivit(make_vit(), "spatio_temporal"), vit)
+
+
+def test_a_vivit_is_as_it_was_after_an_error():
+    vit = make_vit(hidden_act="relu", layer_norm_eps=1e-3)
+    vit.stray = torch.nn.Parameter(torch.zeros(3))
+    vivit = ViViTModel(config_from_vit(vit.config, hidden_act="gelu", layer_norm_eps=1e-6))
+    before = {name: value.clone() for name, value in vivit.state_dict().items()}
+    with pytest.raises(ValueError, match="no place in a ViViT"):
+        initialise_from_vit(vivit, vit)
+    assert all(torch.equal(value, before[name]) for name, value in vivit.state_dict().items())
+    assert (vivit.config.hidden_act, vivit.config.layer_norm_eps, vivit.layernorm.eps) == ("gelu", 1e-6, 1e-6)
+
+
+def test_what_is_no_vit_is_refused():
+    vit = make_vit()
+    for config in (Dinov2Config(), ResNetConfig(), vit, "google/vit"):
+        with pytest.raises(ValueError, match="A ViViT starts from a plain ViT or DeiT"):
+            config_from_vit(config)
+    vivit = ViViTModel(config_from_vit(vit.config))
+    for arguments in ((vit, vivit), (vivit, "google/vit")):
+        with pytest.raises(TypeError, match="Expected a ViViT and then a loaded image ViT"):
+            initialise_from_vit(*arguments)
 
 
 def test_settings_go_over():

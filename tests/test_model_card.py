@@ -32,6 +32,12 @@ def test_a_base_model_that_is_a_folder_is_in_the_text_alone(model, tmp_path):
     assert "newly initialised mean nothing" in read.text
 
 
+def test_one_name_need_not_be_a_list(model, tmp_path):
+    path = write_model_card(tmp_path, model, datasets="kinetics400", metrics="accuracy", tags="sport")
+    data = ModelCard.load(path).data
+    assert (data.datasets, data.metrics) == (["kinetics400"], ["accuracy"]) and data.tags[-1] == "sport"
+
+
 def test_writing_again_changes_only_what_was_written_here(model, tmp_path):
     path = write_model_card(tmp_path, model, base_model="org/vit", report="| copied | 3 |", tags=["mine"])
     first = path.read_text(encoding="utf-8")

@@ -174,6 +174,7 @@ def test_a_stream_can_begin_again():
     [
         (lambda: make_stream(0), "`hop` must be a whole number of sampled frames, at least 1, got 0"),
         (lambda: make_stream(1.5), r"`hop` must be .* got 1\.5"),
+        (lambda: make_stream(True), "`hop` must be .* got True"),
         (lambda: make_stream(2).push(make_frames(3), [0.0, 1.0]), "3 frames came with 2 times"),
         (lambda: make_stream(2).push(make_frames(3), [0.0, 2.0, 1.9]), r"must not decrease, got 1\.9 s after 2 s"),
         (lambda: make_stream(2).push(make_frames(2), [0.0, math.nan]), "must not decrease, got nan s after 0 s"),
@@ -204,6 +205,63 @@ def test_frames_of_another_size_are_refused_as_the_model_refuses_them(attention_
     stream.processor.do_center_crop = stream.processor.do_resize = False
     with pytest.raises(ValueError, match=r"The model expects .*24, 40\).*got .*30, 50\)"):
         stream.push(make_frames(10))
+
+
+@pytest.mark.parametrize("attention_type", ["factorised_encoder", "spatio_temporal"])
+def test_a_stream_goes_on_after_the_model_has_failed(attention_type, monkeypatch):
+    """Say, for want of memory: nothing is lost, and the next frames bring the windows that are due."""
+    stream, frames = make_stream(np.int64(2), attention_type=attention_type), make_frames(24)
+    expected = stream.push(frames)
+    stream.reset()
+    found = stream.push(frames[:9])
+
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream.model.vivit.embeddings, "forward", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            stream.push(frames[9:14])
+    found += stream.push(frames[14:])
+    assert [window.first_frame for window in found] == [window.first_frame for window in expected]
+    for window, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(window.logits, other.logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"frame_stride": 2}, {"frames_per_second": 10.0}])
+def test_frames_that_are_refused_were_never_pushed(settings):
+    stream, frames = make_stream(2), make_frames(60)
+    for name, value in settings.items():
+        setattr(stream.processor, name, value)
+    times = np.arange(60) / 20
+    expected = [
+        window for start in range(0, 60, 5) for window in stream.push(frames[start : start + 5], times[start:][:5])
+    ]
+    stream.reset()
+    found = []
+    for start in range(0, 60, 5):
+        with pytest.raises(TypeError, match="None"):
+            stream.push([None] * 5, times[start:][:5])
+        found += stream.push(frames[start : start + 5], times[start:][:5])
+    assert [(window.start, window.end) for window in found] == [(window.start, window.end) for window in expected]
+    assert all(torch.equal(a.logits, b.logits) for a, b in zip(found, expected, strict=True))
+
+
+def test_frames_that_the_processor_leaves_raw_are_refused():
+    stream = make_stream(2)
+    stream.processor.do_rescale = stream.processor.do_normalize = False
+    with pytest.raises(ValueError, match="look like raw frames"):
+        stream.push(make_frames(10))
+
+
+def test_models_that_return_tuples_stream_too():
+    for attention_type in ATTENTION_TYPES:
+        stream, frames = make_stream(2, attention_type=attention_type), make_frames(20)
+        expected = stream.push(frames)
+        stream.reset()
+        stream.model.config.return_dict = False
+        found = stream.push(frames) + stream.last_window()
+        assert all(torch.equal(a.logits, b.logits) for a, b in zip(found, expected, strict=True))
 
 
 def test_clips_of_another_length_are_refused_whether_or_not_they_share_tubelets():

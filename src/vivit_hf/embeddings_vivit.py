@@ -233,20 +233,9 @@ def prepend_class_token(tokens: torch.Tensor, class_token: torch.Tensor | None) 
 
 
 def check_pixel_values(pixel_values: torch.Tensor, config: ViViTConfig, any_size: bool) -> None:
-    if not isinstance(pixel_values, torch.Tensor) or pixel_values.ndim != 5:
-        got = tuple(pixel_values.shape) if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
-        raise ValueError(f"`pixel_values` must be (batch, frames, channels, height, width), but got {got}.")
-    if not pixel_values.is_floating_point():
-        raise ValueError(
-            f"`pixel_values` of {pixel_values.dtype} look like raw frames; the model takes floats in [-1, 1], which "
-            "ViViTVideoProcessor makes of them."
-        )
-    _, frames, channels, height, width = pixel_values.shape
-    if channels != config.num_channels:
-        raise ValueError(
-            f"`pixel_values` of shape {tuple(pixel_values.shape)} have {channels} channels in the third place, but the "
-            f"model expects {config.num_channels}: (batch, frames, channels, height, width)."
-        )
+    """ValueError unless a model can take these clips, of its own size or of any that has a whole patch."""
+    check_values(pixel_values, config)
+    _, frames, _, height, width = pixel_values.shape
     actual, expected = (frames, height, width), (config.num_frames, *config.frame_size)
     if any_size:
         if 0 in config.grid_size_of(*actual):
@@ -255,4 +244,32 @@ def check_pixel_values(pixel_values: torch.Tensor, config: ViViTConfig, any_size
         raise ValueError(
             f"The model expects clips of {expected} (frames, height, width), but got {actual}. Resize the clip, pass "
             "`interpolate_pos_encoding=True`, or change the model with `resize_position_embeddings`."
+        )
+
+
+def check_values(pixel_values: torch.Tensor, config: ViViTConfig) -> None:
+    """ValueError unless these are clips of floats with the model's channels, whatever their size."""
+    if not isinstance(pixel_values, torch.Tensor) or pixel_values.ndim != 5:
+        got = tuple(pixel_values.shape) if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
+        raise ValueError(f"`pixel_values` must be (batch, frames, channels, height, width), but got {got}.")
+    if not pixel_values.is_floating_point():
+        raise ValueError(
+            f"`pixel_values` of {pixel_values.dtype} look like raw frames; the model takes floats in [-1, 1], which "
+            "ViViTVideoProcessor makes of them."
+        )
+    channels = pixel_values.shape[2]
+    if channels != config.num_channels:
+        raise ValueError(
+            f"`pixel_values` of shape {tuple(pixel_values.shape)} have {channels} channels in the third place, but the "
+            f"model expects {config.num_channels}: (batch, frames, channels, height, width)."
+        )
+
+
+def check_frame_size(frames: torch.Tensor, config: ViViTConfig) -> None:
+    """ValueError unless (..., height, width) are those of the model."""
+    size = tuple(frames.shape[-2:])
+    if size != config.frame_size:
+        raise ValueError(
+            f"The model expects frames of {config.frame_size} (height, width), but got {size}. Resize the frames, or "
+            "change the model with `resize_position_embeddings`."
         )

@@ -127,7 +127,7 @@ def gradient_relevance(
         # parameter is frozen.
         with torch.inference_mode(False), torch.enable_grad(), _recording(model, backbone, _keep_gradient) as recorded:
             leaf = clip.clone().to(model.device).requires_grad_()
-            logits = model(leaf, output_attentions=True).logits[0]
+            logits = model(leaf, output_attentions=True, return_dict=True).logits[0]
             chosen = classes[index]
             if chosen is None:
                 chosen = int(to_probabilities(logits.detach(), label_map).argmax())

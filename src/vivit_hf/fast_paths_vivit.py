@@ -8,9 +8,11 @@ reads, and PyTorch's bfloat16 attention on CPUs, which does not reach the rate o
 import functools
 import math
 from collections.abc import Iterable
+from typing import TypeGuard
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -60,22 +62,21 @@ def linear_with_activation(layer: nn.Module, activation: nn.Module, hidden_state
     the GELU: it is computed inside the product, where oneDNN has that, or else in place.
     """
     approximation = None
-    if _is_plain_inference(hidden_states) and not is_watched((layer, activation)):
+    if _is_bare(layer) and _is_plain_inference(hidden_states) and not is_watched((layer, activation)):
         approximation = _gelu_approximation(activation)
     if approximation is None:
         return activation(layer(hidden_states))
     if _is_for_onednn(layer, hidden_states):
         fused = torch.ops.mkldnn._linear_pointwise
         return fused(hidden_states, layer.weight, layer.bias, "gelu", [], approximation)
-    inner = layer(hidden_states)
-    if inner is hidden_states:  # someone put an Identity there
-        return activation(inner)
-    return torch.ops.aten.gelu_(inner, approximate=approximation)
+    return torch.ops.aten.gelu_(layer(hidden_states), approximate=approximation)
 
 
 def _is_plain_inference(tensor: torch.Tensor) -> bool:
     """No gradient, and nobody who records the operations: a compiler, a tracer, a counter of multiply-adds."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.jit.is_tracing():
+        return False
+    if forward_ad._current_level >= 0:  # derivatives in forward mode, which `no_grad` does not turn off
         return False
     return type(tensor) is torch.Tensor and not torch._C._len_torch_dispatch_stack()
 
@@ -88,9 +89,14 @@ def _gelu_approximation(activation: nn.Module) -> str | None:
     return "none" if function is nn.functional.gelu else None
 
 
+def _is_bare(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether nobody but the caller can get hold of the output: what wraps a layer (LoRA, a probe) may keep it."""
+    return type(layer) is nn.Linear and "forward" not in vars(layer)
+
+
 def _is_for_onednn(layer: nn.Module, hidden_states: torch.Tensor) -> bool:
     """Whether oneDNN is worth asking for a product with something fused in: with AVX2 alone it is the slower one."""
-    if type(layer) is not nn.Linear or "forward" in vars(layer) or hidden_states.device.type != "cpu":
+    if not _is_bare(layer) or hidden_states.device.type != "cpu":
         return False
     weight, dtype = layer.weight, hidden_states.dtype
     if type(weight) not in (nn.Parameter, torch.Tensor) or weight.dtype != dtype or torch.is_autocast_enabled("cpu"):
@@ -150,7 +156,7 @@ def blockwise_attention_forward(
     Returns:
         The context (batch, queries, heads, head_dim), and None for the weights.
     """
-    if attention_mask is not None or dropout or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if attention_mask is not None or dropout or not _is_plain_inference(query):
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     batch, heads, queries, head_dim = query.shape

@@ -117,12 +117,24 @@ def config_from_vit(vit_config: PretrainedConfig, **overrides: Any) -> ViViTConf
     """
     A configuration for a ViViT that can start from a ViT with this configuration: its sizes, activation, LayerNorm
     epsilon, biases and dropout. `overrides` are fields of `ViViTConfig`, such as `attention_type` and `num_frames`.
+
+    Raises ValueError for the configuration of what is no plain ViT or DeiT.
     """
+    _check_is_vit(vit_config)
     patch_height, patch_width = _pair(vit_config.patch_size)
     time = 1 if overrides.get("embedding_type") in ("uniform_frame_sampling", "temporal_sampling") else 2
     names = "hidden_size num_hidden_layers num_attention_heads intermediate_size num_channels qkv_bias image_size"
     fields = {name: getattr(vit_config, name) for name in (*names.split(), "initializer_range", *_SHARED_SETTINGS)}
     return ViViTConfig(**{**fields, "tubelet_size": (time, patch_height, patch_width), **overrides})
+
+
+def _check_is_vit(vit_config: Any) -> None:
+    needed = ("hidden_size", "num_hidden_layers", "intermediate_size", "patch_size", "image_size", "qkv_bias")
+    if not isinstance(vit_config, PretrainedConfig) or not all(hasattr(vit_config, name) for name in needed):
+        kind = getattr(vit_config, "model_type", None) or type(vit_config).__name__
+        raise ValueError(
+            f"A ViViT starts from a plain ViT or DeiT; expected its configuration (`vit.config`), got {kind!r}."
+        )
 
 
 def _pair(size: Any) -> tuple[int, int]:
@@ -215,18 +227,24 @@ def initialise_from_vit(
         An `InitialisationReport`.
 
     Raises:
+        TypeError: for what is no model of transformers, or the two in the wrong order.
         ValueError: if sizes differ, an option is unknown or meaningless for the model, or a weight of the ViT has no
-            place in the ViViT.
+            place in the ViViT. The ViViT is then as it was.
 
     Activation, LayerNorm epsilon and dropout, which decide what the weights compute, go over from the ViT's
     configuration to `vivit` and its configuration.
     """
+    if not isinstance(vivit, ViViTPreTrainedModel) or not isinstance(vit, PreTrainedModel):
+        raise TypeError(
+            "Expected a ViViT and then a loaded image ViT, such as `ViTModel.from_pretrained(...)`, got "
+            f"{type(vivit).__name__} and {type(vit).__name__}."
+        )
+    _check_is_vit(vit.config)
     model: ViViTModel = vivit.base_model
     config = model.config
     _check_options(config, tubelet_init, temporal_attention_init, temporal_encoder_init, position_init)
     weights, source_names = _canonical_weights(vit)
     _check_sizes(config, vit.config, weights)
-    settings = _carry_settings(vivit, vit.config)
 
     filler = _Filler(model, weights)
     _fill_embeddings(filler, vit.config, tubelet_init, POSITION_INITS[position_init])
@@ -236,12 +254,16 @@ def initialise_from_vit(
     filler.copy("layernorm.bias")
     if temporal_encoder_init == "copy_last":
         _copy_last_layers(filler, config)
+    account = filler.account(source_names)
 
+    # Nothing is changed before all of it is known to fit.
+    settings = _carry_settings(vivit, vit.config)
+    filler.write()
     prefix = "" if vivit is model else f"{vivit.base_model_prefix}."
     parameters = {
         name: filler.status.get(name.removeprefix(prefix), "newly initialised") for name, _ in vivit.named_parameters()
     }
-    return InitialisationReport(parameters, filler.account(source_names), settings)
+    return InitialisationReport(parameters, account, settings)
 
 
 def _check_options(config: ViViTConfig, tubelet: str, attention: str, encoder: str, position: str) -> None:
@@ -342,12 +364,13 @@ def _carry_settings(vivit: ViViTPreTrainedModel, vit_config: PretrainedConfig) -
 
 
 class _Filler:
-    """Writes into the parameters of a ViViT and keeps the books on both sides."""
+    """What is to be written into the parameters of a ViViT; keeps the books on both sides."""
 
     def __init__(self, model: ViViTModel, weights: Mapping[str, torch.Tensor]):
         self.parameters = dict(model.named_parameters())
         self.model = model
         self.weights = weights
+        self.values: dict[str, torch.Tensor | float] = {}
         self.status: dict[str, str] = {}
         self.used: set[str] = set()
 
@@ -364,8 +387,11 @@ class _Filler:
             raise ValueError(
                 f"{name} is {tuple(parameter.shape)} in the ViViT, but the ViT gives {tuple(value.shape)}."
             )
-        parameter.copy_(torch.as_tensor(value))
-        self.status[name] = status
+        self.values[name], self.status[name] = value, status
+
+    def write(self) -> None:
+        for name, value in self.values.items():
+            self.parameters[name].copy_(torch.as_tensor(value))
 
     def copy(self, name: str, source: str | None = None) -> None:
         self.fill(name, self.take(source or name), "copied")

@@ -52,8 +52,8 @@ def write_model_card(
     base_model: str | None = None,
     license: str | None = None,
     datasets: Sequence[str] | str | None = None,
-    metrics: Sequence[str] | None = None,
-    tags: Sequence[str] = (),
+    metrics: Sequence[str] | str | None = None,
+    tags: Sequence[str] | str = (),
     report: Report | None = None,
     results: Mapping[str, float] | None = None,
     protocol: str | None = None,
@@ -70,8 +70,8 @@ def write_model_card(
         repo_id: the name on the Hub, by default that of the folder.
         base_model: the model it was made from; a Hub id goes into the metadata, a path only into the text.
         license: "apache-2.0" if the card has none.
-        datasets, metrics: names on the Hub, such as "kinetics400" and "accuracy".
-        tags: besides "vivit", "video-classification" and "vision".
+        datasets, metrics: one name on the Hub or several, such as "kinetics400" and "accuracy".
+        tags: one or several besides "vivit", "video-classification" and "vision".
         report: of `initialise_from_vit`, or any Markdown that says where the weights come from.
         results: scores by name, such as {"top1": 0.8}, for the text and for the Hub's metadata (`model-index`).
         protocol: the views that the results come from; without them a score cannot be repeated.
@@ -88,8 +88,8 @@ def write_model_card(
     given = {
         "base_model": base_model if is_repo_id(base_model) else None,
         "license": license,
-        "datasets": [datasets] if isinstance(datasets, str) else datasets and list(datasets),
-        "metrics": metrics and list(metrics),
+        "datasets": _listed(datasets),
+        "metrics": _listed(metrics),
     }
     old_data = old.data.to_dict() if old else {}
     has_classifier = hasattr(model, "classifier")
@@ -99,7 +99,7 @@ def write_model_card(
         "license": DEFAULT_LICENSE,
         **old_data,
         **{name: value for name, value in given.items() if value},
-        "tags": list(dict.fromkeys([*(old_data.get("tags") or []), *DEFAULT_TAGS, *tags])),
+        "tags": list(dict.fromkeys([*(old_data.get("tags") or []), *DEFAULT_TAGS, *_listed(tags)])),
     }
 
     initialisation = _initialisation(base_model, report) or (_section_in(old.text, _INITIALISATION) if old else "")
@@ -153,6 +153,10 @@ def is_repo_id(name: str | None) -> bool:
     except HFValidationError:
         return False
     return name is not None and not os.path.exists(name)
+
+
+def _listed(names: str | Sequence[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or ())
 
 
 def _initialisation(base_model: str | None, report: Report | None) -> str:

@@ -20,7 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .auto_class import AutoClassMixin
 from .configuration_vivit import ViViTConfig
-from .embeddings_vivit import ViViTEmbeddings, ViViTTemporalEmbeddings, prepend_class_token
+from .embeddings_vivit import ViViTEmbeddings, ViViTTemporalEmbeddings, check_frame_size, prepend_class_token
 from .fast_paths_vivit import is_watched
 from .layers_vivit import (
     LAYERS,
@@ -257,12 +257,7 @@ class ViViTModel(ViViTPreTrainedModel):
         Raises:
             ValueError: for frames that are not of the configured size, or fewer than a tubelet has.
         """
-        size = tuple(pixel_values.shape[-2:])
-        if size != self.config.frame_size:
-            raise ValueError(
-                f"The model expects frames of {self.config.frame_size} (height, width), but got {size}. Resize the "
-                "frames, or change the model with `resize_position_embeddings`."
-            )
+        check_frame_size(pixel_values, self.config)
         return self.encode_space(*self.embeddings(pixel_values, interpolate_pos_encoding=True))
 
     def encode_time(
@@ -329,7 +324,8 @@ class ViViTForVideoClassification(ViViTPreTrainedModel):
         Returns:
             `loss` if there are labels, `logits` (batch, num_labels), `hidden_states` and `attentions` if asked for.
         """
-        outputs = self.vivit(pixel_values, interpolate_pos_encoding, pooled_only=True, return_dict=True, **kwargs)
+        pooled_only = not is_watched((self.vivit,))  # a hook there wants the features that it would get without us
+        outputs = self.vivit(pixel_values, interpolate_pos_encoding, pooled_only, return_dict=True, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss, groups = None, self.config.label_groups
         if labels is not None:

@@ -109,7 +109,7 @@ def explain_clip(
         label_map = LabelMap.from_config(model.config)
         names = label_map.names
         with torch.no_grad(), evaluating(model):
-            logits = model(pixel_values.to(model.device)).logits[0].float().cpu()
+            logits = model(pixel_values.to(model.device), return_dict=True).logits[0].float().cpu()
         scores = to_probabilities(logits, label_map)
         top = scores.topk(min(top_k, len(names)))
         labels = [(names[index], score) for index, score in zip(top.indices.tolist(), top.values.tolist(), strict=True)]

@@ -60,7 +60,7 @@ class HubPushMixin:
         base_model: str | None = None,
         license: str | None = None,
         datasets: Sequence[str] | str | None = None,
-        metrics: Sequence[str] | None = None,
+        metrics: Sequence[str] | str | None = None,
         report: Report | None = None,
         results: Mapping[str, float] | None = None,
         protocol: str | None = None,

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .embeddings_vivit import check_pixel_values
+from .embeddings_vivit import check_frame_size, check_pixel_values, check_values
 from .frame_sampling import TIME_TOLERANCE, apply_short_video_policy
 from .video_processing_vivit import ViViTVideoProcessor
 
@@ -108,8 +108,9 @@ class StreamingClassifier:
         self._num_tubelets = config.num_frames // self._tubelet
         default = self._tubelet if self.reuses_tubelets else max(1, config.num_frames // 2)
         self.hop = default if hop is None else hop
-        if not isinstance(self.hop, int) or self.hop < 1:
+        if not isinstance(self.hop, (int, np.integer)) or isinstance(self.hop, bool) or self.hop < 1:
             raise ValueError(f"`hop` must be a whole number of sampled frames, at least 1, got {hop!r}.")
+        self.hop = int(self.hop)
         if processor.frame_sampling == "uniform":
             raise ValueError(
                 "A processor with frame_sampling='uniform' spreads its frames over a whole video, which a stream does "
@@ -165,9 +166,15 @@ class StreamingClassifier:
                     f"The times of frames must not decrease, got {time:g} s after {before:g} s. Call `reset` where "
                     "another video begins."
                 )
-        self._last_time = times[-1] if times else self._last_time
+        state = dict(vars(self))
         chosen = [pair for frame, time in zip(frames, times, strict=True) for pair in self._sampled(frame, time)]
-        return self.push_sampled([frame for frame, _ in chosen], [time for _, time in chosen])
+        self._last_time = times[-1] if times else self._last_time
+        try:
+            return self.push_sampled([frame for frame, _ in chosen], [time for _, time in chosen])
+        except (TypeError, ValueError):
+            if self._num_sampled == state["_num_sampled"]:  # nothing was taken: as if it had not been pushed
+                vars(self).update(state)
+            raise
 
     def flush(self) -> list[WindowPrediction]:
         """The windows that the last frame completes, at the end of a stream that is sampled by `frames_per_second`."""
@@ -214,8 +221,10 @@ class StreamingClassifier:
             part = slice(first, first + _BATCH)
             whole: dict[str, Any] = {"do_sample_frames": False, "num_clips": 1, "num_crops": 1}
             features = self.processor(list(frames[part]), crop_position="centre", **whole)
-            # (1, frames, channels, height, width)
-            for time, pixels in zip(times[part], features["pixel_values"][0], strict=True):
+            pixel_values = features["pixel_values"]  # (1, frames, channels, height, width)
+            check_values(pixel_values, self.model.config)
+            check_frame_size(pixel_values, self.model.config)
+            for time, pixels in zip(times[part], pixel_values[0], strict=True):
                 self._frames.append(_Sampled(self._num_sampled, time, pixels, self._change_to(pixels)))
                 self._num_sampled += 1
             windows += self._complete()
@@ -242,7 +251,7 @@ class StreamingClassifier:
         policy = self.processor.short_video_policy
         places = apply_short_video_policy(np.arange(self._num_frames), frames, policy)
         with torch.inference_mode():
-            logits = self.model(self._pixels(start, frames)[None, places]).logits[0]
+            logits = self.model(self._pixels(start, frames)[None, places], return_dict=True).logits[0]
         return [self._prediction(start, logits.float().cpu())]
 
     def _complete(self) -> list[WindowPrediction]:
@@ -258,7 +267,8 @@ class StreamingClassifier:
                 steps = torch.stack(tokens).unflatten(0, (len(batch), -1))  # (windows, time, hidden)
                 logits = self.model.classify_steps(steps)
             else:
-                logits = self.model(torch.stack([self._pixels(start, self._num_frames) for start in batch])).logits
+                clips = torch.stack([self._pixels(start, self._num_frames) for start in batch])
+                logits = self.model(clips, return_dict=True).logits
             found += [self._prediction(*one) for one in zip(batch, logits.float().cpu(), strict=True)]
         self._next_window += len(starts) * self.hop
         self.num_windows += len(starts)
@@ -286,16 +296,16 @@ class StreamingClassifier:
 
     def _encode_tubelets(self) -> None:
         """The tokens of every tubelet that a window to come needs, and whose frames are there."""
-        needed = []
+        needed: dict[int, None] = {}  # each once, whatever the number of windows, and in order
         # Of later windows only those matter that have begun.
         for window in range(self._next_window, self._num_sampled, self.hop):
             for place in self._places:
                 start = window + place
                 if start + self._tubelet <= self._num_sampled and start not in self._tokens:
-                    needed.append(start)
-                    self._tokens[start] = torch.empty(0)  # once, whatever the number of windows
-        for first in range(0, len(needed), _BATCH):
-            batch = needed[first : first + _BATCH]
+                    needed[start] = None
+        starts = list(needed)
+        for first in range(0, len(starts), _BATCH):
+            batch = starts[first : first + _BATCH]
             clips = torch.stack([self._pixels(start, self._tubelet) for start in batch])
             for start, token in zip(batch, self.model.vivit.encode_steps(clips)[:, 0], strict=True):
                 self._tokens[start] = token
@@ -335,4 +345,4 @@ def predict_clips(
             encoded = torch.cat([model.vivit.encode_steps(tubelets[group])[:, 0] for group in groups])
             steps = encoded[torch.from_numpy(places.reshape(-1, time)).to(encoded.device)]  # (clips, time, hidden)
             return torch.cat([model.classify_steps(part) for part in steps.split(max_clips)])
-    return torch.cat([model(pixel_values=part).logits for part in clips.split(max_clips)])
+    return torch.cat([model(pixel_values=part, return_dict=True).logits for part in clips.split(max_clips)])
