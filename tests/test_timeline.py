@@ -11,7 +11,14 @@ from moving_shapes import MOTIONS, Scene, write_video
 from video_files import damage_packet
 from video_files import write_video as write_test_video
 
-from vivit_hf import VideoReader, ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor, demo_model_path
+from vivit_hf import (
+    VideoDecodingError,
+    VideoReader,
+    ViViTConfig,
+    ViViTForVideoClassification,
+    ViViTVideoProcessor,
+    demo_model_path,
+)
 from vivit_hf.live_video import LiveVideo
 from vivit_hf.streaming import WindowPrediction
 from vivit_hf.timeline import merge_windows, stream_windows, video_timeline
@@ -193,6 +200,30 @@ def test_a_short_video_can_be_an_error(demo, tmp_path):
     processor = ViViTVideoProcessor.from_dict({**processor.to_dict(), "short_video_policy": "error"})
     with pytest.raises(ValueError, match="needs 16 frames and the video has 7"):
         list(stream_windows(model, processor, write_test_video(tmp_path / "short.mp4", num_frames=7)))
+
+
+def test_a_video_of_one_frame_has_a_segment(demo, tmp_path):
+    model, processor = demo
+    (segment,) = video_timeline(model, processor, write_test_video(tmp_path / "frame.mp4", num_frames=1))
+    assert (segment.start, segment.end) == (0.0, 0.0) and 0 < segment.score <= 1
+
+
+@pytest.mark.parametrize("rate", [None, 12.5])
+def test_a_part_of_a_video(demo, tmp_path, rate):
+    """As the processor takes it: seconds from the first frame. Times stay those of the file."""
+    model, processor = demo
+    processor = ViViTVideoProcessor.from_dict({**processor.to_dict(), "frames_per_second": rate})
+    path = write_test_video(tmp_path / "video.mp4", num_frames=150)
+    windows = list(stream_windows(model, processor, {"path": path, "start": 2.0, "end": 5.0}, hop=8))
+    assert windows[0].start == 2.0 and windows[-1].end == pytest.approx(5.0, abs=0.09) and windows[-1].end < 5.0
+    with torch.no_grad():
+        clip = processor({"path": path, "start": 2.0}, clip_start="centre", do_sample_frames=False)["pixel_values"]
+        stride = 1 if rate is None else 2
+        torch.testing.assert_close(
+            windows[0].logits, model(clip[:, : 16 * stride : stride]).logits[0], atol=1e-5, rtol=1e-5
+        )
+    with pytest.raises(VideoDecodingError, match="no frame between 7 and None"):
+        list(stream_windows(model, processor, {"path": path, "start": 7}))
 
 
 @pytest.mark.parametrize("kind", ["sound", "damaged"])

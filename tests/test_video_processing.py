@@ -1,6 +1,8 @@
 """The video processor: any video in, exactly the right `pixel_values` out, and one stored configuration."""
 
 import json
+import logging
+import math
 import pickle
 
 import datasets
@@ -123,11 +125,34 @@ def test_channels(processor):
     assert torch.equal(processor(alpha)["pixel_values"], expected)
     as_images = [PIL.Image.fromarray(frame, mode="RGBA") for frame in alpha]
     assert torch.equal(processor(as_images)["pixel_values"], expected)
+    mixed = [image.convert(mode) for image, mode in zip(as_images, ["RGB", "RGBA"] * 4, strict=True)]
+    assert torch.equal(processor(mixed)["pixel_values"], expected)
     raw = processor(alpha, do_convert_rgb=False, image_mean=0.5, image_std=0.5)["pixel_values"]
     assert raw.shape == (1, 8, 4, 32, 32)
     assert torch.equal(raw[:, :, :3], expected) and torch.equal(raw[:, :, 3], expected[:, :, 0])
     with pytest.raises(ValueError, match="for 3 channels, the frames have 4"):
         processor(alpha, do_convert_rgb=False)
+
+
+def test_pictures_of_more_than_8_bits(processor):
+    """PIL would clip them at 255: floats in [0, 1] would be black, and 16 bits white."""
+    grey = moving_frames(8, 48, 64)[..., 0]
+    expected = processor(list(grey))["pixel_values"]
+    as_float = [PIL.Image.fromarray(frame.astype(np.float32) / 255) for frame in grey]
+    assert (processor(as_float)["pixel_values"] - expected).abs().max() < 0.02  # not rounded after the resize
+    as_integers = [PIL.Image.fromarray(frame.astype(np.int32)) for frame in grey]
+    assert torch.equal(processor(as_integers)["pixel_values"], expected)
+    with pytest.raises(ValueError, match=r"uint16 must be in \[0, 255\]"):
+        processor([PIL.Image.fromarray(frame.astype(np.uint16) * 257) for frame in grey])
+
+
+def test_stored_views_are_warned_of_when_they_are_saved(tmp_path, caplog, monkeypatch):
+    """Pipelines score the first row alone, and take the second for another video."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    ViViTVideoProcessor(num_clips=1).save_pretrained(tmp_path)
+    assert "views of every video" not in caplog.text
+    ViViTVideoProcessor(num_clips=4, num_crops=3).save_pretrained(tmp_path)
+    assert "num_clips=4 x num_crops=3 views of every video" in caplog.text
 
 
 def test_frames_are_sampled_when_their_number_differs(processor):
@@ -156,8 +181,8 @@ def test_files_are_sampled_by_their_timestamps(video, processor):
     stored = ViViTVideoProcessor(**SMALL, frames_per_second=5)
     assert torch.equal(stored(video)["pixel_values"], at_rate)
     assert torch.equal(stored(video, frame_stride=2)["pixel_values"], processor(video)["pixel_values"])
-    everything = processor(video, do_sample_frames=False)["pixel_values"]
-    assert everything.shape[1] == len(frames)
+    everything = processor(video, do_sample_frames=False, num_clips=4)
+    assert everything["pixel_values"].shape[:2] == (1, len(frames)) and everything.num_views == 1
 
 
 def test_views_come_in_one_call(video, processor):
@@ -343,6 +368,7 @@ FRAMES = moving_frames(8, 48, 64)
         ({"resample": "cubic"}, ValueError, "bicubic.*got 'cubic'"),
         ({"image_std": [0.5, 0.0, 0.5]}, ValueError, "`image_std`.*above 0"),
         ({"image_mean": [0.5, 0.5]}, ValueError, "`image_mean`"),
+        ({"image_mean": math.nan}, ValueError, "`image_mean`.*nan"),
         ({"on_error": "ignore"}, ValueError, "'raise', 'skip', 'repeat_last', got 'ignore'"),
         ({"video_limits": {"frames": 9}}, ValueError, "frames"),
         ({"do_resize": "yes"}, ValueError, "`do_resize` must be True or False, got 'yes'"),
@@ -381,6 +407,18 @@ def test_wrong_parameters_are_named(parameters, error, message, processor):
 def test_wrong_videos_are_named(videos, error, message, processor):
     with pytest.raises(error, match=message):
         processor(videos)
+
+
+@pytest.mark.parametrize("rate", [0, -1, math.nan, "30"])
+def test_a_rate_must_be_one(rate, processor):
+    with pytest.raises(ValueError, match=f"`video_fps` must be a positive number, got {rate!r}"):
+        processor(FRAMES, video_fps=rate)
+
+
+def test_numpy_has_no_bfloat16(processor):
+    for kind in ("np", None):
+        with pytest.raises(ValueError, match=r"numpy has no .*bfloat16: use return_tensors='pt'"):
+            processor(FRAMES, return_tensors=kind, dtype=torch.bfloat16)
 
 
 def test_an_unclear_layout_can_be_said(processor):

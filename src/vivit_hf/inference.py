@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .evaluation import average_views, to_probabilities
 from .labels import LabelMap
-from .streaming import predict_clips
+from .streaming import BATCH, predict_clips
 from .video_processing_vivit import ViViTVideoProcessor
 from .video_sources import VideoDecodingError
 
@@ -60,7 +60,7 @@ class _Views(Dataset):
 
 
 def predict_views(
-    model: torch.nn.Module, pixel_values: torch.Tensor, max_clips: int = 16, frame_ids: np.ndarray | None = None
+    model: torch.nn.Module, pixel_values: torch.Tensor, max_clips: int = BATCH, frame_ids: np.ndarray | None = None
 ) -> torch.Tensor:
     """
     Logits (batch, views, labels) of (batch, views, frames, channels, height, width), some clips at a time.

@@ -57,7 +57,8 @@ def validated_parameters(values: dict[str, Any]) -> dict[str, Any]:
     for name in ("image_mean", "image_std"):
         value = values[name]
         value = [float(entry) for entry in (value if isinstance(value, (Sequence, np.ndarray)) else [value])]
-        if len(value) not in (1, 3, 4) or (name == "image_std" and min(value) <= 0):
+        is_off = not np.all(np.isfinite(value)) or (name == "image_std" and min(value, default=0) <= 0)
+        if len(value) not in (1, 3, 4) or is_off:
             raise ValueError(
                 f"`{name}` must be one number or one per channel{' above 0' * (name == 'image_std')}, got {value}."
             )

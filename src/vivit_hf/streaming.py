@@ -33,7 +33,7 @@ from .video_processing_vivit import ViViTVideoProcessor
 
 
 # Tubelets or clips that go through the model at a time.
-_BATCH = 16
+BATCH = 16
 # A picture is another one if it differs from the last by half of its own contrast (standard deviation), and by three
 # times what frames of that window differ usually. Pictures that have nothing in common differ by about 1.1; what
 # moves in one take stays below 0.3 or moves in the other frames, too.
@@ -217,8 +217,8 @@ class StreamingClassifier:
     def push_sampled(self, frames: Sequence[Any], times: Sequence[float]) -> list[WindowPrediction]:
         """As `push`, for frames that are already those of the processor's stride or rate."""
         windows: list[WindowPrediction] = []
-        for first in range(0, len(frames), _BATCH):
-            part = slice(first, first + _BATCH)
+        for first in range(0, len(frames), BATCH):
+            part = slice(first, first + BATCH)
             whole: dict[str, Any] = {"do_sample_frames": False, "num_clips": 1, "num_crops": 1}
             features = self.processor(list(frames[part]), crop_position="centre", **whole)
             pixel_values = features["pixel_values"]  # (1, frames, channels, height, width)
@@ -260,8 +260,8 @@ class StreamingClassifier:
         if self.reuses_tubelets:
             self._encode_tubelets()
         found = []
-        for first in range(0, len(starts), _BATCH):
-            batch = starts[first : first + _BATCH]
+        for first in range(0, len(starts), BATCH):
+            batch = starts[first : first + BATCH]
             if self.reuses_tubelets:
                 tokens = [self._tokens[start + place] for start in batch for place in self._places]
                 steps = torch.stack(tokens).unflatten(0, (len(batch), -1))  # (windows, time, hidden)
@@ -304,8 +304,8 @@ class StreamingClassifier:
                 if start + self._tubelet <= self._num_sampled and start not in self._tokens:
                     needed[start] = None
         starts = list(needed)
-        for first in range(0, len(starts), _BATCH):
-            batch = starts[first : first + _BATCH]
+        for first in range(0, len(starts), BATCH):
+            batch = starts[first : first + BATCH]
             clips = torch.stack([self._pixels(start, self._tubelet) for start in batch])
             for start, token in zip(batch, self.model.vivit.encode_steps(clips)[:, 0], strict=True):
                 self._tokens[start] = token
@@ -321,7 +321,7 @@ class StreamingClassifier:
 
 
 def predict_clips(
-    model: Any, clips: torch.Tensor, frame_ids: np.ndarray | None = None, max_clips: int = _BATCH
+    model: Any, clips: torch.Tensor, frame_ids: np.ndarray | None = None, max_clips: int = BATCH
 ) -> torch.Tensor:
     """
     Logits (clips, num_labels) of (clips, frames, channels, height, width), `max_clips` at a time.

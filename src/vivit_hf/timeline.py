@@ -14,9 +14,9 @@ from .evaluation import to_probabilities
 from .frame_sampling import TIME_TOLERANCE
 from .labels import LabelMap
 from .live_video import LiveVideo
-from .streaming import StreamingClassifier, WindowPrediction
+from .streaming import BATCH, StreamingClassifier, WindowPrediction
 from .video_decoding import VideoReader
-from .video_processing_vivit import ViViTVideoProcessor, reader_size
+from .video_processing_vivit import ViViTVideoProcessor, part_of_video, reader_size
 from .video_sources import VideoLimits
 
 
@@ -31,15 +31,15 @@ class Segment:
 
 
 def stream_windows(
-    model: Any, processor: ViViTVideoProcessor, source: Any, *, hop: int | None = None, batch_size: int = 16
+    model: Any, processor: ViViTVideoProcessor, source: Any, *, hop: int | None = None
 ) -> Iterator[WindowPrediction]:
     """
     What the model says of every window of a video, in one pass.
 
     Args:
         model, processor, hop: as for `StreamingClassifier`.
-        source: a file as `VideoReader` takes it, or a `LiveVideo`, whose frames are classified as they come.
-        batch_size: sampled frames that a file hands over at a time; a `LiveVideo` hands over each by itself.
+        source: a file as the processor takes it, with "start" and "end" if it is a part, or a `LiveVideo`, whose
+            frames are classified as they come.
 
     The last window ends with the last frame, a whole hop or less after the one before. A video that is shorter than a
     window has one, filled as the processor's `short_video_policy` says.
@@ -55,15 +55,16 @@ def stream_windows(
         return
 
     def choose(timestamps: np.ndarray) -> np.ndarray:
+        first, total = part_of_video(timestamps, source)
         rate = processor.frames_per_second
         if rate is None:
-            return np.arange(0, len(timestamps), processor.frame_stride)
-        moments = np.arange(0, timestamps[-1] + TIME_TOLERANCE, 1 / rate)
+            return np.arange(first, first + total, processor.frame_stride)
+        moments = np.arange(timestamps[first], timestamps[first + total - 1] + TIME_TOLERANCE, 1 / rate)
         return np.searchsorted(timestamps, moments + TIME_TOLERANCE, side="right") - 1
 
     with VideoReader(source, limits=VideoLimits(**(processor.video_limits or {}))) as reader:
         frames = reader.stream(choose, size=reader_size(processor))
-        while batch := list(islice(frames, batch_size)):
+        while batch := list(islice(frames, BATCH)):
             yield from stream.push_sampled([frame for _, frame in batch], [seconds for seconds, _ in batch])
         yield from stream.last_window()
 
@@ -184,9 +185,9 @@ def _cells(windows: Iterable[WindowPrediction], label_map: LabelMap, num_labels:
                 looking.popleft()
         looking.append((window.start, window.end, probabilities))
     if looking:
-        begin = looking[-1][0]
+        begin, last = looking[-1][:2]
         for end in sorted({end for _, end, _ in looking}):
-            if end > begin:
+            if end > begin or begin == last:  # a video of one frame has a window that takes no time
                 yield cell(begin, end)
                 begin = end
             while looking and looking[0][1] <= end:

@@ -36,6 +36,8 @@ class _ClipMaker:
         features = self.processor(
             video,
             clip_start="random",
+            num_clips=1,
+            num_crops=1,
             generator=generator,
             do_center_crop=False,
             do_rescale=False,

@@ -57,15 +57,20 @@ def select_frames(video: Any, indices: np.ndarray, layout: str | None, do_conver
         frames = _channels_last(frames, layout)
     else:
         images = {int(index): _image(video[index], layout) for index in np.unique(indices)}
+        if do_convert_rgb:
+            images = {index: _as_rgb(image) for index, image in images.items()}
         shapes = {image.shape for image in images.values()}
         if len(shapes) > 1:
             raise ValueError(
                 f"The frames of a video must have one size, got (height, width, channels) {sorted(shapes)}."
             )
         frames = _checked_values(np.stack([images[int(index)] for index in indices]))
-    if do_convert_rgb and frames.shape[-1] != 3:
-        frames = np.repeat(frames, 3, axis=-1) if frames.shape[-1] == 1 else frames[..., :3]
-    return frames
+    return _as_rgb(frames) if do_convert_rgb else frames
+
+
+def _as_rgb(frames: np.ndarray) -> np.ndarray:
+    """(..., 1, 3 or 4) -> (..., 3)."""
+    return np.repeat(frames, 3, axis=-1) if frames.shape[-1] == 1 else frames[..., :3]
 
 
 def _to_numpy(value: Any) -> np.ndarray:
@@ -78,7 +83,9 @@ def _to_numpy(value: Any) -> np.ndarray:
 def _image(frame: Any, layout: str | None) -> np.ndarray:
     """One frame of a list as (height, width, channels)."""
     if isinstance(frame, PIL.Image.Image):
-        array = np.asarray(frame if frame.mode in ("L", "RGB", "RGBA") else frame.convert("RGB"))
+        # Those of more than 8 bits are arrays like others; PIL would clip them at 255.
+        is_kept = frame.mode in ("L", "RGB", "RGBA", "F") or frame.mode.startswith("I")
+        array = np.asarray(frame if is_kept else frame.convert("RGB"))
         return array[..., None] if array.ndim == 2 else array
     if not is_frame(frame):
         shape = f" of shape {tuple(frame.shape)}" if hasattr(frame, "shape") else ""

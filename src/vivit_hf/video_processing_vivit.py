@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
+import os
 from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -28,6 +29,7 @@ from .auto_class import AutoClassMixin
 from .frame_conversion import FrameSize
 from .frame_sampling import (
     check_choice,
+    check_positive_number,
     fixed_crops,
     random_crop,
     resized_size,
@@ -162,6 +164,15 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
         """Every parameter, None included, as it is written to preprocessor_config.json."""
         return {**copy.deepcopy(self.__dict__), "image_processor_type": type(self).__name__}
 
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """As everywhere in transformers; warns of stored views, of which its pipelines score the first alone."""
+        if self.num_clips * self.num_crops > 1:
+            logger.warning(
+                f"This processor gives num_clips={self.num_clips} x num_crops={self.num_crops} views of every video. "
+                "Pipelines of transformers take one: pass views to calls instead, or score with `predict_videos`."
+            )
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """A processor from preprocessor_config.json, with `kwargs` in place of what is stored; warns of other keys."""
@@ -221,6 +232,10 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
         """
         if return_tensors not in ("pt", "np", None):
             raise ValueError(f"`return_tensors` must be 'pt', 'np' or None, got {return_tensors!r}.")
+        if return_tensors != "pt" and str(dtype).endswith("bfloat16"):
+            raise ValueError(f"numpy has no {dtype}: use return_tensors='pt', or another dtype.")
+        if video_fps is not None:
+            video_fps = check_positive_number("video_fps", video_fps)
         call = self.settings_with(overrides)
         call.input_data_format, call.video_fps = input_data_format, video_fps
         call.generator = _generator(generator) if "random" in (call.clip_start, call.crop_position) else None
@@ -247,7 +262,7 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
             raise VideoDecodingError(f"None of the videos can be read. {sources}")
 
         features = VideoFeatures({"pixel_values": _finished(views, call, return_tensors, dtype, device)})
-        features.num_views, features.reports, features.kept = call.num_clips * call.num_crops, reports, kept
+        features.num_views, features.reports, features.kept = len(views) // len(kept), reports, kept
         if len({ids.shape for ids in frame_ids}) == 1:
             features.frame_ids = np.stack(frame_ids)
         return features
@@ -395,6 +410,18 @@ def _choose_clips(timestamps: np.ndarray, call: SimpleNamespace) -> np.ndarray:
 
 def _choose_frames(timestamps: np.ndarray, source: Any, call: SimpleNamespace) -> np.ndarray:
     """The frame indices of a file's clips, all of them in the part of it that the source asks for."""
+    first, total = part_of_video(timestamps, source)
+    if call.do_sample_frames is False:
+        return first + np.arange(total)[None]
+    return first + _choose_clips(timestamps[first : first + total], call)
+
+
+def part_of_video(timestamps: np.ndarray, source: Any) -> tuple[int, int]:
+    """
+    The first frame, and the number of frames, of what a source asks for by its "start" and "end" in seconds.
+
+    Raises VideoDecodingError if there is no frame between them.
+    """
     first, total = 0, len(timestamps)
     start, end = (source.get(name) for name in ("start", "end")) if isinstance(source, dict) else (None, None)
     if start is not None or end is not None:
@@ -406,9 +433,7 @@ def _choose_frames(timestamps: np.ndarray, source: Any, call: SimpleNamespace) -
             reason = f"there is no frame between {start} and {end} seconds, of {timestamps[-1] - timestamps[0]:.3f}"
             name = source_name(source)
             raise VideoDecodingError(f"Cannot read {name}: {reason}.", source=name, reason=reason)
-    if call.do_sample_frames is False:
-        return first + np.arange(total)[None]
-    return first + _choose_clips(timestamps[first : first + total], call)
+    return int(first), int(total)
 
 
 def _kept_window(height: int, width: int, call: SimpleNamespace) -> tuple[int, int, int, int]:
