@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import msgpack
 import numpy as np
-from measuring import Row, at_most, report
+from measuring import Row, at_most, file_to_write, report
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,7 +158,7 @@ def measure(case: Case, output: Path) -> list[Row]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
-    parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
+    parser.add_argument("--json", metavar="FILE", type=file_to_write, help="also write the rows to this file")
     parser.add_argument("--only", metavar="TEXT", help="only the cases with this text in their name")
     parser.add_argument("--large-scenic", action="store_true", help="also the largest official model (2.4 GB)")
     args = parser.parse_args(argv)

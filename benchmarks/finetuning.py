@@ -25,7 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
-from measuring import Row, at_least, at_most, report  # noqa: E402
+from measuring import Row, at_least, at_most, file_to_write, report  # noqa: E402
 from moving_shapes import SHAPES, Scene, write_moving_shapes  # noqa: E402
 from transformers import ViTConfig, ViTForImageClassification  # noqa: E402
 
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="some of the rows")
-    parser.add_argument("--json", type=Path, help="write the rows into this file")
+    parser.add_argument("--json", metavar="FILE", type=file_to_write, help="write the rows into this file")
     parser.add_argument("--smoke", action="store_true", help="one seed, a few videos, no targets")
     args = parser.parse_args()
     seeds, extra = (1, SMOKE) if args.smoke else (args.seeds, {})

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +14,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from vivit_hf.whole_files import written_whole
 
 
 @dataclass
@@ -72,18 +73,31 @@ def write_markdown(rows: Sequence[Row], skipped: Sequence[str], machine: str, pa
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def report(rows: Sequence[Row], json_file: str | None) -> int:
+def file_to_write(name: str) -> Path:
+    """For `argparse`: a file whose folder is there, known before anything is measured."""
+    path = Path(name)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{name!r} cannot be written: it is a folder, or its folder is not there")
+    return path
+
+
+def _as_json(rows: Sequence[Row]) -> str:
+    return json.dumps([asdict(row) for row in rows], indent=2) + "\n"
+
+
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    with written_whole(path) as unfinished:
+        unfinished.write_text(_as_json(rows), encoding="utf-8")
+
+
+def report(rows: Sequence[Row], json_file: Path | None) -> int:
     """Prints the rows as a table, writes them as JSON (without a file: prints them); 1 if a target was missed."""
     table = Table("figure", "value", "target", "reached")
     for row in rows:
         table.add_row(*_cells(row))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    text = json.dumps([asdict(row) for row in rows], indent=2) + "\n"
     if json_file is None:
-        print(text, end="")
+        print(_as_json(rows), end="")
     else:
-        path = Path(json_file)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            file.write(text)
-        os.replace(file.name, path)
+        write_rows(rows, json_file)
     return int(any(row.passed is False for row in rows))

@@ -26,7 +26,7 @@ from typing import Any
 
 import av
 import numpy as np
-from measuring import Row, at_least, at_most, interleaved_seconds, median_ratio, report
+from measuring import Row, at_least, at_most, file_to_write, interleaved_seconds, median_ratio, report
 
 from vivit_hf import ViViTVideoProcessor
 from vivit_hf.frame_sampling import centre_crop, resized_size, sample_clips
@@ -259,7 +259,7 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_":
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.strip().split("\n\n")[0])
     parser.add_argument("--videos", metavar="FOLDER", type=Path, help="measure on the videos in this folder")
-    parser.add_argument("--json", metavar="FILE", help="also write the rows to this file")
+    parser.add_argument("--json", metavar="FILE", type=file_to_write, help="also write the rows to this file")
     parser.add_argument("--rounds", metavar="N", type=int, default=9, help="timed rounds (default: 9)")
     parser.add_argument("--smoke", action="store_true", help="long videos of 160 x 90: to see that it runs")
     args = parser.parse_args(argv)

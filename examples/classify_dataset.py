@@ -28,6 +28,7 @@ from vivit_hf.dataset_scan import find_videos
 from vivit_hf.hub_datasets import unlabelled_videos
 from vivit_hf.inference import describe_views, predict_videos
 from vivit_hf.labels import LabelMap
+from vivit_hf.whole_files import written_whole
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -84,9 +85,8 @@ def check_run(folder: Path, settings: dict[str, Any], is_main: bool) -> None:
             raise SystemExit(f"{folder} holds another run ({listed}): choose another --output_dir, or remove it.")
     elif is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / ".run.json.unfinished"
-        unfinished.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        with written_whole(path) as unfinished:
+            unfinished.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def write_part(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -99,9 +99,8 @@ def write_part(path: Path, rows: list[dict[str, Any]]) -> None:
             ("error", pyarrow.string()),
         ]
     )
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), unfinished)
-    os.replace(unfinished, path)
+    with written_whole(path) as unfinished:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), unfinished)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -30,6 +30,7 @@ from vivit_hf.evaluation import AVERAGINGS, classification_metrics, confusion_ma
 from vivit_hf.inference import VideoPrediction, describe_views, predict_videos
 from vivit_hf.labels import LabelMap
 from vivit_hf.visualization import draw_confusion_matrix
+from vivit_hf.whole_files import written_whole
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -174,10 +175,9 @@ def write_predictions(path: Path, data: Annotations, label_map: LabelMap, predic
         "probabilities": [None if one.probabilities is None else one.probabilities.tolist() for one in predictions],
         "error": [one.error for one in predictions],
     }
-    unfinished = path.with_suffix(".unfinished")
     table = pyarrow.table(columns).replace_schema_metadata({"labels": json.dumps(label_map.names)})
-    pyarrow.parquet.write_table(table, unfinished)
-    os.replace(unfinished, path)
+    with written_whole(path) as unfinished:
+        pyarrow.parquet.write_table(table, unfinished)
 
 
 if __name__ == "__main__":

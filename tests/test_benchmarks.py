@@ -74,6 +74,20 @@ def test_speed_benchmark_runs_on_tiny_sizes(tmp_path):
         assert picture.width > 4 * picture.height, "four panels side by side"
 
 
+def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path):
+    for script in ("run.py", "streaming.py", "video.py", "conversion.py", "finetuning.py"):
+        needed = ["--output", tmp_path] if script == "finetuning.py" else []
+        process = start(script, *needed, "--json", tmp_path / "nowhere" / "rows.json")
+        assert process.returncode == 2 and "rows.json' cannot be written" in process.stderr, script
+
+
+def test_the_streaming_benchmark_runs_on_a_tiny_model(tmp_path):
+    process = start("streaming.py", "--smoke", "--rounds", 1, "--json", tmp_path / "rows.json")
+    assert process.returncode == 0, process.stderr[-3000:]
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["unit"] for row in rows] == ["x", "x", "x", "MB"] and all(row["target"] is None for row in rows)
+
+
 def test_compiled_models_are_measured_against_the_eager_ones(tmp_path):
     process = start("run.py", "--smoke", "--no-download", "--only", "compiled", "--output", tmp_path)
     assert process.returncode == 0, process.stderr[-3000:]

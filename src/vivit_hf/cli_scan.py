@@ -16,8 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from .cli_tools import output_console, write_whole
+from .cli_tools import output_console
 from .dataset_scan import VIDEO_EXTENSIONS, VideoScan, find_videos, scan_files
+from .whole_files import written_whole
 
 
 def scan(
@@ -72,7 +73,8 @@ def scan(
         typer.echo(lines, nl=False)
     else:
         if json_file is not None:
-            write_whole(Path(json_file), lines)
+            with written_whole(json_file) as unfinished:
+                unfinished.write_text(lines, encoding="utf-8")
         _print_scans(scans, show_all, min_frames)
     raise typer.Exit(int(any(one.status == "unusable" for one in scans)))
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -36,13 +34,6 @@ def output_console() -> Console:
 def say(text: str) -> None:
     """A remark to whoever looks on; standard output stays for results."""
     typer.echo(text, err=True)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file, or leaves what was there."""
-    with tempfile.NamedTemporaryFile("w", dir=path.absolute().parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.replace(file.name, path)
 
 
 def fail(text: str, code: int = 1) -> NoReturn:

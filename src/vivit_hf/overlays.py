@@ -22,6 +22,7 @@ from .frame_sampling import sample_frames_uniformly
 from .labels import LabelMap
 from .video_processing_vivit import ViViTVideoProcessor
 from .visualization import to_uint8
+from .whole_files import written_whole
 
 
 METHODS = ("rollout", "gradient")
@@ -260,9 +261,7 @@ def save_explanation(path: str | os.PathLike, explanation: Explanation, fps: flo
         raise ValueError(f"{path}: a picture can have the suffix {', '.join(SUFFIXES)}, not {path.suffix!r}.")
     if not fps > 0:
         raise ValueError(f"`fps` must be above 0, got {fps}.")
-    # In the same folder, since files are not moved in one step from one disk to another.
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
+    with written_whole(path) as unfinished:
         if suffix == ".png":
             draw_explanation(explanation).save(unfinished, format="PNG")
         elif suffix == ".gif":
@@ -271,9 +270,6 @@ def save_explanation(path: str | os.PathLike, explanation: Explanation, fps: flo
             first.save(unfinished, format="GIF", save_all=True, append_images=others, duration=duration, loop=0)
         else:
             _write_mp4(unfinished, _captioned_frames(explanation), fps)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return path
 
 
