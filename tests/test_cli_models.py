@@ -54,3 +54,13 @@ def test_what_has_no_configuration_is_named(tmp_path):
     process = run(tmp_path / "nowhere")
     assert process.returncode == 1 and "Cannot read the configuration of" in process.stderr
     assert "Traceback" not in process.stderr
+
+
+def test_a_processor_that_is_broken_is_not_one_that_is_missing(tmp_path):
+    ViViTConfig.from_preset("vivit-tiny", num_labels=2).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"num_frames": 16, ')
+    process = run(tmp_path)
+    assert process.returncode == 1 and f"Cannot read the processor of {tmp_path}" in process.stderr
+    (tmp_path / "preprocessor_config.json").write_text('{"num_frames": 0}')
+    process = run(tmp_path)
+    assert process.returncode == 1 and "num_frames" in process.stderr and "Traceback" not in process.stderr

@@ -17,6 +17,7 @@ from video_files import write_kind, write_video
 
 from vivit_hf import ViViTVideoProcessor, demo_model_path
 from vivit_hf.cli import app
+from vivit_hf.cli_tools import expand
 
 
 SAMPLES = demo_model_path() / "samples"
@@ -93,6 +94,36 @@ def test_classify_reads_addresses_and_standard_input(tmp_path):
     first, second, third = [json.loads(line) for line in process.stdout.decode().splitlines()]
     assert first["predictions"][0]["label"] == "up_left" and second["file"] == "-"
     assert second["predictions"][0]["label"] == "down_left" and "404" in third["error"]
+
+
+def test_standard_input_is_read_for_the_processes_that_decode():
+    data = (SAMPLES / "down_left.mp4").read_bytes()
+    process = run("classify", "-", "--workers", 1, "--json", "--num-crops", 1, input=data)
+    assert json.loads(process.stdout)["predictions"][0]["label"] == "down_left" and process.returncode == 0
+
+
+def test_a_pattern_takes_folders_and_each_file_once(tmp_path):
+    for name in ("clips_a/up_left.mp4", "clips_b/inner/up_right.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes((SAMPLES / os.path.basename(name)).read_bytes())
+    for pattern in ("clips_*", "**"):
+        assert [os.path.relpath(path, tmp_path) for path in expand([f"{tmp_path}/{pattern}"])] == [
+            "clips_a/up_left.mp4",
+            "clips_b/inner/up_right.mp4",
+        ]
+    (tmp_path / "none_here").mkdir()
+    result = CliRunner().invoke(app, ["classify", f"{tmp_path}/none_*"])
+    assert result.exit_code == 2 and "no video in" in result.stderr
+
+
+def test_explain_knows_labels_by_the_names_that_it_prints(grouped, tmp_path):
+    arguments = ("explain", write_video(tmp_path / "video.mp4"), "--output", tmp_path / "out.png", "--model", grouped)
+    process = run(*arguments, "--method", "gradient", "--label", "noun: cup")
+    assert process.returncode == 0 and "noun: cup" in process.stdout
+    process = run(*arguments, "--method", "gradient", "--label", "cup")
+    assert process.returncode == 2 and "noun: cup, noun: door, verb: take, verb: open, verb: close" in " ".join(
+        process.stderr.replace("│", " ").split()
+    )
 
 
 def test_classify_gives_labels_by_their_group(grouped, tmp_path):
@@ -181,6 +212,18 @@ def test_the_demo_writes_videos_and_labels_them(tmp_path):
         (["explain", "x.mp4", "--output", "x.png", "--method", "magic"], 2, "expected rollout or gradient"),
         (["explain", "x.mp4", "--output", "x.png", "--label", "up_left"], 2, "rollout is of no label"),
         (["explain", "gone.mp4", "--output", "{empty}/x.png"], 1, "gone.mp4"),
+        (["timeline", "x.mp4", "--policy", "wait"], 2, "that is of live sources; add --live"),
+        (["timeline", "x.mp4", "--format", "v4l2"], 2, "that is of live sources; add --live"),
+        (["timeline", "x.mp4", "--windows", "--min-score", "0.5"], 2, "every window is printed"),
+        (["classify", "x.mp4", "--model", "{empty}/no_labels"], 2, "no_labels has no classifier"),
+        (["timeline", "x.mp4", "--model", "{empty}/no_labels"], 2, "no_labels has no classifier"),
+        (
+            ["explain", "x.mp4", "--output", "x.png", "--method", "gradient", "--model", "{empty}/no_labels"],
+            2,
+            "no_labels has no classifier",
+        ),
+        (["classify", "x.mp4", "--model", "{empty}/short"], 2, "gives clips of (4, 24, 40) (frames, height, width)"),
+        (["timeline", "x.mp4", "--model", "{empty}/wide"], 2, "and the model takes (8, 24, 40): set `num_frames`"),
         (
             ["explain", "x.mp4", "--output", "x.png", "--method", "gradient", "--label", "sideways"],
             2,
@@ -189,6 +232,11 @@ def test_the_demo_writes_videos_and_labels_them(tmp_path):
     ],
 )
 def test_what_goes_wrong_is_said_in_words(arguments, code, message, tmp_path):
+    for name, labels, num_frames, width in (("no_labels", 0, 8, 40), ("short", 3, 4, 40), ("wide", 3, 8, 41)):
+        if any(name in argument for argument in arguments):
+            make_model(tiny_config("factorised_encoder", num_labels=labels)).save_pretrained(tmp_path / name)
+            sizes = {"size": {"shortest_edge": 48}, "crop_size": {"height": 24, "width": width}}
+            ViViTVideoProcessor(num_frames=num_frames, **sizes).save_pretrained(tmp_path / name)
     if any("sound.mp4" in argument for argument in arguments):
         with av.open(str(tmp_path / "sound.mp4"), "w") as container:
             stream = container.add_stream("aac", rate=44100)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Annotated, Any
 
 import typer
@@ -43,7 +44,9 @@ def inspect(
             fail(f"Cannot read the configuration of {name}: {str(error).strip().splitlines()[0]}")
         try:
             processor = ViViTVideoProcessor.from_pretrained(name).to_dict()
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) or os.path.exists(os.path.join(name, "preprocessor_config.json")):
+                fail(f"Cannot read the processor of {name}: {str(error).strip().splitlines()[0]}")
             processor = None
     found = {"model": name, **describe_model(config), "processor": processor}
     if as_json:

@@ -6,6 +6,7 @@ import glob
 import os
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -48,8 +49,8 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def load(model: str | None, device: str | None, dtype: str) -> tuple[Any, Any]:
-    """The model in eval mode, and its processor; exits with 2 and the reason if they cannot be had."""
+def load(model: str | None, device: str | None, dtype: str, needs_labels: bool = True) -> tuple[Any, Any]:
+    """The model in eval mode, and its processor; exits with 2 and the reason if they cannot be had or do not fit."""
     import torch
 
     from .modeling_vivit import ViViTForVideoClassification
@@ -74,7 +75,22 @@ def load(model: str | None, device: str | None, dtype: str) -> tuple[Any, Any]:
         processor = ViViTVideoProcessor.from_pretrained(model)
     except (OSError, ValueError) as error:
         fail(f"Cannot load the model {model}: {str(error).strip().splitlines()[0]}", code=2)
+    if needs_labels and not loaded.config.num_labels:
+        fail(f"The model {model} has no classifier (num_labels is 0): choose one that was trained on labels.", code=2)
+    clip, given = (loaded.config.num_frames, *loaded.config.frame_size), _clip_of(processor)
+    if any(wanted != got for wanted, got in zip(clip, given, strict=True) if got is not None):
+        fail(
+            f"The processor of {model} gives clips of {given} (frames, height, width), and the model takes {clip}: set "
+            "`num_frames` and `crop_size` in its preprocessor_config.json.",
+            code=2,
+        )
     return loaded.to(place).eval(), processor
+
+
+def _clip_of(processor: Any) -> tuple[int | None, int | None, int | None]:
+    """Frames, height and width of its clips; None for what depends on the video."""
+    sizes = processor.crop_size if processor.do_center_crop else processor.size if processor.do_resize else {}
+    return processor.num_frames, sizes.get("height"), sizes.get("width")
 
 
 def expand(videos: Sequence[str]) -> list[str]:
@@ -89,7 +105,8 @@ def expand(videos: Sequence[str]) -> list[str]:
                 raise typer.BadParameter(f"the folder {video!r} holds no video", param_hint="VIDEO")
             found += inside
         elif glob.has_magic(video) and (matches := sorted(glob.glob(video, recursive=True))):
-            found += [path for path in matches if os.path.isfile(path)]
+            parts = [map(str, find_videos(path)) if os.path.isdir(path) else [path] for path in matches]
+            found += dict.fromkeys(chain.from_iterable(parts))  # `**` also finds what is in the folders it finds
         else:
             found.append(video)  # not there: an error in its own line, and the others go on
     return found

@@ -66,7 +66,10 @@ def classify(
     if num_crops == 2:
         raise typer.BadParameter("there are 1 or 3 crops, got 2", param_hint="--num-crops")
     files = expand(videos)
-    sources: list[Any] = [(lambda: {"bytes": standard_input().read(), "path": "-"}) if f == "-" else f for f in files]
+    if not files:
+        raise typer.BadParameter(f"no video in {', '.join(videos)}", param_hint="VIDEO")
+    # Read here: the processes that decode have no standard input.
+    sources: list[Any] = [{"bytes": standard_input().read(), "path": "-"} if file == "-" else file for file in files]
     classifier, processor = load(model, device, dtype)
     if processor.frame_sampling == "uniform":
         num_clips = 1  # one clip is spread over the whole video
@@ -157,7 +160,7 @@ def timeline(
         typer.Option(
             min=0,
             help="Seconds; what is shorter goes to its neighbours.",
-            show_default="three quarters of a window",
+            show_default="three quarters of a window, a whole one across a cut",
         ),
     ] = None,
     windows: Annotated[bool, typer.Option("--windows", help="Print every window instead of segments.")] = False,
@@ -199,6 +202,13 @@ def timeline(
     from .video_sources import VideoDecodingError
 
     is_live = live or video.split("://")[0].lower() in LIVE_SCHEMES
+    for name, value in (("--format", source_format), ("--policy", policy)):
+        if value is not None and not is_live:
+            raise typer.BadParameter("that is of live sources; add --live", param_hint=name)
+    if windows and (min_score or min_duration is not None):
+        raise typer.BadParameter(
+            "every window is printed; leave out --min-score and --min-duration", param_hint="--windows"
+        )
     classifier, processor = load(model, device, dtype)
     source: Any = standard_input() if video == "-" else video
     shown: list[Segment] = []
@@ -279,6 +289,7 @@ def explain(
 
     Example: vivit-hf explain holiday.mp4 --output holiday.png --method gradient
     """
+    from .labels import LabelMap
     from .overlays import METHODS, SUFFIXES, explain_clip, save_explanation
     from .video_sources import VideoDecodingError
 
@@ -290,13 +301,14 @@ def explain(
         raise typer.BadParameter(f"expected {' or '.join(METHODS)}, got {method!r}", param_hint="--method")
     if label is not None and method != "gradient":
         raise typer.BadParameter("rollout is of no label; add --method gradient", param_hint="--label")
-    classifier, processor = load(model, device, dtype)
+    classifier, processor = load(model, device, dtype, needs_labels=method == "gradient")
     index = None
     if label is not None:
-        index = classifier.config.label2id.get(label)
-        if index is None:
-            known = ", ".join(list(classifier.config.label2id)[:8])
-            raise typer.BadParameter(f"the model does not know {label!r}; it knows {known} ...", param_hint="--label")
+        names = LabelMap.from_config(classifier.config).names
+        if label not in names:
+            known = ", ".join(names[:8]) + " ..." * (len(names) > 8)
+            raise typer.BadParameter(f"the model does not know {label!r}; it knows {known}", param_hint="--label")
+        index = names.index(label)
     part: dict[str, Any] = {"start": start, "end": end}
     part |= {"bytes": standard_input().read(), "path": "-"} if video == "-" else {"path": video}
     try:
@@ -307,6 +319,8 @@ def explain(
         fail(str(error))
     except OSError as error:
         fail(f"{error.filename or video}: {error.strerror or error}")
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     for name, score in explanation.labels:
         typer.echo(f"{score:.3f}  {name}")
     typer.echo(f"Written: {output}")
