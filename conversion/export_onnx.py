@@ -132,7 +132,7 @@ def convert(args: argparse.Namespace) -> Export:
         what = f"logits of {len(clips)} clips, in batches of {' and '.join(map(str, BATCHES))} = PyTorch's"
         parity = compare({OUTPUT: logits}, {OUTPUT: expected}, what)
         report = {
-            "model": args.model,
+            "model": _name_of(args.model),
             "attention_type": config.attention_type,
             "opset": args.opset,
             "versions": _versions(),
@@ -219,7 +219,7 @@ def _clips(
     chosen = [videos[place] for place in places]
     names = [path.relative_to(args.videos).as_posix() for path in chosen]
     clips = [partial(_read_clip, path, config, processor) for path in chosen]
-    return clips, f"one of each of {len(clips)} videos of the {len(videos)} in {args.videos}", names
+    return clips, f"one of each of {len(clips)} videos of the {len(videos)} in {_name_of(args.videos)}", names
 
 
 def _read_clip(path: Path, config: ViViTConfig, processor: ViViTVideoProcessor) -> torch.Tensor:
@@ -237,6 +237,11 @@ def _input_shape(config: ViViTConfig) -> list[str | int]:
     return ["batch", config.num_frames, config.num_channels, *config.frame_size]
 
 
+def _name_of(source: str | Path) -> str:
+    """The last part of a path, which would tell of the machine that it was exported on; a Hub id as it is."""
+    return Path(source).resolve().name if Path(source).exists() else str(source)
+
+
 def _labels(config: ViViTConfig) -> dict[str, str]:
     return {str(index): str(config.id2label[index]) for index in range(config.num_labels)}
 
@@ -245,8 +250,7 @@ def _metadata(source: str, config: ViViTConfig, processor: ViViTVideoProcessor) 
     """What the graph itself does not say; what is not plain text is JSON."""
     low, high = value_range(processor)
     metadata = {
-        # A path would tell of the machine that it was exported on.
-        "model": Path(source).resolve().name if Path(source).is_dir() else source,
+        "model": _name_of(source),
         "attention_type": config.attention_type,
         "expects": f"{INPUT} {_shape(_input_shape(config))} of float32: RGB, black {low:.6g} and white {high:.6g}",
         "num_frames": str(config.num_frames),

@@ -298,6 +298,22 @@ def test_the_space_requires_what_the_package_requires():
     assert [line for line in lines if line and not line.startswith(("#", "--"))] == promised
 
 
+def test_only_models_of_the_list_and_of_the_hub_are_loaded(tmp_path, monkeypatch):
+    """A visitor is not to look around in the folders of the server."""
+    app = runpy.run_path(str(SPACE / "app.py"))
+    offered = ["/srv/my model", app["DEMO"]]
+    for name in ("/srv/my model", " owner/name-1.0 ", "Org_2/vivit.b"):
+        assert app["check_model"](name, offered) == name.strip()
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("/etc", "..", "../x", ".hidden/x", "a/b/c", "name", "C:/x", "owner/name", "owner/na me", "ö/x"):
+        with pytest.raises(app["UserError"], match="is no Hub id"):
+            app["check_model"](name, offered)
+    for name in (None, "  "):
+        with pytest.raises(app["UserError"], match="There is no model yet"):
+            app["check_model"](name, offered)
+
+
 def test_a_name_is_text_whatever_is_in_it():
     app = runpy.run_path(str(SPACE / "app.py"))
     assert "<script>" not in app["box"]("<script>alert(1)</script>")

@@ -267,7 +267,9 @@ def test_videos_are_checked_with(tmp_path, export):
         write_video(videos / str(index // 2) / f"{index}.mp4", num_frames=18 + index, width=96)
     code, printed, errors, output = export("--videos", videos, "--num-clips-checked", 4)
     assert (code, errors) == (0, "")
-    assert "one of each of 4 videos of the 6 in" in printed
+    assert "one of each of 4 videos of the 6 in videos" in printed
+    for path in output.iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), f"{path.name} tells where it was made"
     report = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))
     assert report["clips"]["files"] == ["0/0.mp4", "1/2.mp4", "1/3.mp4", "2/5.mp4"]
     assert "int8" not in report and {path.name for path in output.iterdir()} == FILES

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import av
 import numpy as np
 import pytest
 from tiny_models import make_model, tiny_config
-from video_files import write_video
+from video_files import damage_packet, write_video
 
 from vivit_hf import VideoDecodingError, VideoReader, ViViTVideoProcessor
 from vivit_hf.live_video import LiveVideo
@@ -186,12 +187,14 @@ def test_a_source_that_fell_silent_does_not_hold_up_who_closes_it(video, tmp_pat
 
 
 def test_damage_on_the_way_is_counted_and_passed_over(video, tmp_path):
-    data = bytearray(video.read_bytes())
-    data[len(data) // 2 : len(data) // 2 + 400] = bytes(400)
     broken = tmp_path / "broken.mp4"
-    broken.write_bytes(data)
+    shutil.copyfile(video, broken)
+    for number in (20, 31):
+        damage_packet(broken, number)
     with open(broken, "rb") as file, LiveVideo(file, policy="wait") as live:
-        assert 20 < len(list(live)) <= 60
+        times = [seconds for seconds, _ in live]
+    assert live.num_rejected_packets == 2 and len(times) == live.num_received == 58
+    assert times == sorted(times)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import html
 import logging
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ DEMO = "demo (moving shapes)"
 # A Space is started without arguments: there a variable of that name, with spaces between the names, takes their place.
 MODELS_VARIABLE = "VIVIT_MODELS"
 METHODS = {"what speaks for the label": "gradient", "attention rollout": "rollout"}
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 MOST_WINDOWS = 300  # of a timeline, so that a long video does not keep everyone else waiting
 TOP_K = 5
 # Beyond any camera for slow motion. What a short file claims to hold beyond that is a trick, and not worth reading.
@@ -121,6 +123,16 @@ def check_clip(path: str | None, max_seconds: float, max_megabytes: float) -> Cl
 
 def spoken(seconds: float) -> str:
     return f"{round(seconds, 1):g} seconds" if seconds < 120 else f"{round(seconds / 60, 1):g} minutes"
+
+
+def check_model(name: str | None, offered: Sequence[str]) -> str:
+    """The name of a model that may be loaded: one that the page offers, or a Hub id, but no folder of the server."""
+    name = (name or "").strip()
+    if not name:
+        raise UserError("There is no model yet: choose one, or type its Hub id.")
+    if name not in offered and (not HUB_ID.fullmatch(name) or os.path.exists(name)):
+        raise UserError(f"{name!r} is no Hub id: choose a model of the list, or type one such as 'owner/name'.")
+    return name
 
 
 @lru_cache(maxsize=2)  # visitors can name any model; memory holds only so many
@@ -266,10 +278,9 @@ def build_page(models: Sequence[str], max_seconds: float, max_megabytes: float) 
             yield {**hidden, labels: None, status: box("Reading the video ...")}
             try:
                 clip = check_clip(path, max_seconds, max_megabytes)
-                if not (name or "").strip():
-                    raise UserError("There is no model yet: choose one, or type its Hub id.")
+                name = check_model(name, [*models, DEMO])
                 yield {status: box(f"{clip.summary}. Loading the model ...")}
-                network, processor = load_model(name.strip())
+                network, processor = load_model(name)
                 yield {status: box(f"{clip.summary}. Classifying ...")}
                 filled: dict[Any, Any] = {labels: classify(network, processor, clip.path)}
                 yield filled
