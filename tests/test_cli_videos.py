@@ -3,9 +3,11 @@
 import http.server
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 
 import av
@@ -68,11 +70,13 @@ def test_classify_takes_files_folders_patterns_and_goes_on_past_damage(tmp_path)
     assert "demo model" in process.stderr and "Traceback" not in process.stderr
 
 
-def test_names_in_brackets_are_printed_as_they_are(tmp_path):
-    for name in ("clip[bold].mp4", "clip[red]broken.mp4"):
+def test_names_are_printed_as_they_are(tmp_path):
+    for name in ("clip[bold].mp4", "clip[red]broken.mp4", ":smile:.mp4", "\x1b[31m.mp4", os.fsdecode(b"\xff.mp4")):
         (tmp_path / name).write_bytes(b"no video" if "broken" in name else (SAMPLES / "up_left.mp4").read_bytes())
     result = CliRunner().invoke(app, ["classify", str(tmp_path), "--top-k", "1", "--num-crops", "1"])
     assert result.exit_code == 1 and "clip[bold].mp4" in result.stdout and "clip[red]broken.mp4" in result.stdout
+    assert ":smile:.mp4" in result.stdout and r"\x1b[31m.mp4" in result.stdout and r"\udcff.mp4" in result.stdout
+    assert "\x1b" not in result.stdout
 
 
 def test_classify_prints_a_table_with_its_views_and_its_rate():
@@ -178,6 +182,54 @@ def test_explain_draws(tmp_path, suffix, method):
             assert getattr(picture, "n_frames", 1) == (16 if suffix == "gif" else 1) and picture.width > 200
 
 
+def test_where_the_output_goes_is_not_blamed_on_the_video(tmp_path):
+    with open("/dev/full", "wb") as full:
+        for arguments in (["timeline", SAMPLES / "all.mp4"], ["classify", SAMPLES / "up_left.mp4"]):
+            command = [sys.executable, "-m", "vivit_hf", *map(str, arguments), "--json"]
+            process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+            assert process.returncode == 1 and "Cannot write standard output: No space left" in process.stderr
+            assert "Traceback" not in process.stderr and "Cannot read" not in process.stderr
+    first, *_ = subprocess.run(
+        f"{sys.executable} -m vivit_hf timeline {SAMPLES}/all.mp4 --json | head -1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    ).stdout.splitlines()
+    assert json.loads(first)["label"] == MOTIONS[0]
+
+
+def test_a_live_pipe_is_interrupted_while_nothing_comes():
+    read, write = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vivit_hf", "timeline", "-", "--live"],
+        stdin=read,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    said = process.stderr.readline()  # that it is the demo model, whose weights come next
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    os.close(write), os.close(read)
+    assert "demo model" in said and process.returncode == 130 and errors.strip() == "Interrupted."
+
+
+def test_videos_of_the_user_are_not_overwritten(tmp_path):
+    mine = tmp_path / "all.mp4"
+    mine.write_bytes((SAMPLES / "up_left.mp4").read_bytes())
+    result = CliRunner().invoke(app, ["demo", "--output", str(tmp_path)])
+    assert result.exit_code == 2 and "is there already" in result.stderr
+    result = CliRunner().invoke(app, ["explain", str(mine), "--output", str(mine)])
+    assert result.exit_code == 2 and "is the video itself" in " ".join(result.stderr.replace("│", " ").split())
+    assert mine.read_bytes() == (SAMPLES / "up_left.mp4").read_bytes()
+    result = CliRunner().invoke(app, ["demo", "--output", str(mine)])
+    assert result.exit_code == 2 and "File exists" in result.stderr
+    result = CliRunner().invoke(app, ["demo", "--output", str(tmp_path / "with space")])
+    assert result.exit_code == 0 and f"vivit-hf timeline '{tmp_path}/with space'/all.mp4" in result.stdout
+
+
 def test_explain_a_label_in_a_part_of_a_video(tmp_path):
     output = tmp_path / "out.png"
     arguments = ("explain", SAMPLES / "all.mp4", "--output", output, "--start", 8.5, "--end", 11.5)
@@ -207,6 +259,16 @@ def test_the_demo_writes_videos_and_labels_them(tmp_path):
         (["timeline", "gone.mp4"], 1, "Cannot read gone.mp4"),
         (["timeline", "tcp://127.0.0.1:1"], 1, "Cannot read tcp://127.0.0.1:1"),
         (["timeline", "{empty}/sound.mp4"], 1, "no video stream"),
+        (["classify", "x.mp4", "--device", "meta"], 2, "'meta' cannot be used here: it computes nothing"),
+        (["classify", "x.mp4", "--model", "./nope"], 2, "there is no folder './nope'"),
+        (["classify", "x.mp4", "--model", ""], 2, "there is no folder ''"),
+        (["classify", "x.mp4", "--model", "vivit-b-16x2-fe"], 2, "is a preset without weights"),
+        (["classify", "x.mp4", "--model", "{empty}/cut_weights"], 2, "its weights are damaged or not all there"),
+        (["classify", "x.mp4", "--model", "{empty}/other_weights"], 2, "Load it with the configuration"),
+        (["scan", "{empty}", "--json", ""], 2, "expected a file, got ''"),
+        (["scan", "{empty}", "--json", "{empty}"], 2, "expected a file, got"),
+        (["inspect", "{empty}"], 1, "config.json"),
+        (["explain", "x.mp4", "--output", "{empty}"], 2, "expected .png"),
         (["explain", "x.mp4", "--output", "x.bmp"], 2, "expected .png, .gif, .mp4, got 'x.bmp'"),
         (["explain", "x.mp4", "--output", "no/where/x.png"], 2, "there is no folder 'no/where'"),
         (["explain", "x.mp4", "--output", "x.png", "--method", "magic"], 2, "expected rollout or gradient"),
@@ -242,6 +304,15 @@ def test_what_goes_wrong_is_said_in_words(arguments, code, message, tmp_path):
             stream = container.add_stream("aac", rate=44100)
             container.mux(stream.encode())
             container.start_encoding()
+    for name in ("cut_weights", "other_weights"):
+        if any(name in argument for argument in arguments):
+            make_model(tiny_config("factorised_encoder")).save_pretrained(tmp_path / name)
+            if name == "cut_weights":
+                os.truncate(tmp_path / name / "model.safetensors", 1000)
+            else:
+                tiny_config("spatio_temporal").save_pretrained(tmp_path / name)
+    if arguments[0] == "scan":
+        (tmp_path / "x.mp4").touch()
     result = CliRunner().invoke(app, [argument.replace("{empty}", str(tmp_path)) for argument in arguments])
     said = " ".join(result.stderr.replace("│", " ").split())
     assert result.exit_code == code and message in said, result.stderr

@@ -437,6 +437,14 @@ def test_a_configuration_of_transformers_vivit_is_model_1_with_a_class_token():
     assert config.to_dict()["model_type"] == "vivit_hf"
 
 
+def test_a_folder_without_a_configuration_is_no_model_of_defaults(tmp_path):
+    with pytest.raises(OSError, match=r"has no config\.json"):
+        ViViTConfig.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="has a list as its configuration, expected a JSON object"):
+        ViViTConfig.from_pretrained(tmp_path)
+
+
 def test_a_configuration_of_another_kind_of_model_is_refused_by_name():
     with pytest.raises(ValueError, match="model of type 'videomae', not a ViViT"):
         ViViTConfig.from_dict({"model_type": "videomae"})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Annotated
 
 import typer
@@ -41,4 +43,11 @@ def _options(
 
 
 def main() -> None:
-    app()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file can have a name that the terminal cannot show
+    try:
+        app()
+    except OSError as error:  # those of videos and models are caught where they are read
+        typer.echo(f"Cannot write {error.filename or 'standard output'}: {error.strerror}.", err=True)
+        sys.exit(1)

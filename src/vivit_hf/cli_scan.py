@@ -14,9 +14,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
-from .cli_tools import output_console
+from .cli_tools import as_cell, fail, output_console
 from .dataset_scan import VIDEO_EXTENSIONS, VideoScan, find_videos, scan_files
 from .whole_files import written_whole
 
@@ -54,8 +53,11 @@ def scan(
         if not paths:
             endings = " ".join(extension or VIDEO_EXTENSIONS)
             raise typer.BadParameter(f"{str(folder)!r} holds no video (looked for: {endings})", param_hint="FOLDER")
-        if json_file not in (None, "-") and not Path(json_file).absolute().parent.is_dir():
-            raise typer.BadParameter(f"there is no folder for {json_file!r}", param_hint="--json")
+        if json_file not in (None, "-"):
+            if not json_file or Path(json_file).is_dir():
+                raise typer.BadParameter(f"expected a file, got {json_file!r}", param_hint="--json")
+            if not Path(json_file).absolute().parent.is_dir():
+                raise typer.BadParameter(f"there is no folder for {json_file!r}", param_hint="--json")
         min_frames = (num_frames - 1) * frame_stride + 1
         found = scan_files(paths, min_frames=min_frames, packets_only=fast, num_workers=workers, timeout=timeout)
         scans = _with_progress(found, len(paths))
@@ -72,10 +74,13 @@ def scan(
     if json_file == "-":
         typer.echo(lines, nl=False)
     else:
-        if json_file is not None:
-            with written_whole(json_file) as unfinished:
-                unfinished.write_text(lines, encoding="utf-8")
         _print_scans(scans, show_all, min_frames)
+        if json_file is not None:
+            try:
+                with written_whole(json_file) as unfinished:
+                    unfinished.write_text(lines, encoding="utf-8")
+            except OSError as error:
+                fail(f"Cannot write {json_file}: {error.strerror}.")
     raise typer.Exit(int(any(one.status == "unusable" for one in scans)))
 
 
@@ -118,7 +123,7 @@ def _print_scans(scans: list[VideoScan], show_all: bool, min_frames: int) -> Non
                 one.codec or "",
                 "; ".join(_findings(one)),
             )
-            table.add_row(*(Text(cell, overflow="fold") for cell in (one.path, *cells)))
+            table.add_row(*(as_cell(cell) for cell in (one.path, *cells)))
         console.print(table)
 
     count = {status: sum(one.status == status for one in scans) for status in ("ok", "damaged", "unusable")}

@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from .dataset_scan import find_videos
 from .inference import demo_model_path
@@ -29,7 +30,14 @@ JsonOption = Annotated[bool, typer.Option("--json", help="JSON lines on standard
 
 def output_console() -> Console:
     """Standard output; without a terminal lines are as long as they have to be, so that no name is cut."""
-    return Console() if sys.stdout.isatty() else Console(width=10_000)
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    return Console() if is_terminal else Console(width=10_000)
+
+
+def as_cell(text: str, style: str = "") -> Text:
+    """For a table: brackets and colons mean nothing, and nothing reaches the terminal as a command."""
+    printable = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    return Text(printable, style=style, overflow="fold")
 
 
 def say(text: str) -> None:
@@ -52,7 +60,9 @@ def quiet_libraries() -> None:
 def load(model: str | None, device: str | None, dtype: str, needs_labels: bool = True) -> tuple[Any, Any]:
     """The model in eval mode, and its processor; exits with 2 and the reason if they cannot be had or do not fit."""
     import torch
+    from safetensors import SafetensorError
 
+    from .configuration_vivit import ViViTConfig
     from .modeling_vivit import ViViTForVideoClassification
     from .video_processing_vivit import ViViTVideoProcessor
 
@@ -67,14 +77,24 @@ def load(model: str | None, device: str | None, dtype: str, needs_labels: bool =
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        if place.type == "meta":
+            raise RuntimeError("it computes nothing")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
         raise typer.BadParameter(f"{device!r} cannot be used here: {reason}", param_hint="--device") from error
+    if model in ViViTConfig.presets:
+        raise typer.BadParameter(f"{model!r} is a preset without weights; `inspect` describes it", param_hint="--model")
+    if not os.path.isdir(model) and (model == "" or model.startswith((".", "/", "~")) or os.path.exists(model)):
+        raise typer.BadParameter(f"there is no folder {model!r}", param_hint="--model")
     try:
         loaded = ViViTForVideoClassification.from_pretrained(model, dtype=getattr(torch, dtype))
         processor = ViViTVideoProcessor.from_pretrained(model)
-    except (OSError, ValueError) as error:
+    except SafetensorError as error:
+        fail(f"Cannot load the model {model}: its weights are damaged or not all there ({error}).", code=2)
+    except OSError as error:
         fail(f"Cannot load the model {model}: {str(error).strip().splitlines()[0]}", code=2)
+    except ValueError as error:
+        fail(f"Cannot load the model {model}: {error}", code=2)
     if needs_labels and not loaded.config.num_labels:
         fail(f"The model {model} has no classifier (num_labels is 0): choose one that was trained on labels.", code=2)
     clip, given = (loaded.config.num_frames, *loaded.config.frame_size), _clip_of(processor)
@@ -113,6 +133,7 @@ def expand(videos: Sequence[str]) -> list[str]:
 
 
 def standard_input() -> Any:
-    if sys.stdin.isatty():
-        raise typer.BadParameter("- reads a video from standard input, and that is a terminal", param_hint="VIDEO")
+    if sys.stdin is None or sys.stdin.isatty():
+        what = "closed" if sys.stdin is None else "a terminal"
+        raise typer.BadParameter(f"- reads a video from standard input, and that is {what}", param_hint="VIDEO")
     return sys.stdin.buffer

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
 import sys
 import time
@@ -20,6 +22,7 @@ from .cli_tools import (
     DtypeOption,
     JsonOption,
     ModelOption,
+    as_cell,
     expand,
     fail,
     load,
@@ -118,23 +121,16 @@ def _best(probabilities: Any, label_map: Any, top_k: int) -> list[dict[str, Any]
 
 def _print_predictions(rows: list[dict[str, Any]]) -> None:
     console = output_console()
-    table = Table(Column("file", overflow="fold"), Column("label", overflow="fold"), Column("score", justify="right"))
+    table = Table("file", "label", Column("score", justify="right"))
     for row in rows:
         if "error" in row:
-            table.add_row(_escaped(row["file"]), f"[red]not read:[/] {_escaped(str(row['error']))}", "")
+            table.add_row(as_cell(row["file"]), as_cell("not read: ", "red") + as_cell(str(row["error"])), "")
         for place, one in enumerate(row.get("predictions", ())):
             label = f"{one['group']}: {one['label']}" if "group" in one else one["label"]
             is_last = 0 < place == len(row["predictions"]) - 1  # no line between rows that are one line each
-            table.add_row(
-                "" if place else _escaped(row["file"]), _escaped(label), f"{one['score']:.3f}", end_section=is_last
-            )
+            file = as_cell("" if place else row["file"])
+            table.add_row(file, as_cell(label), f"{one['score']:.3f}", end_section=is_last)
     console.print(table)
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _with_progress(items: Iterator[Any], total: int, is_shown: bool) -> Iterator[Any]:
@@ -211,11 +207,13 @@ def timeline(
         )
     classifier, processor = load(model, device, dtype)
     source: Any = standard_input() if video == "-" else video
-    shown: list[Segment] = []
+    listed: list[Segment] = []
     try:
         if is_live:
             from .live_video import LiveVideo
 
+            if video == "-":
+                source.peek(1)  # waits in Python, which can be interrupted, and FFmpeg cannot
             source = LiveVideo(
                 source,
                 format=source_format,
@@ -228,7 +226,7 @@ def timeline(
             if windows
             else merge_windows(found, classifier.config, min_score=min_score, min_duration=min_duration)
         )
-        for one in segments:
+        for one in _read(segments, video):
             if as_json:
                 row = {"start": round(one.start, 3), "end": round(one.end, 3), "label": one.label}
                 typer.echo(json.dumps({**row, "score": round(one.score, 4)}))
@@ -237,11 +235,9 @@ def timeline(
                 typer.echo(f"{one.start:10.2f} {one.end:10.2f}  {one.score:.3f}  {one.label}")
                 sys.stdout.flush()
             else:
-                shown.append(one)
+                listed.append(one)
     except VideoDecodingError as error:
         fail(str(error))
-    except OSError as error:
-        fail(f"Cannot read {video}: {error.strerror or error}.")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     except KeyboardInterrupt:
@@ -252,9 +248,17 @@ def timeline(
             say(f"{source.num_received} frames received, {source.num_dropped} dropped.")
     if not as_json and not is_live:
         table = Table(*(Column(name, justify="right") for name in ("start", "end")), "label", "score")
-        for one in shown:
-            table.add_row(f"{one.start:.2f}", f"{one.end:.2f}", _escaped(one.label), f"{one.score:.3f}")
+        for one in listed:
+            table.add_row(f"{one.start:.2f}", f"{one.end:.2f}", as_cell(one.label), f"{one.score:.3f}")
         output_console().print(table)
+
+
+def _read(segments: Iterator[Any], video: str) -> Iterator[Any]:
+    """The segments; what goes wrong between them is of the video, and not of what they are written to."""
+    try:
+        yield from segments
+    except OSError as error:
+        fail(f"Cannot read {video}: {error.strerror or error}.")
 
 
 def _window_segments(found: Iterator[Any], config: Any) -> Iterator[Any]:
@@ -295,6 +299,9 @@ def explain(
 
     if output.suffix.lower() not in SUFFIXES:
         raise typer.BadParameter(f"expected {', '.join(SUFFIXES)}, got {output.name!r}", param_hint="--output")
+    if output.is_dir() or (os.path.exists(video) and output.exists() and os.path.samefile(video, output)):
+        what = "is a folder" if output.is_dir() else "is the video itself"
+        raise typer.BadParameter(f"{str(output)!r} {what}", param_hint="--output")
     if not output.absolute().parent.is_dir():
         raise typer.BadParameter(f"there is no folder {str(output.parent)!r}", param_hint="--output")
     if method not in METHODS:
@@ -314,13 +321,16 @@ def explain(
     try:
         pixel_values = processor(part, num_clips=1, num_crops=1)["pixel_values"]
         explanation = explain_clip(classifier, processor, pixel_values, method, index, top_k)
-        save_explanation(output, explanation)
     except VideoDecodingError as error:
         fail(str(error))
     except OSError as error:
         fail(f"{error.filename or video}: {error.strerror or error}")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    try:
+        save_explanation(output, explanation)
+    except OSError as error:
+        fail(f"Cannot write {output}: {error.strerror or error}.")
     for name, score in explanation.labels:
         typer.echo(f"{score:.3f}  {name}")
     typer.echo(f"Written: {output}")
@@ -334,10 +344,16 @@ def demo(
     """
     from .inference import demo_model_path
 
-    output.mkdir(parents=True, exist_ok=True)
     samples = sorted((demo_model_path() / "samples").glob("*.mp4"))
-    for sample in samples:
-        shutil.copyfile(sample, output / sample.name)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for sample in samples:
+            file = output / sample.name
+            if file.exists() and file.read_bytes() != sample.read_bytes():
+                raise typer.BadParameter(f"{str(file)!r} is there already, and another video", param_hint="--output")
+            shutil.copyfile(sample, file)
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write {str(output)!r}: {error.strerror}", param_hint="--output") from error
     typer.echo(
         f"{output}: {len(samples)} videos. In each a shape moves along a diagonal; in all.mp4 one after another."
     )
@@ -347,4 +363,5 @@ def demo(
     except typer.Exit as ending:
         if ending.exit_code:
             raise
-    typer.echo(f"\nvivit-hf timeline {output}/all.mp4\nvivit-hf explain {output}/up_left.mp4 --output what_it_saw.png")
+    folder = shlex.quote(f"./{output}" if str(output).startswith("-") else str(output))
+    typer.echo(f"\nvivit-hf timeline {folder}/all.mp4\nvivit-hf explain {folder}/up_left.mp4 --output what_it_saw.png")

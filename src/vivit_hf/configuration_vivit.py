@@ -366,6 +366,8 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if not config_dict:  # transformers would take every default
+            raise OSError(f"{pretrained_model_name_or_path} has no config.json with anything in it.")
         return cls.translate(config_dict, pretrained_model_name_or_path), kwargs
 
     @classmethod
@@ -376,6 +378,10 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
         Raises:
             ValueError: if it is of another kind of model.
         """
+        if not isinstance(config_dict, dict):
+            raise ValueError(
+                f"{source} has a {type(config_dict).__name__} as its configuration, expected a JSON object."
+            )
         model_type = config_dict.get("model_type") or cls.model_type
         if model_type == "vivit":
             known = {name: config_dict[name] for name in _TRANSFORMERS_VIVIT_FIELDS if name in config_dict}

@@ -175,6 +175,7 @@ def scan_files(
                     worker.give(waiting.pop(), timeout)
             busy = [worker for worker in workers if worker.path is not None]
             patience = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
+            patience = min(patience, 86400.0)  # the system takes no infinity
             ready = wait([worker.connection for worker in busy], timeout=patience)
             for worker in busy:
                 scan = None

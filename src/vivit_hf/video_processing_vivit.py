@@ -430,7 +430,8 @@ def part_of_video(timestamps: np.ndarray, source: Any) -> tuple[int, int]:
         first, last = np.searchsorted(timestamps - timestamps[0], borders)
         total = last - first
         if total < 1:
-            reason = f"there is no frame between {start} and {end} seconds, of {timestamps[-1] - timestamps[0]:.3f}"
+            wanted = f"from {0.0 if start is None else start:g} s" + (" on" if end is None else f" to {end:g} s")
+            reason = f"there is no frame {wanted}; the last one is at {timestamps[-1] - timestamps[0]:.3f} s"
             name = source_name(source)
             raise VideoDecodingError(f"Cannot read {name}: {reason}.", source=name, reason=reason)
     return int(first), int(total)

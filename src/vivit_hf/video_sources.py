@@ -7,8 +7,10 @@ pattern, and would follow the addresses in a playlist.
 
 from __future__ import annotations
 
+import http.client
 import io
 import os
+import re
 import tempfile
 import time
 import urllib.request
@@ -114,11 +116,27 @@ def _copy_bounded(read: Callable[[int], bytes], name: str, limits: VideoLimits) 
     return file
 
 
+def _download(address: str, limits: VideoLimits) -> BinaryIO:
+    request = urllib.request.Request(address, headers={"User-Agent": "vivit_hf"})
+    try:
+        with urllib.request.urlopen(request, timeout=min(30.0, limits.download_timeout)) as response:
+            # `read` would wait for a whole chunk, however slowly it drips.
+            file = _copy_bounded(response.read1, address, limits)
+            promised, received = response.headers.get("Content-Length", ""), file.tell()
+        reason = f"the download broke off after {received} of {promised} bytes"
+        is_whole = not promised.isdigit() or received >= int(promised)
+    except http.client.HTTPException as error:
+        reason, is_whole = f"the server does not speak proper HTTP ({type(error).__name__}: {error})", False
+    if not is_whole:
+        raise VideoDecodingError(f"Cannot read {address}: {reason}.", source=address, reason=reason)
+    return file
+
+
 def open_source(source: Any, limits: VideoLimits) -> tuple[BinaryIO, bool]:
     """A seekable binary file with the encoded video, and whether closing it is up to whoever called this.
 
-    Raises TypeError for what is no video source, OSError for what cannot be opened, VideoLimitError for a download
-    over its limits.
+    Raises TypeError for what is no video source, OSError for what cannot be opened, VideoDecodingError for a download
+    that breaks off, VideoLimitError for one over its limits.
     """
     if isinstance(source, dict):
         data, path = source.get("bytes"), source.get("path")
@@ -128,11 +146,16 @@ def open_source(source: Any, limits: VideoLimits) -> tuple[BinaryIO, bool]:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return io.BytesIO(source), True
     if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
-        request = urllib.request.Request(source, headers={"User-Agent": "vivit_hf"})
-        with urllib.request.urlopen(request, timeout=min(30.0, limits.download_timeout)) as response:
-            return _copy_bounded(response.read, source, limits), True
+        return _download(source, limits), True
+    if isinstance(source, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source) and not os.path.exists(source):
+        reason = "of addresses, only http:// and https:// are read; download it first"
+        raise VideoDecodingError(f"Cannot read {source}: {reason}.", source=source, reason=reason)
     if isinstance(source, (str, os.PathLike)):
-        return open(source, "rb"), True
+        file = open(source, "rb")  # noqa: SIM115 (the caller closes it)
+        if file.seekable():
+            return file, True
+        with file:  # a pipe that has a name
+            return _copy_bounded(file.read1, source_name(source), limits), True
     if not hasattr(source, "read"):
         raise TypeError(
             f"A video is a path, a URL, bytes, a binary file or {{'path': ..., 'bytes': ...}}, got {type(source)}."
@@ -140,5 +163,5 @@ def open_source(source: Any, limits: VideoLimits) -> tuple[BinaryIO, bool]:
     if isinstance(source, io.TextIOBase):
         raise TypeError(f"The file {source_name(source)} is open as text: open it in binary mode, open(path, 'rb').")
     if hasattr(source, "seekable") and not source.seekable():
-        return _copy_bounded(source.read, source_name(source), limits), True
+        return _copy_bounded(getattr(source, "read1", source.read), source_name(source), limits), True
     return source, False

@@ -13,9 +13,14 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     """
     A file to write instead of `path`, whose place it takes at the end; after an error `path` is what it was.
 
-    It lies in the same folder, since files are not moved in one step from one disk to another.
+    It lies in the same folder, since files are not moved in one step from one disk to another. A link stays one, and
+    what is no regular file (a pipe, a device) is written into.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        yield path
+        return
+    path = path.resolve()
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         yield unfinished
