@@ -437,6 +437,14 @@ def test_a_configuration_of_transformers_vivit_is_model_1_with_a_class_token():
     assert config.to_dict()["model_type"] == "vivit_hf"
 
 
+def test_the_outputs_are_named_from_0_on():
+    assert ViViTConfig(id2label=["run", "sit"]).id2label == {0: "run", 1: "sit"}
+    assert ViViTConfig(id2label={"1": "sit", "0": "run"}).num_labels == 2
+    for wrong in ({1: "run", 2: "sit"}, {0: "run", 2: "sit"}):
+        with pytest.raises(ValueError, match="`id2label` must name the outputs from 0 to 1, got"):
+            ViViTConfig(id2label=wrong)
+
+
 def test_a_folder_without_a_configuration_is_no_model_of_defaults(tmp_path):
     with pytest.raises(OSError, match=r"has no config\.json"):
         ViViTConfig.from_pretrained(tmp_path)

@@ -188,6 +188,9 @@ def test_what_cannot_stream_is_said(problem, message):
 
 def test_a_processor_that_cannot_stream_is_refused():
     model = make_model(tiny_config("factorised_encoder"))
+    for other in (model.vivit, make_model(tiny_config("factorised_encoder", num_labels=0))):
+        with pytest.raises(TypeError, match="must be a ViViTForVideoClassification with labels, got ViViT"):
+            StreamingClassifier(other, ViViTVideoProcessor(num_frames=8, **SIZE))
     for rate in (None, 5.0):
         processor = ViViTVideoProcessor(num_frames=8, frame_sampling="uniform", frames_per_second=rate, **SIZE)
         with pytest.raises(ValueError, match=r"spreads its frames over a whole video.*use frame_sampling='clip'"):

@@ -177,7 +177,14 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
             self.pooling = "mean" if self.is_token_grid else "cls"
         if self.id2label is None and self.label2id is not None:
             self.id2label = {int(index): label for label, index in self.label2id.items()}
+        if isinstance(self.id2label, (list, tuple)):
+            self.id2label = dict(enumerate(self.id2label))
         if self.id2label is not None:
+            if sorted(map(int, self.id2label)) != list(range(len(self.id2label))):
+                raise ValueError(
+                    f"`id2label` must name the outputs from 0 to {len(self.id2label) - 1}, got numbers "
+                    f"{list(self.id2label)[:8]}."
+                )
             num_labels = kwargs.pop("num_labels", None)
             if num_labels not in (None, len(self.id2label)):
                 raise ValueError(

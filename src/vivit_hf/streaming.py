@@ -96,11 +96,17 @@ class StreamingClassifier:
             print(window.start, window.end, window.logits.softmax(-1))
     ```
 
-    Raises ValueError for a hop below 1 and for a processor that samples otherwise ("uniform").
+    Raises TypeError for a model without a classifier, ValueError for a hop below 1 and for a processor that samples
+    otherwise ("uniform").
     """
 
     def __init__(self, model: Any, processor: ViViTVideoProcessor, *, hop: int | None = None):
         config = model.config
+        if not hasattr(model, "classify_steps") or not config.num_labels:
+            raise TypeError(
+                f"`model` must be a ViViTForVideoClassification with labels, got {type(model).__name__} with "
+                f"num_labels={config.num_labels}."
+            )
         self.model, self.processor = model, processor
         self.reuses_tubelets = reuses_tubelets(config)
         self._tubelet = config.tubelet_size[0] if self.reuses_tubelets else config.num_frames

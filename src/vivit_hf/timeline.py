@@ -85,6 +85,8 @@ def merge_windows(
         config: of the model, for its labels. With `label_groups` it is the first group that counts.
         min_score: segments with less than this mean probability are left out.
         min_duration: seconds, 0 to keep every segment. None: three quarters of a window, across a cut a whole one.
+
+    Raises what iterating over `windows` raises.
     """
     label_map = LabelMap.from_config(config)
     names = next(iter(label_map.groups.values()))
@@ -203,6 +205,10 @@ def video_timeline(
     min_score: float = 0.0,
     min_duration: float | None = None,
 ) -> list[Segment]:
-    """The segments of a video: `stream_windows`, merged by `merge_windows`, whose arguments these are."""
+    """
+    The segments of a video: `stream_windows`, merged by `merge_windows`, whose arguments these are.
+
+    Raises VideoDecodingError for what cannot be read, and what `StreamingClassifier` raises.
+    """
     windows = stream_windows(model, processor, source, hop=hop)
     return list(merge_windows(windows, model.config, min_score=min_score, min_duration=min_duration))
