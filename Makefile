@@ -23,7 +23,7 @@ endef
 INSTALL_TORCH = python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo app bench lint format test-oldest clean
+.PHONY: help test demo app bench readme lint format test-oldest clean
 
 help:
 	@echo 'make test          run the tests'
@@ -31,6 +31,7 @@ help:
 	@echo 'make demo VIDEO=x  the same, and then classify the video file x'
 	@echo 'make app           open a page to try a model on videos'
 	@echo 'make bench         measure speed against the machine and the peers (BENCH_ARGS=--quick: what has a target)'
+	@echo 'make readme        put what the commands print today, and the pictures, into README.md'
 	@echo 'make lint          check style and types'
 	@echo 'make format        rewrite the code in that style'
 	@echo 'make test-oldest   run the tests on the oldest supported versions'
@@ -68,6 +69,9 @@ app: .venv/ready
 
 bench: .venv/ready
 	.venv/bin/python benchmarks/run.py $(BENCH_ARGS)
+
+readme: .venv/ready
+	.venv/bin/python examples/update_readme.py
 
 lint: .venv/ready
 	.venv/bin/python -m ruff check .

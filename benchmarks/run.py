@@ -1,7 +1,7 @@
 """
 How fast the models are: against the machine's own matrix products, and against the peers, all in one run.
 
-    python benchmarks/run.py --quick            every figure that has a target, about 12 minutes on 2 cores
+    python benchmarks/run.py --quick            every figure that has a target, 11 minutes on 2 cores
     python benchmarks/run.py                    all of it, with batches, frames and resolutions
     python benchmarks/run.py --device cuda      the same on a GPU
     python benchmarks/run.py --smoke            tiny sizes, a minute: shows that it runs, and measures nothing

@@ -57,7 +57,7 @@ def test_fine_tuning_benchmark_writes_its_table(tmp_path):
 
 
 def test_speed_benchmark_runs_on_tiny_sizes(tmp_path):
-    sections = ["float32", "bfloat16", "memory", "training", "growth"]
+    sections = ["start", "float32", "bfloat16", "memory", "training", "batches", "growth"]
     process = start("run.py", "--smoke", "--no-download", "--only", *sections, "--output", tmp_path)
     assert process.returncode == 0, process.stderr[-3000:]
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -67,6 +67,10 @@ def test_speed_benchmark_runs_on_tiny_sizes(tmp_path):
     for number in range(1, 5):
         assert any(name.startswith("float32, batch 1: ") and f"Model {number}, share" in name for name in names)
     assert sum("training step" in name for name in names) == 10
+    values = {row["name"]: row["value"] for row in rows}
+    assert values["import of vivit_hf over that of transformers' model"] > 0.5
+    assert values["from_pretrained over reading the bytes"] > 0
+    assert values["vivit-hf classify: first answer of the demo model"] > 0.5
     assert "skipped: lucidrains' ViViT" in process.stdout
     table = (tmp_path / "table.md").read_text()
     assert all(f"| {name} |" in table for name in names) and "Skipped: lucidrains'" in table
