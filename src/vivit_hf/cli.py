@@ -49,5 +49,6 @@ def main() -> None:
     try:
         app()
     except OSError as error:  # those of videos and models are caught where they are read
-        typer.echo(f"Cannot write {error.filename or 'standard output'}: {error.strerror}.", err=True)
+        what = "Cannot write standard output" if error.filename is None else error.filename
+        typer.echo(f"{what}: {error.strerror or error}.", err=True)
         sys.exit(1)
