@@ -16,8 +16,8 @@ from .labels import LabelMap
 from .live_video import LiveVideo
 from .streaming import BATCH, StreamingClassifier, WindowPrediction
 from .video_decoding import VideoReader
-from .video_processing_vivit import ViViTVideoProcessor, part_of_video, reader_size
-from .video_sources import VideoLimits
+from .video_processing_vivit import ViViTVideoProcessor, reader_size
+from .video_sources import VideoLimits, part_of_video
 
 
 @dataclass

@@ -48,7 +48,7 @@ from .video_frames import (
     resize_frames,
     select_frames,
 )
-from .video_sources import DecodingReport, VideoDecodingError, VideoLimits, is_video_source, source_name
+from .video_sources import DecodingReport, VideoDecodingError, VideoLimits, is_video_source, part_of_video
 
 
 logger = logging.get_logger(__name__)
@@ -414,27 +414,6 @@ def _choose_frames(timestamps: np.ndarray, source: Any, call: SimpleNamespace) -
     if call.do_sample_frames is False:
         return first + np.arange(total)[None]
     return first + _choose_clips(timestamps[first : first + total], call)
-
-
-def part_of_video(timestamps: np.ndarray, source: Any) -> tuple[int, int]:
-    """
-    The first frame, and the number of frames, of what a source asks for by its "start" and "end" in seconds.
-
-    Raises VideoDecodingError if there is no frame between them.
-    """
-    first, total = 0, len(timestamps)
-    start, end = (source.get(name) for name in ("start", "end")) if isinstance(source, dict) else (None, None)
-    if start is not None or end is not None:
-        # A frame belongs to a part if it appears in it; containers round its moment to their clock.
-        borders = np.array([0.0 if start is None else start, np.inf if end is None else end]) - 1e-3
-        first, last = np.searchsorted(timestamps - timestamps[0], borders)
-        total = last - first
-        if total < 1:
-            wanted = f"from {0.0 if start is None else start:g} s" + (" on" if end is None else f" to {end:g} s")
-            reason = f"there is no frame {wanted}; the last one is at {timestamps[-1] - timestamps[0]:.3f} s"
-            name = source_name(source)
-            raise VideoDecodingError(f"Cannot read {name}: {reason}.", source=name, reason=reason)
-    return int(first), int(total)
 
 
 def _kept_window(height: int, width: int, call: SimpleNamespace) -> tuple[int, int, int, int]:

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+import numpy as np
+
 
 _CHUNK_BYTES = 1 << 20
 
@@ -97,6 +99,27 @@ def is_video_source(value: Any) -> bool:
     return isinstance(value, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(value, "read")
 
 
+def part_of_video(timestamps: np.ndarray, source: Any) -> tuple[int, int]:
+    """
+    The first frame, and the number of frames, of what a source asks for by its "start" and "end" in seconds.
+
+    Raises VideoDecodingError if there is no frame between them.
+    """
+    first, total = 0, len(timestamps)
+    start, end = (source.get(name) for name in ("start", "end")) if isinstance(source, dict) else (None, None)
+    if start is not None or end is not None:
+        # A frame belongs to a part if it appears in it; containers round its moment to their clock.
+        borders = np.array([0.0 if start is None else start, np.inf if end is None else end]) - 1e-3
+        first, last = np.searchsorted(timestamps - timestamps[0], borders)
+        total = last - first
+        if total < 1:
+            wanted = f"from {0.0 if start is None else start:g} s" + (" on" if end is None else f" to {end:g} s")
+            reason = f"there is no frame {wanted}; the last one is at {timestamps[-1] - timestamps[0]:.3f} s"
+            name = source_name(source)
+            raise VideoDecodingError(f"Cannot read {name}: {reason}.", source=name, reason=reason)
+    return int(first), int(total)
+
+
 def _copy_bounded(read: Callable[[int], bytes], name: str, limits: VideoLimits) -> BinaryIO:
     """Copies a stream into a temporary file, within `max_bytes` and `download_timeout`."""
     file = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
@@ -123,11 +146,12 @@ def _download(address: str, limits: VideoLimits) -> BinaryIO:
             # `read` would wait for a whole chunk, however slowly it drips.
             file = _copy_bounded(response.read1, address, limits)
             promised, received = response.headers.get("Content-Length", ""), file.tell()
-        reason = f"the download broke off after {received} of {promised} bytes"
-        is_whole = not promised.isdigit() or received >= int(promised)
     except http.client.HTTPException as error:
-        reason, is_whole = f"the server does not speak proper HTTP ({type(error).__name__}: {error})", False
-    if not is_whole:
+        reason = f"the server does not speak proper HTTP ({type(error).__name__}: {error})"
+        raise VideoDecodingError(f"Cannot read {address}: {reason}.", source=address, reason=reason) from error
+    if promised.isdigit() and received < int(promised):
+        file.close()
+        reason = f"the download broke off after {received} of {promised} bytes"
         raise VideoDecodingError(f"Cannot read {address}: {reason}.", source=address, reason=reason)
     return file
 
