@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor  # refused elsewhere without torchvision
 
 from .configuration_vivit import ViViTConfig
+from .finite_outputs import NonFiniteError
 from .frame_sampling import sample_frames_uniformly
 from .image_initialisation import InitialisationReport, config_from_vit, initialise_from_vit
 from .inference import demo_model_path
@@ -38,6 +39,7 @@ ViViTVideoProcessor.register_for_auto_class("AutoImageProcessor")
 
 __all__ = [
     "InitialisationReport",
+    "NonFiniteError",
     "StreamingClassifier",
     "ViViTConfig",
     "ViViTForVideoClassification",

@@ -19,6 +19,7 @@ from torch import nn
 
 from .embeddings_vivit import check_pixel_values
 from .evaluation import to_probabilities
+from .finite_outputs import check_finite
 from .labels import LabelMap
 
 
@@ -67,7 +68,7 @@ def attention_rollout(model: Any, pixel_values: torch.Tensor) -> Relevance:
 
     Raises:
         TypeError: if the model is another one.
-        ValueError: if the model does not take `pixel_values`, or its attention is not finite.
+        ValueError: if the model does not take `pixel_values`; NonFiniteError, if its attention is not finite.
 
     Source: Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020, section 3.
     """
@@ -77,7 +78,9 @@ def attention_rollout(model: Any, pixel_values: torch.Tensor) -> Relevance:
         clip = pixel_values[index : index + 1].detach()
         with torch.no_grad(), _recording(model, backbone, _keep_mean) as recorded:
             backbone(clip.to(model.device), output_attentions=True)
-            space[index] = _shares(_rollout(backbone, recorded), index)
+            relevance = _rollout(backbone, recorded)
+            check_finite(relevance.sum(), model, clip)
+            space[index] = _shares(relevance)
     return Relevance(space, space.sum(dim=(2, 3)))
 
 
@@ -107,7 +110,8 @@ def gradient_relevance(
 
     Raises:
         TypeError: if the model is another one, or has no classifier.
-        ValueError: if the model does not take `pixel_values`, a class does not exist, or a gradient is not finite.
+        ValueError: if the model does not take `pixel_values` or a class does not exist; NonFiniteError, if the logits
+            or the gradients are not finite.
 
     Source: Chefer et al., "Generic Attention-model Explainability for Interpreting Bi-Modal and Encoder-Decoder
     Transformers", ICCV 2021, equations 5 and 6.
@@ -128,12 +132,15 @@ def gradient_relevance(
         with torch.inference_mode(False), torch.enable_grad(), _recording(model, backbone, _keep_gradient) as recorded:
             leaf = clip.clone().to(model.device).requires_grad_()
             logits = model(leaf, output_attentions=True, return_dict=True).logits[0]
+            check_finite(logits, model, clip)
             chosen = classes[index]
             if chosen is None:
                 chosen = int(to_probabilities(logits.detach(), label_map).argmax())
             torch.autograd.grad(logits[chosen], leaf)
         with torch.no_grad():
-            space[index] = _shares(_gradient_rule(backbone, recorded), index)
+            relevance = _gradient_rule(backbone, recorded)
+            check_finite(relevance.sum(), model, clip)
+            space[index] = _shares(relevance)
     return Relevance(space, space.sum(dim=(2, 3)))
 
 
@@ -290,13 +297,8 @@ def _gradient_rule(backbone: Any, recorded: Recorded) -> torch.Tensor:
     return attended[:, -grid[1] * grid[2] :].reshape(grid)
 
 
-def _shares(relevance: torch.Tensor, index: int) -> torch.Tensor:
+def _shares(relevance: torch.Tensor) -> torch.Tensor:
     total = relevance.sum()
-    if not torch.isfinite(total):
-        raise ValueError(
-            f"The relevance of clip {index} is not finite: there are NaN or infinite numbers in `pixel_values`, in the "
-            "model's weights, or in what it computes from them in its dtype."
-        )
     return relevance / total if total > 0 else torch.full_like(relevance, 1 / relevance.numel())
 
 

@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .evaluation import average_views, to_probabilities
+from .finite_outputs import check_finite
 from .labels import LabelMap
 from .streaming import BATCH, predict_clips
 from .video_processing_vivit import ViViTVideoProcessor
@@ -97,7 +98,8 @@ def predict_videos(
         batch_size: clips that the model sees at a time.
         num_workers: processes that decode.
 
-    Raises ValueError for views that the processor does not give, and for clips that the model does not take.
+    Raises ValueError for views that the processor does not give and for clips that the model does not take, and
+    NonFiniteError for scores that are NaN or infinite.
     """
     processor.settings_with({"num_clips": num_clips, "num_crops": num_crops})
     label_map = LabelMap.from_config(model.config)
@@ -118,6 +120,7 @@ def predict_videos(
                 pixel_values = torch.stack([views for views, _ in group]).to(model.device, model.dtype)
                 ids = np.stack([ids for _, ids in group])
                 logits = predict_views(model, pixel_values, batch_size, ids)
+                check_finite(logits, model, pixel_values)
                 rows += average_views(logits, label_map, averaging).cpu()
         remaining = iter(rows)
         for index, views, _, error in items:

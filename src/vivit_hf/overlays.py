@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .evaluation import to_probabilities
 from .explanation import Relevance, attention_rollout, backbone_for, evaluating, gradient_relevance
+from .finite_outputs import check_finite
 from .frame_sampling import sample_frames_uniformly
 from .labels import LabelMap
 from .video_processing_vivit import ViViTVideoProcessor
@@ -111,6 +112,7 @@ def explain_clip(
         names = label_map.names
         with torch.no_grad(), evaluating(model):
             logits = model(pixel_values.to(model.device), return_dict=True).logits[0].float().cpu()
+        check_finite(logits, model, pixel_values)
         scores = to_probabilities(logits, label_map)
         top = scores.topk(min(top_k, len(names)))
         labels = [(names[index], score) for index, score in zip(top.indices.tolist(), top.values.tolist(), strict=True)]

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from .embeddings_vivit import check_frame_size, check_pixel_values, check_values
+from .finite_outputs import check_finite
 from .frame_sampling import TIME_TOLERANCE, apply_short_video_policy
 from .video_processing_vivit import ViViTVideoProcessor
 
@@ -97,7 +98,7 @@ class StreamingClassifier:
     ```
 
     Raises TypeError for a model without a classifier, ValueError for a hop below 1 and for a processor that samples
-    otherwise ("uniform").
+    otherwise ("uniform"). `push`, `flush` and `last_window` raise NonFiniteError for NaN or infinite logits.
     """
 
     def __init__(self, model: Any, processor: ViViTVideoProcessor, *, hop: int | None = None):
@@ -282,6 +283,7 @@ class StreamingClassifier:
         return found
 
     def _prediction(self, start: int, logits: torch.Tensor) -> WindowPrediction:
+        check_finite(logits, self.model)
         offset = start - self._frames[0].number
         frames = list(islice(self._frames, offset, offset + self._num_frames))
         changes = [frame.change for frame in frames[1:]] or [0.0]

@@ -44,7 +44,8 @@ def stream_windows(
     The last window ends with the last frame, a whole hop or less after the one before. A video that is shorter than a
     window has one, filled as the processor's `short_video_policy` says.
 
-    Raises, also in the midst of it: VideoDecodingError for what cannot be read, ValueError as `StreamingClassifier`.
+    Raises, also in the midst of it: VideoDecodingError for what cannot be read, ValueError and NonFiniteError as
+    `StreamingClassifier`.
     """
     stream = StreamingClassifier(model, processor, hop=hop)
     if isinstance(source, LiveVideo):

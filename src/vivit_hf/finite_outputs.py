@@ -1,0 +1,38 @@
+"""Refuse NaN and infinite scores: they are not answers, however they would be drawn or printed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class NonFiniteError(ValueError):
+    """The output of a model holds NaN or infinite numbers. The message says where they come from."""
+
+
+def check_finite(output: torch.Tensor, model: Any, pixel_values: torch.Tensor | None = None) -> None:
+    """
+    Raise NonFiniteError if `output` (logits or relevance, any shape) holds NaN or infinite numbers.
+
+    Args:
+        model: the model that computed it, whose weights are searched for the cause.
+        pixel_values: its input, which is searched as well if given.
+    """
+    if output.isfinite().all():
+        return
+    broken = [
+        name for name, parameter in model.named_parameters() if not parameter.is_meta and not parameter.isfinite().all()
+    ]
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        cause = (
+            f"its weights do too ({', '.join(broken[:3])}{more}): the checkpoint is damaged or its training diverged"
+        )
+    elif pixel_values is not None and not pixel_values.isfinite().all():
+        cause = "so do its `pixel_values`: check the frames and the scaling of the processor"
+    else:
+        cause = (
+            f"its weights do not: the numbers overflow in {model.dtype} (float32 is safest), or the frames hold such"
+        )
+    raise NonFiniteError(f"The output of the {type(model).__name__} holds NaN or infinite numbers, and {cause}.")
