@@ -336,58 +336,6 @@ def push(folder: str, repository: str, private: bool) -> None:
 # What frames look like to the model
 
 
-def processor_for(
-    config: PretrainedConfig, settings: Mapping[str, Any] | None = None, resize: int | None = None, **others: Any
-) -> ViViTVideoProcessor:
-    """
-    A processor for `config` that prepares frames as an image model's processor prepares images.
-
-    Args:
-        config: of the video model; its `num_frames` and `image_size` are what comes out.
-        settings: the contents of the image model's `preprocessor_config.json`: mean, standard deviation, rescaling and
-            resampling are taken over, and how an image becomes one of the right size: straight, or by its short side
-            and a central crop, in proportion where the video model's size is another one. None is the official recipe:
-            values in [-1, 1], the short side to 256 / 224 of the frame, a central crop.
-        resize: short side before the crop in pixels, whatever the settings say.
-        others: parameters of the processor, for example `frame_stride`.
-    """
-    settings = dict(settings or {})
-    height, width = _height_and_width(config.image_size)
-    kept = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor", "resample", "offset")
-    fields = {name: settings[name] for name in kept if settings.get(name) is not None}
-    short_side = resize or round(min(height, width) * _resize_ratio(settings))
-    is_cropped = bool(resize) or "size" not in settings or _is_cropped(settings)
-    size = {"shortest_edge": short_side} if is_cropped else {"height": height, "width": width}
-    return ViViTVideoProcessor(
-        num_frames=config.num_frames,
-        size=size,
-        do_center_crop=is_cropped,
-        crop_size={"height": height, "width": width},
-        **{**fields, **others},
-    )
-
-
-def _height_and_width(size: Any) -> tuple[int, int]:
-    if isinstance(size, Mapping):
-        size = (size["height"], size["width"]) if "height" in size else size["shortest_edge"]
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
-
-
-def _is_cropped(settings: Mapping[str, Any]) -> bool:
-    size = settings["size"]
-    return bool(settings.get("do_center_crop")) or (isinstance(size, Mapping) and "shortest_edge" in size)
-
-
-def _resize_ratio(settings: Mapping[str, Any]) -> float:
-    """Short side of the resized image over that of the crop."""
-    if "size" not in settings:
-        return 256 / 224
-    if not settings.get("do_center_crop") or settings.get("crop_size") is None:
-        return 1.0
-    return min(_height_and_width(settings["size"])) / min(_height_and_width(settings["crop_size"]))
-
-
 def value_range(processor: ViViTVideoProcessor) -> tuple[float, float]:
     """What black and white become, over all channels."""
     channels = max(3, len(processor.image_mean))

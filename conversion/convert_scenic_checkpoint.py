@@ -27,7 +27,6 @@ from conversion_tools import (
     describe_processor,
     make_parser,
     one_or_pair,
-    processor_for,
     progress,
     read_json,
     run,
@@ -39,6 +38,7 @@ from scenic_reference import official_forward
 from scenic_releases import RELEASES, find_labels
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification
+from vivit_hf.model_processor import processor_for
 
 
 # Layouts of the released files: flax's older optimiser state, and the newer train state.

@@ -25,7 +25,6 @@ from conversion_tools import (
     find_file,
     find_weights,
     make_parser,
-    processor_for,
     progress,
     read_json,
     run,
@@ -39,6 +38,7 @@ from parity import chosen_steps, compare, frozen, random_clip, tokens_and_logits
 from transformers import PreTrainedModel, VivitConfig, VivitForVideoClassification, VivitModel
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor
+from vivit_hf.model_processor import processor_for
 
 
 # Fields that both configurations have under one name.
@@ -210,7 +210,7 @@ def _processor_of(source: str, config: ViViTConfig) -> ViViTVideoProcessor:
     if find_file(source, "preprocessor_config.json") is None:
         warn(f"{source} has no preprocessor_config.json; the processor gives the [-1, 1] that the official models take")
         return processor_for(config)
-    processor = ViViTVideoProcessor.from_pretrained(source, num_frames=config.num_frames)
+    processor = processor_for(config, ViViTVideoProcessor.from_pretrained(source))
     low, high = value_range(processor)
     if abs(low + 1) > 1e-3 or abs(high - 1) > 1e-3:
         warn(

@@ -23,7 +23,6 @@ from conversion_tools import (
     describe_processor,
     make_parser,
     one_or_pair,
-    processor_for,
     progress,
     read_labels,
     run,
@@ -43,6 +42,7 @@ from vivit_hf.image_initialisation import (
     config_from_vit,
     initialise_from_vit,
 )
+from vivit_hf.model_processor import processor_for
 
 
 # Options that are fields of the configuration; those that are not given are left to its defaults.
@@ -67,7 +67,7 @@ def convert(args: argparse.Namespace) -> Result:
         torch.manual_seed(args.seed)
         model = frozen(ViViTForVideoClassification(_config(args, vit.config)))
         report = initialise_from_vit(model, vit, temporal_encoder_init=args.temporal_encoder_init, **inits)
-        processor = processor_for(model.config, source.processor_settings, args.resize)
+        processor = processor_for(model.config, source.processor_settings, resize=args.resize)
 
         begin("running the ViT")
         reference = None if args.skip_parity else image_reference(vit, model.config, **inits)
@@ -148,9 +148,12 @@ def parse_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     inits.add_argument("--position-init", choices=POSITION_INITS, default="tile", help="position embeddings")
     inits.add_argument("--seed", type=int, default=0, help="of what is newly initialised")
 
-    processor = parser.add_argument_group("processor (mean, std, size and resampling are the image model's)")
+    processor = parser.add_argument_group("processor (mean, standard deviation and resampling are the image model's)")
     processor.add_argument(
-        "--resize", type=int, metavar="PIXELS", help="short side before a central crop (default: as the image model)"
+        "--resize",
+        type=int,
+        metavar="PIXELS",
+        help="short side before the crop (default: in the image model's ratio if it crops, else 256 for 224)",
     )
     return parser
 

@@ -31,7 +31,6 @@ from conversion_tools import (
     describe_processor,
     find_file,
     find_weights,
-    processor_for,
     progress,
     read_json,
     run,
@@ -52,6 +51,7 @@ from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTVideoProcess
 from vivit_hf.dataset_scan import find_videos
 from vivit_hf.evaluation import to_probabilities
 from vivit_hf.labels import LabelMap
+from vivit_hf.model_processor import processor_for
 
 
 MODEL_FILE, INT8_FILE, REPORT_FILE = "model.onnx", "model_int8.onnx", "report.json"

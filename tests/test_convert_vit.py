@@ -291,31 +291,35 @@ def test_processor_does_to_frames_what_the_image_model_gets(folder, convert):
     assert code == 0, errors
     processor = AutoImageProcessor.from_pretrained(output)
     assert isinstance(processor, ViViTVideoProcessor)
-    assert processor.num_frames == 4 and processor.size == {"height": 32, "width": 32} and not processor.do_center_crop
+    assert processor.num_frames == 4 and processor.size == {"shortest_edge": 37}
+    assert processor.crop_size == {"height": 32, "width": 32} and processor.do_center_crop
     frames = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
     expected = (frames / 255 - SETTINGS["image_mean"]) / SETTINGS["image_std"]
-    actual = processor(frames)["pixel_values"][0].permute(0, 2, 3, 1)
+    actual = processor(frames, do_resize=False)["pixel_values"][0].permute(0, 2, 3, 1)
     np.testing.assert_allclose(actual, expected, atol=1e-5)
-    assert "32 x 32, values in [-2.4, 3]" in printed
+    assert "short side 37, central crop 32 x 32, values in [-2.4, 3]" in printed
 
 
 @pytest.mark.parametrize(
-    ("settings", "options", "size", "is_cropped"),
+    ("settings", "options", "short_side"),
     [
-        ({}, "", {"height": 24, "width": 24}, False),
-        ({"size": 24}, "", {"height": 24, "width": 24}, False),
-        ({"size": {"shortest_edge": 30}, "do_center_crop": True, "crop_size": 24}, "", {"shortest_edge": 30}, True),
-        ({"size": {"shortest_edge": 30}, "do_center_crop": True, "crop_size": {"height": 24, "width": 24}},
-         "--image-size 32", {"shortest_edge": 40}, True),
-        ({}, "--resize 28", {"shortest_edge": 28}, True),
+        ({}, "", 27),
+        ({"size": 24}, "", 27),
+        ({"size": {"shortest_edge": 30}, "do_center_crop": True, "crop_size": 24}, "", 30),
+        (
+            {"size": {"shortest_edge": 30}, "do_center_crop": True, "crop_size": {"height": 24, "width": 24}},
+            "--image-size 32",
+            40,
+        ),
+        ({}, "--resize 28", 28),
     ],
-)  # fmt: skip
-def test_how_frames_are_resized(folder, convert, settings, options, size, is_cropped):
+)
+def test_how_frames_are_resized(folder, convert, settings, options, short_side):
     (folder / "preprocessor_config.json").write_text(json.dumps({**SETTINGS, **settings}))
     code, _, errors, output = convert(folder, *options.split(), "--skip-parity")
     assert code == 0, errors
     processor = ViViTVideoProcessor.from_pretrained(output)
-    assert processor.size == size and processor.do_center_crop == is_cropped
+    assert processor.size == {"shortest_edge": short_side} and processor.do_center_crop
     assert set(processor.crop_size.values()) == {32 if "32" in options else 24}
 
 

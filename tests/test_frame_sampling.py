@@ -177,6 +177,25 @@ def test_the_short_edge_is_exact_and_the_shape_is_kept(height, width, edge):
 
 
 @given(
+    height=st.integers(1, 2000),
+    width=st.integers(1, 2000),
+    crop_height=st.integers(1, 300),
+    crop_width=st.integers(1, 300),
+    margin=st.integers(0, 50),
+)
+def test_a_resized_frame_holds_the_crop_however_it_is_turned(height, width, crop_height, crop_width, margin):
+    crop = {"height": crop_height, "width": crop_width}
+    edge = min(crop_height, crop_width) + margin
+    new_height, new_width = resized_size(height, width, {"shortest_edge": edge}, crop)
+    assert new_height >= crop_height and new_width >= crop_width
+    plain = resized_size(height, width, {"shortest_edge": edge})
+    if plain[0] >= crop_height and plain[1] >= crop_width:
+        assert (new_height, new_width) == plain
+    else:
+        assert new_height == crop_height or new_width == crop_width, "not larger than it has to be"
+
+
+@given(
     height=st.integers(1, 500),
     width=st.integers(1, 500),
     crop_height=st.integers(1, 500),

@@ -199,16 +199,25 @@ def sample_clips_at_rate(
     return np.maximum(np.searchsorted(times, moments + TIME_TOLERANCE, side="right") - 1, 0).astype(np.int64)
 
 
-def resized_size(height: int, width: int, size: dict[str, int]) -> tuple[int, int]:
+def resized_size(
+    height: int, width: int, size: dict[str, int], crop_size: dict[str, int] | None = None
+) -> tuple[int, int]:
     """The (height, width) of a frame of `height` x `width` after a resize to `size`.
 
     `size` is {"shortest_edge": s}, which keeps the aspect ratio and rounds the longer edge down (as DMVR's
-    `resize_smallest` does), or {"height": h, "width": w}.
+    `resize_smallest` does), or {"height": h, "width": w}. A shortest edge that holds the shorter side of `crop_size`
+    grows where the longer one needs it: for a portrait or square video and a landscape crop.
     """
-    if "shortest_edge" in size:
-        edge = size["shortest_edge"]
-        return (edge, max(edge, width * edge // height)) if height <= width else (height * edge // width, edge)
-    return size["height"], size["width"]
+    if "shortest_edge" not in size:
+        return size["height"], size["width"]
+    edge, is_landscape = size["shortest_edge"], height <= width
+    if crop_size is not None and edge >= min(crop_size.values()):
+        crop_height, crop_width = crop_size["height"], crop_size["width"]
+        if is_landscape:
+            edge = max(edge, crop_height, -(-crop_width * height // width))
+        else:
+            edge = max(edge, crop_width, -(-crop_height * width // height))
+    return (edge, max(edge, width * edge // height)) if is_landscape else (height * edge // width, edge)
 
 
 def _check_crop(height: int, width: int, crop_height: int, crop_width: int) -> None:

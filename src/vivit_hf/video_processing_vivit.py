@@ -104,8 +104,8 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
             all frames; True always samples.
         do_resize, size: resize to {"shortest_edge": s} or {"height": h, "width": w}, pixels. An int is a short edge.
         resample: the filter, a `PIL.Image.Resampling`, its number or its name; antialiased.
-        do_center_crop, crop_size: crop to {"height": h, "width": w} (an int is a square). A frame smaller than the
-            crop is a ValueError.
+        do_center_crop, crop_size: crop to {"height": h, "width": w} (an int is a square). The shortest edge
+            grows where a crop that is not square needs it; a frame smaller than the crop is a ValueError otherwise.
         crop_position: "centre" or "random", the place of a single crop.
         do_convert_rgb: repeat the channel of grey frames and drop alpha, so that there are always 3 channels.
         do_rescale, rescale_factor, offset: multiply values from 0 to 255 by the factor and, with offset, subtract 1.
@@ -307,7 +307,9 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
             indices = _choose_clips(times, call) if is_sampled else np.arange(total)[None]
             frames = select_frames(video, indices.reshape(-1), call.input_data_format, call.do_convert_rgb)
             if call.do_resize:
-                frames = resize_frames(frames, resized_size(frames.shape[1], frames.shape[2], call.size), call.resample)
+                frames = resize_frames(
+                    frames, resized_frame_size(frames.shape[1], frames.shape[2], call), call.resample
+                )
             if call.do_rescale and frames.dtype == np.float32:
                 frames = frames * np.float32(255)  # `rescale_factor` is for values from 0 to 255
             return frames.reshape(indices.shape + frames.shape[1:]), indices, None
@@ -331,7 +333,7 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
                 on_lost="repeat_last" if call.on_error == "repeat_last" else "raise",
             )
         if call.do_resize and size is None:
-            new_size = resized_size(clips.shape[2], clips.shape[3], call.size)
+            new_size = resized_frame_size(clips.shape[2], clips.shape[3], call)
             resized = resize_frames(clips.reshape(-1, *clips.shape[2:]), new_size, call.resample)
             clips = resized.reshape(*clips.shape[:2], *resized.shape[1:])
         return clips, chosen[-1], reader.report
@@ -344,6 +346,13 @@ _PARAMETERS = tuple(
 )
 
 
+def resized_frame_size(height: int, width: int, settings: Any) -> tuple[int, int]:
+    """The (height, width) of a frame of `height` x `width` before the crop, for a processor or its settings."""
+    if not settings.do_resize:
+        return height, width
+    return resized_size(height, width, settings.size, settings.crop_size if settings.do_center_crop else None)
+
+
 def reader_size(settings: Any) -> FrameSize | None:
     """
     How `VideoReader` and `LiveVideo` are to scale frames while they decode them, for a processor or its settings.
@@ -353,7 +362,7 @@ def reader_size(settings: Any) -> FrameSize | None:
     """
     if not settings.do_resize or settings.resample != PIL.Image.Resampling.BILINEAR:
         return None
-    return lambda height, width: resized_size(height, width, settings.size)
+    return lambda height, width: resized_frame_size(height, width, settings)
 
 
 def _check_names(given: dict[str, Any], allowed: set[str] | None = None) -> None:
