@@ -20,9 +20,10 @@ from vivit_hf import (
 from vivit_hf.configuration_vivit import ATTENTION_TYPES, EMBEDDING_TYPES
 from vivit_hf.image_initialisation import TEMPORAL_ATTENTION_INITS, TEMPORAL_ENCODER_INITS, TUBELET_INITS
 from vivit_hf.labels import LabelMap
-from vivit_hf.training import FREEZINGS, LORA_TARGETS
+from vivit_hf.training import FREEZINGS, LORA_TARGETS, untrained_modules
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _IMAGE_TYPES = ("vit", "vit_msn", "vit_mae")
 
 
@@ -54,10 +55,21 @@ class ModelArguments:
     num_frames: int | None = field(default=None, metadata={"help": "in a clip; position embeddings are resized"})
     image_size: int | None = field(default=None, metadata={"help": "side of a frame; position embeddings are resized"})
     drop_path_rate: float | None = field(default=None, metadata={"help": "stochastic depth"})
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": f"of the weights that are trained, whatever they are stored in: {', '.join(DTYPES)}; --bf16 "
+            "computes in bfloat16 with float32 weights"
+        },
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
     freeze: str = field(default="none", metadata={"help": ", ".join(FREEZINGS)})
     lora_rank: int = field(
-        default=0, metadata={"help": "train low-rank updates of queries and values instead; needs peft"}
+        default=0,
+        metadata={
+            "help": "train low-rank updates of queries and values instead, and what is new over time in full; "
+            "needs peft"
+        },
     )
     lora_alpha: float = field(default=16.0, metadata={"help": "their scale"})
 
@@ -81,6 +93,8 @@ def build_model(
 ) -> Start:
     """Loads or makes the model. Raises ValueError for a source or a setting that does not go with it."""
     source = arguments.model_name_or_path
+    if arguments.dtype not in DTYPES:
+        raise ValueError(f"--dtype {arguments.dtype}: expected one of {', '.join(DTYPES)}.")
     sizes = {
         name: value
         for name in ("num_frames", "image_size", "drop_path_rate")
@@ -102,7 +116,7 @@ def build_model(
     else:
         stored = AutoConfig.from_pretrained(source)
         if stored.model_type in ("vivit_hf", "vivit"):
-            model = _from_vivit(source, stored, structure, sizes, label_map, say)
+            model = _from_vivit(source, structure, {**sizes, "dtype": DTYPES[arguments.dtype]}, label_map, say)
             settings = _processor_settings(source)
         elif stored.model_type in _IMAGE_TYPES:
             model, report = _from_image(source, arguments, structure, sizes, label_map, say)
@@ -113,17 +127,20 @@ def build_model(
                 f"{source} is a {stored.model_type}; expected a ViViT or an image ViT of transformers. Weights of timm "
                 "and of the JAX ViTs become a ViViT with conversion/convert_vit_checkpoint.py."
             )
+        stored_dtype = str(stored.dtype or "float32").removeprefix("torch.")
+        if stored_dtype != arguments.dtype:
+            say(f"{source}: stored in {stored_dtype}, trained and saved in {arguments.dtype} (--dtype)")
+    model.to(DTYPES[arguments.dtype])
     if arguments.attn_implementation is not None:
         model.set_attn_implementation(arguments.attn_implementation)
+    _check_freezing(model, arguments, report)
     if arguments.lora_rank:
-        if arguments.freeze != "none":
-            raise ValueError("--lora_rank freezes all but its updates and the classifier: leave --freeze out.")
-        model = _with_lora(model, arguments)
+        model = _with_lora(model, arguments, report, say)
     return Start(model, _processor(model.config, settings, data), source, report)
 
 
 def _from_vivit(
-    source: str, stored: Any, structure: dict, sizes: dict, label_map: LabelMap, say: Callable[[str], None]
+    source: str, structure: dict, settings: dict, label_map: LabelMap, say: Callable[[str], None]
 ) -> ViViTForVideoClassification:
     old = ViViTForVideoClassification.config_class.from_pretrained(source)
     for name, value in structure.items():
@@ -135,7 +152,7 @@ def _from_vivit(
     if has_same:  # its classifier goes on, in its order
         say(f"{source}: the same {old.num_labels} classes, and so the same classifier")
         fields = {"problem_type": fields["problem_type"]}
-    model = ViViTForVideoClassification.from_pretrained(source, **sizes, **fields)
+    model = ViViTForVideoClassification.from_pretrained(source, **settings, **fields)
     if not has_same:
         with torch.no_grad():
             torch.nn.init.normal_(model.classifier.weight, std=model.config.initializer_range)
@@ -152,7 +169,7 @@ def _from_image(
     label_map: LabelMap,
     say: Callable[[str], None],
 ) -> ViViTForVideoClassification:
-    vit = AutoModel.from_pretrained(source)
+    vit = AutoModel.from_pretrained(source, dtype=torch.float32)
     structure = {"attention_type": "factorised_encoder", **structure}
     config = config_from_vit(vit.config, **{**structure, **sizes, **label_map.config_fields()})
     model = ViViTForVideoClassification(config)
@@ -172,14 +189,55 @@ def _from_image(
     return model, report
 
 
-def _with_lora(model: ViViTForVideoClassification, arguments: ModelArguments) -> Any:
+def _check_freezing(
+    model: ViViTForVideoClassification, arguments: ModelArguments, report: InitialisationReport | None
+) -> None:
+    """Raise ValueError if weights that nobody has trained would be frozen."""
+    if arguments.freeze == "none" and not arguments.lora_rank:
+        return
+    given = f"--freeze {arguments.freeze}" if arguments.freeze != "none" else f"--lora_rank {arguments.lora_rank}"
+    if arguments.lora_rank and arguments.freeze != "none":
+        raise ValueError("--lora_rank freezes all but its updates and the classifier: leave --freeze out.")
+    if arguments.model_name_or_path in ViViTConfig.presets:
+        raise ValueError(f"{given} would freeze the random weights of the preset: leave it out, or start from a model.")
+    if arguments.lora_rank:
+        return  # what is untrained is trained in full
+    if _has_random_tubelets(report):
+        raise ValueError(f"{given} would freeze the random kernel of --tubelet_init random: leave one of them out.")
+    is_new = "temporal_encoder" in untrained_modules(model)
+    # An output projection of zero has no effect yet: the encoder is then an average over time.
+    is_random = is_new and model.vivit.temporal_encoder.layer[0].attention.o_proj.weight.any()
+    if arguments.freeze == "all_but_head" and is_random:
+        raise ValueError(
+            "--freeze all_but_head would freeze the temporal encoder, which is newly initialised. Use --freeze spatial, "
+            "or --num_temporal_layers 0 for the average over time."
+        )
+
+
+def _has_random_tubelets(report: InitialisationReport | None) -> bool:
+    kernel = "vivit.embeddings.patch_embeddings.projection.weight"
+    return report is not None and report.parameters[kernel] == "newly initialised"
+
+
+def _with_lora(
+    model: ViViTForVideoClassification,
+    arguments: ModelArguments,
+    report: InitialisationReport | None,
+    say: Callable[[str], None],
+) -> Any:
     from peft import LoraConfig, get_peft_model
 
+    whole = untrained_modules(model)
+    if _has_random_tubelets(report) and "vivit.embeddings" not in whole:
+        whole.append("vivit.embeddings")
+    if whole:
+        say(f"LoRA: trained in full, since they know nothing of time yet: {', '.join(whole)}")
     settings = LoraConfig(
         r=arguments.lora_rank,
         lora_alpha=arguments.lora_alpha,
         target_modules=LORA_TARGETS,
-        modules_to_save=["classifier"],
+        exclude_modules=rf".*\.({'|'.join(whole)})\..*" if whole else None,
+        modules_to_save=["classifier", *whole],
     )
     return get_peft_model(model, settings)
 

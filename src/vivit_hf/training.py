@@ -51,7 +51,7 @@ def freeze(model: torch.nn.Module, what: str) -> list[str]:
     Keeps parameters as they are; returns their names.
 
     "spatial": all that comes from an image transformer, which leaves Model 2's temporal encoder or Model 3's temporal
-    attention, and the classifier. "all_but_head": leaves only the classifier. "none": nothing.
+    attention and position embeddings, and the classifier. "all_but_head": leaves only the classifier. "none": nothing.
 
     Raises ValueError for "spatial" where space and time share their parameters (Models 1 and 4, average pooling).
     """
@@ -64,17 +64,54 @@ def freeze(model: torch.nn.Module, what: str) -> list[str]:
             "freeze='spatial' leaves nothing over time to train: this model has no parameters of its own for time "
             "(Models 2 and 3 have). Use 'all_but_head', or LoRA."
         )
-    frozen = [name for name, part in parts.items() if part not in trained]
+    # Without temporal embeddings of its own, a model tells time steps apart by the position embeddings of its tokens.
+    has_own_positions = any(".temporal_embeddings." in f".{name}" for name in parts)
+    frozen = []
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(parts[name] in trained)
+        is_position = name.endswith("position_embeddings") and what == "spatial" and not has_own_positions
+        parameter.requires_grad_(parts[name] in trained or is_position)
+        if not parameter.requires_grad:
+            frozen.append(name)
     return frozen
+
+
+def untrained_modules(model: Any) -> list[str]:
+    """
+    Return the modules that still ignore the order of frames, as an image ViT leaves them, in the form in which
+    peft's `modules_to_save` takes them.
+
+    These are the embeddings if their position embeddings are the same at every time step, and the modules over time if
+    their LayerNorms still have their initial values. If they are frozen, or trained by low-rank updates alone, the model
+    cannot learn the order of frames.
+
+    Args:
+        model: a `ViViTForVideoClassification`.
+    """
+    embeddings, names = model.vivit.embeddings, []
+    positions = embeddings.position_embeddings.detach()[:, embeddings.num_prefix_tokens :]
+    positions = positions.unflatten(1, (embeddings.grid[0], -1))  # (1, time, space, hidden)
+    if embeddings.grid[0] > 1 and torch.allclose(positions, positions[:, :1].expand_as(positions), atol=1e-6):
+        names.append("vivit.embeddings")
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if name.endswith((".temporal_layernorm", ".layernorm_time"))
+    }
+    if norms and all(bool((norm.weight == 1).all()) and not norm.bias.any() for norm in norms.values()):
+        is_second_encoder = any(name.endswith(".temporal_layernorm") for name in norms)
+        names += (
+            ["temporal_embeddings", "temporal_encoder", "temporal_layernorm"]
+            if is_second_encoder
+            else ["attention_time", "layernorm_time"]
+        )
+    return names
 
 
 def depths(model: torch.nn.Module) -> dict[str, int]:
     """How far each parameter is from the output, 0 for the classifier and final norms and 1 more per layer below."""
     places = {}
     for name, _ in model.named_parameters():
-        match = _LAYER.search(name)
+        match = _LAYER.search(name.replace(".modules_to_save.default.", "."))  # a copy that peft trains
         if match:
             places[name] = (1 if match[1] == "encoder" else 2, int(match[2]))
         elif part_of(name) == "embeddings":
@@ -83,7 +120,9 @@ def depths(model: torch.nn.Module) -> dict[str, int]:
             places[name] = (2, 0)  # between Model 2's encoders; without a second one, at the end
         else:
             places[name] = (3, 0)
-    has_second = any(place[0] == 2 and _LAYER.search(name) for name, place in places.items())
+    has_second = any(
+        place[0] == 2 and part_of(name) == "temporal" and ".layer." in name for name, place in places.items()
+    )
     if not has_second:
         places = {name: (3, 0) if place[0] == 2 else place for name, place in places.items()}
     order = sorted(set(places.values()), reverse=True)
