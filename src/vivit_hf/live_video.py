@@ -82,7 +82,7 @@ class LiveVideo:
         try:
             self._container = av.open(source, mode="r", format=format, options=options or {}, timeout=timeout)
         except (av.FFmpegError, OSError, ValueError) as error:
-            raise self._broken(error) from error
+            raise self._broken(error) from None  # FFmpeg's error quotes the address with its password
         if not self._container.streams.video:
             self._container.close()
             raise self._broken("it has no video stream")
@@ -115,7 +115,7 @@ class LiveVideo:
                 self._changed.wait_for(lambda: self._waiting or self._is_finished or self._is_closed)
                 if not self._waiting:
                     if self._error is not None:
-                        raise self._broken(self._error) from self._error
+                        raise self._broken(self._error) from None
                     return
                 item = self._waiting.popleft()
                 self._changed.notify_all()

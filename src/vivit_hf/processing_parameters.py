@@ -65,9 +65,26 @@ def validated_parameters(values: dict[str, Any]) -> dict[str, Any]:
         values[name] = value
     if values["num_threads"] is not None and values["num_threads"] != 0:
         values["num_threads"] = check_positive_integer("num_threads", values["num_threads"])
+    if not isinstance(values["video_limits"], (dict, type(None))):
+        raise ValueError(f"`video_limits` must be a dictionary or None, got {values['video_limits']!r}.")
     if unknown := set(values["video_limits"] or {}) - set(VideoLimits.__dataclass_fields__):
         raise ValueError(f"`video_limits` has {sorted(VideoLimits.__dataclass_fields__)}, got {sorted(unknown)}.")
+    VideoLimits(**(values["video_limits"] or {}))  # which checks them
     return values
+
+
+def without_permissions(limits: Any) -> Any:
+    """`video_limits` for or from a processor file: files come from strangers, who have nothing to permit."""
+    if not isinstance(limits, dict) or "allow_private_addresses" not in limits:
+        return limits
+    return {name: value for name, value in limits.items() if name != "allow_private_addresses"} or None
+
+
+def with_added_limits(given: dict[str, Any], limits: Any) -> dict[str, Any]:
+    """The given parameters; `video_limits` among them are added to these limits instead of replacing them."""
+    if not isinstance(given.get("video_limits"), dict) or not isinstance(limits, dict):
+        return given
+    return {**given, "video_limits": {**limits, **given["video_limits"]}}
 
 
 def _size(name: str, value: Any, meaning_of_int: str) -> dict[str, int]:

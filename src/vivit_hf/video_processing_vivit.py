@@ -12,9 +12,11 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
+import json
 import os
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,7 +40,7 @@ from .frame_sampling import (
     sample_uniform_clip,
     window_around,
 )
-from .processing_parameters import validated_parameters
+from .processing_parameters import validated_parameters, with_added_limits, without_permissions
 from .video_decoding import VideoReader
 from .video_frames import (
     empty_floats,
@@ -114,6 +116,7 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
             put the last good frame in the place of a lost one (a file without any frame raises also then).
         num_threads: decoder threads per video, 0 = FFmpeg's choice. None: 1 in data loader workers, else 0.
         video_limits: fields of `VideoLimits` that are not to have their defaults, for example {"max_frames": 10000}.
+            A call's are added to these. `allow_private_addresses` is never stored nor read from a file.
 
     Every parameter is stored by `save_pretrained` and can be given per call. A transformers `VivitImageProcessor`
     configuration is read as it is (offset, then normalised again: values down to -3) and reproduces its output.
@@ -162,7 +165,13 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
 
     def to_dict(self) -> dict[str, Any]:
         """Every parameter, None included, as it is written to preprocessor_config.json."""
-        return {**copy.deepcopy(self.__dict__), "image_processor_type": type(self).__name__}
+        values = {**copy.deepcopy(self.__dict__), "image_processor_type": type(self).__name__}
+        return {**values, "video_limits": without_permissions(self.video_limits)}
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike) -> Any:
+        """`from_dict` for a file such as preprocessor_config.json."""
+        return cls.from_dict(json.loads(Path(json_file).read_text(encoding="utf-8")))
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """As everywhere in transformers; warns of stored views, of which its pipelines score the first alone."""
@@ -177,14 +186,15 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """A processor from preprocessor_config.json, with `kwargs` in place of what is stored; warns of other keys."""
         return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
-        stored = dict(image_processor_dict)
+        limits = without_permissions(image_processor_dict.get("video_limits"))
+        stored = {**image_processor_dict, "video_limits": limits}
         if stored.get("image_processor_type") in ("VivitImageProcessor", "VivitImageProcessorFast"):
             stored = {**_NATIVE_VIVIT_DEFAULTS, **stored}
             logger.warning(
                 "This is a configuration of transformers' VivitImageProcessor. It is followed as it stands; with "
                 "`offset` and `do_normalize` both set, values are not in the [-1, 1] of the official models."
             )
-        stored.update({name: kwargs.pop(name) for name in list(kwargs) if name in _PARAMETERS})
+        stored |= with_added_limits({name: kwargs.pop(name) for name in list(kwargs) if name in _PARAMETERS}, limits)
         unknown = sorted(set(stored) - set(_PARAMETERS) - _SERVICE_KEYS)
         if not return_unused_kwargs:
             unknown += sorted(set(kwargs) - _MODEL_ARGUMENTS)
@@ -291,7 +301,7 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
         values = {name: getattr(self, name) for name in _PARAMETERS}
         if "frame_stride" in given:
             values["frames_per_second"] = None
-        return SimpleNamespace(**validated_parameters({**values, **given}))
+        return SimpleNamespace(**validated_parameters({**values, **with_added_limits(given, self.video_limits)}))
 
     def _clips(self, video: Any, call: SimpleNamespace) -> tuple[np.ndarray, np.ndarray, DecodingReport | None]:
         """The clips of one video, resized: (clips, frames, height, width, channels), uint8 or float32; the numbers of

@@ -7,18 +7,18 @@ pattern, and would follow the addresses in a playlist.
 
 from __future__ import annotations
 
-import http.client
 import io
 import os
 import re
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
+
+from .video_download import DownloadError, DownloadLimitError, download, redacted
 
 
 _CHUNK_BYTES = 1 << 20
@@ -53,7 +53,10 @@ class VideoLimits:
     """What a file may be at most, so that a hostile or broken one cannot take the machine down.
 
     `max_frames`; `max_pixels` of one frame; `max_duration` in seconds; `max_bytes` of a download or of a stream that
-    has to be copied; `download_timeout` in seconds for a whole download.
+    has to be copied; `download_timeout` in seconds for a whole download, redirects included.
+
+    Addresses are downloaded from public IP addresses only, unless `allow_private_addresses` admits those of this
+    machine and of the local network, too. That is up to the caller: processor files are not believed in it.
     """
 
     max_frames: int = 1_000_000
@@ -61,6 +64,11 @@ class VideoLimits:
     max_duration: float = 24 * 3600.0
     max_bytes: int = 4 << 30
     download_timeout: float = 300.0
+    allow_private_addresses: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.allow_private_addresses, bool):
+            raise ValueError(f"`allow_private_addresses` must be True or False, got {self.allow_private_addresses!r}.")
 
 
 @dataclass
@@ -82,14 +90,14 @@ class DecodingReport:
 
 
 def source_name(source: Any) -> str:
-    """How error messages call a source: its path or URL, or what kind of data it is."""
+    """How messages and results call a source: its path, its address without secrets, or what kind of data it is."""
     if isinstance(source, dict):
-        return str(source.get("path") or source_name(source.get("bytes")))
+        return source_name(source.get("path") or source.get("bytes"))
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"<{len(source)} bytes of video data>"
     if isinstance(source, (str, os.PathLike)):
-        return os.fsdecode(source)
-    return str(getattr(source, "name", None) or f"<{type(source).__name__}>")
+        return redacted(os.fsdecode(source))
+    return redacted(str(getattr(source, "name", None) or f"<{type(source).__name__}>"))
 
 
 def is_video_source(value: Any) -> bool:
@@ -140,20 +148,16 @@ def _copy_bounded(read: Callable[[int], bytes], name: str, limits: VideoLimits) 
 
 
 def _download(address: str, limits: VideoLimits) -> BinaryIO:
-    request = urllib.request.Request(address, headers={"User-Agent": "vivit_hf"})
     try:
-        with urllib.request.urlopen(request, timeout=min(30.0, limits.download_timeout)) as response:
-            # `read` would wait for a whole chunk, however slowly it drips.
-            file = _copy_bounded(response.read1, address, limits)
-            promised, received = response.headers.get("Content-Length", ""), file.tell()
-    except http.client.HTTPException as error:
-        reason = f"the server does not speak proper HTTP ({type(error).__name__}: {error})"
-        raise VideoDecodingError(f"Cannot read {address}: {reason}.", source=address, reason=reason) from error
-    if promised.isdigit() and received < int(promised):
-        file.close()
-        reason = f"the download broke off after {received} of {promised} bytes"
-        raise VideoDecodingError(f"Cannot read {address}: {reason}.", source=address, reason=reason)
-    return file
+        return download(
+            address,
+            max_bytes=limits.max_bytes,
+            timeout=limits.download_timeout,
+            allow_private_addresses=limits.allow_private_addresses,
+        )
+    except DownloadError as error:
+        name, kind = redacted(address), VideoLimitError if isinstance(error, DownloadLimitError) else VideoDecodingError
+        raise kind(f"Cannot read {name}: {error}.", source=name, reason=str(error)) from error
 
 
 def open_source(source: Any, limits: VideoLimits) -> tuple[BinaryIO, bool]:
@@ -172,8 +176,8 @@ def open_source(source: Any, limits: VideoLimits) -> tuple[BinaryIO, bool]:
     if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
         return _download(source, limits), True
     if isinstance(source, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source) and not os.path.exists(source):
-        reason = "of addresses, only http:// and https:// are read; download it first"
-        raise VideoDecodingError(f"Cannot read {source}: {reason}.", source=source, reason=reason)
+        reason, name = "of addresses, only http:// and https:// are read; download it first", redacted(source)
+        raise VideoDecodingError(f"Cannot read {name}: {reason}.", source=name, reason=reason)
     if isinstance(source, (str, os.PathLike)):
         file = open(source, "rb")  # noqa: SIM115 (the caller closes it)
         if file.seekable():

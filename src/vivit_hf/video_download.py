@@ -1,0 +1,311 @@
+"""Download of a video over http or https.
+
+    address --split--> host --resolve--> IP addresses --check, connect--> response --redirect--> the next address
+                                                                             \\--body--> temporary file
+
+Addresses may come from strangers, and so may the servers behind them:
+
+- One deadline holds for everything: looking up names, connecting, TLS, headers, redirects and the body.
+- Only public IP addresses are connected to, unless the caller allows others. A name is looked up once per hop, and what
+  was checked is what is connected to, so that a second answer of the name server cannot lead elsewhere. Proxies would
+  look names up themselves and are not used.
+- Addresses with a user name or password are refused, and `redacted` keeps secrets out of messages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import io
+import ipaddress
+import queue
+import re
+import socket
+import ssl
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import quote, urljoin, urlsplit
+
+
+MAX_REDIRECTS = 10
+# Seconds without an answer after which one address, or a server that has gone silent, is given up.
+PATIENCE = 30.0
+
+_CHUNK_BYTES = 1 << 16
+_REDIRECTS = (301, 302, 303, 307, 308)
+_COMPRESSIONS = {"br", "compress", "deflate", "gzip", "x-compress", "x-gzip", "zstd"}
+# What may stand in a path or query as it is; "%" because it may be quoted already.
+_SAFE = "!#$%&'()*+,/:;=?@[]~"
+_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
+# Translators put the IPv4 address that they connect to into the last four bytes.
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+class DownloadError(RuntimeError):
+    """The reason why an address cannot be downloaded, without the address."""
+
+
+class DownloadLimitError(DownloadError):
+    """A download that is too large or takes too long."""
+
+
+def redacted(address: str) -> str:
+    """
+    An address to be shown in messages, results and files: user name, password, query and fragment become "***".
+
+    Malformed addresses are redacted as well. What is no address is returned as it is.
+    """
+    match = re.fullmatch(r"([^/]*[A-Za-z0-9+.-]{2}:/+)([^/?#]*)([^?#]*)(.*)", address, re.DOTALL)
+    if match is None:
+        return address
+    scheme, authority, path, query = match.groups()
+    _, at, host = authority.rpartition("@")
+    if at:
+        authority = f"***@{host}"
+    # An unescaped "/", "?" or "#" in a password: there is no telling where the secret ends.
+    if "@" in path + query and (at or not re.fullmatch(r"(\[[^]]*\]|[^:]*)(:\d*)?", authority)):
+        authority, path = "***", ""
+    shown = scheme + authority + path + (f"{query[0]}***" if query else "")
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in shown)
+
+
+def is_public(address: IPAddress) -> bool:
+    """Whether an IP address is one of the public internet, and so is the IPv4 address that it may stand for."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return address.is_global and not (address.is_multicast or address.is_reserved)
+    inner = address.ipv4_mapped or address.sixtofour
+    if inner is None and address in _NAT64:
+        inner = ipaddress.IPv4Address(address.packed[-4:])
+    if inner is not None:
+        return is_public(inner)
+    return address in _GLOBAL_UNICAST and address.is_global
+
+
+def download(address: str, *, max_bytes: int, timeout: float, allow_private_addresses: bool = False) -> BinaryIO:
+    """
+    A temporary file with what an http or https address gives; the caller closes it.
+
+    Args:
+        max_bytes: of the body.
+        timeout: seconds for all of it, redirects included.
+        allow_private_addresses: also connect to IP addresses that are not public: this machine, the local network.
+
+    Raises DownloadError for an address that cannot be read, DownloadLimitError for a body that is too large or a
+    download that takes too long.
+    """
+    deadline = _Deadline(timeout)
+    file = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
+    origin = ""
+    try:
+        for _ in range(MAX_REDIRECTS + 1):
+            with _reasons(origin, deadline):
+                target = _Target.of(address)
+                with _connected(target, deadline, allow_private_addresses) as connection:
+                    response = _response(target, connection, deadline)
+                    location = response.getheader("Location")
+                    if response.status not in _REDIRECTS or location is None:
+                        _copy_body(response, file, max_bytes)
+                        return file
+                address = _next_address(address, location)
+            origin = f"redirected to {_printable(redacted(address))}: "
+        raise DownloadError(f"it is redirected more than {MAX_REDIRECTS} times")
+    except BaseException:
+        file.close()
+        raise
+
+
+class _Deadline:
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self._end = time.monotonic() + seconds
+
+    def is_over(self) -> bool:
+        return time.monotonic() >= self._end - 1e-3  # a wait for the rest of the time ends about then
+
+    def patience(self) -> float:
+        """Seconds that one step may take; raises TimeoutError once there are none left."""
+        if self.is_over():
+            raise TimeoutError
+        return min(PATIENCE, self._end - time.monotonic())
+
+
+class _Target(NamedTuple):
+    """What an address asks of which server."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+
+    @classmethod
+    def of(cls, address: str) -> _Target:
+        try:
+            parts = urlsplit(address)
+            if parts.scheme not in ("http", "https"):
+                raise DownloadError("of addresses, only http:// and https:// are read; download it first")
+            if "@" in parts.netloc:
+                raise DownloadError("user names and passwords in addresses are not sent; download it first")
+            default_port = 443 if parts.scheme == "https" else 80
+            host, port = parts.hostname or "", default_port if parts.port is None else parts.port
+            if "[" in parts.netloc:
+                ipaddress.IPv6Address(host)
+            elif not re.fullmatch(r"[\w.-]+", host):
+                raise ValueError(host)
+            host = host.encode("idna").decode()
+            path = quote(parts.path or "/", safe=_SAFE) + (f"?{quote(parts.query, safe=_SAFE)}" if parts.query else "")
+        except ValueError:
+            raise DownloadError("the address is malformed") from None  # the other error may quote a password
+        return cls(parts.scheme, host, port, path)
+
+
+@contextlib.contextmanager
+def _reasons(origin: str, deadline: _Deadline) -> Iterator[None]:
+    """Turns all that goes wrong in one exchange into a DownloadError."""
+    try:
+        yield
+    except DownloadError as error:
+        raise type(error)(f"{origin}{error}") from error.__cause__
+    except UnicodeError:  # of the name of the host
+        raise DownloadError(f"{origin}the address is malformed") from None
+    except http.client.HTTPException as error:
+        reason = f"the server does not speak proper HTTP ({type(error).__name__}: {_printable(str(error))})"
+        raise DownloadError(origin + reason) from None
+    except TimeoutError as error:
+        if deadline.is_over():
+            raise DownloadLimitError(f"it took longer than download_timeout={deadline.seconds} seconds") from None
+        raise DownloadError(f"{origin}the server did not answer for {PATIENCE:g} seconds") from error
+    except ssl.SSLCertVerificationError as error:
+        raise DownloadError(f"{origin}the server's certificate is not valid: {error.verify_message}") from error
+    except OSError as error:
+        raise DownloadError(f"{origin}{type(error).__name__}: {error.strerror or error}") from error
+
+
+def _look_up(target: _Target, deadline: _Deadline) -> list[Any]:
+    """`socket.getaddrinfo`, which cannot be interrupted, in a thread: a slow one ends with its answer."""
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def look_up() -> None:
+        try:
+            answers.put(socket.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM))
+        except (OSError, UnicodeError) as error:
+            answers.put(error)
+
+    threading.Thread(target=look_up, name=f"looking up {target.host}", daemon=True).start()
+    try:
+        answer = answers.get(timeout=deadline.patience())
+    except queue.Empty:
+        raise TimeoutError from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _connected(target: _Target, deadline: _Deadline, allow_private_addresses: bool) -> socket.socket:
+    """A connection to the first of the host's addresses that is allowed and answers."""
+    failure: Exception | None = None
+    for family, kind, protocol, _, place in _look_up(target, deadline):
+        ip = ipaddress.ip_address(place[0])
+        if not allow_private_addresses and not is_public(ip):
+            failure = failure or DownloadError(
+                f"{ip} is not a public address; if you trust it, allow it (`VideoLimits.allow_private_addresses`, "
+                "on the command line --allow-private-addresses)"
+            )
+            continue
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.settimeout(deadline.patience())
+            connection.connect(place)
+            if target.scheme == "https":
+                connection.settimeout(deadline.patience())
+                connection = ssl.create_default_context().wrap_socket(connection, server_hostname=target.host)
+            return connection
+        except OSError as error:
+            connection.close()
+            failure = error
+        except BaseException:
+            connection.close()
+            raise
+    raise failure or OSError(f"{target.host} has no address")
+
+
+class _TimedReader(io.RawIOBase):
+    def __init__(self, connection: socket.socket, deadline: _Deadline):
+        self._connection, self._deadline = connection, deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._connection.settimeout(self._deadline.patience())
+        return self._connection.recv_into(buffer)
+
+
+class _TimedSocket:
+    """The part of a socket that `http.client` uses, within a deadline; closing the socket is left to its owner."""
+
+    def __init__(self, connection: socket.socket, deadline: _Deadline):
+        self._connection, self._deadline = connection, deadline
+
+    def sendall(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            self._connection.settimeout(self._deadline.patience())
+            view = view[self._connection.send(view) :]
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(_TimedReader(self._connection, self._deadline))
+
+    def close(self) -> None:
+        pass
+
+
+def _response(target: _Target, connection: socket.socket, deadline: _Deadline) -> http.client.HTTPResponse:
+    exchange = http.client.HTTPConnection(target.host, target.port)
+    exchange.default_port = 443 if target.scheme == "https" else 80  # which the Host header leaves out
+    exchange.sock = _TimedSocket(connection, deadline)
+    # http.client itself asks for "Accept-Encoding: identity".
+    exchange.request("GET", target.path, headers={"User-Agent": "vivit_hf", "Connection": "close"})
+    return exchange.getresponse()
+
+
+def _next_address(address: str, location: str) -> str:
+    # http.client reads headers as Latin-1; addresses are sent as UTF-8.
+    location = location.encode("latin-1").decode("utf-8", "replace")
+    try:
+        return urljoin(address, location)
+    except ValueError:
+        raise DownloadError("it is redirected to a malformed address") from None
+
+
+def _copy_body(response: http.client.HTTPResponse, file: BinaryIO, max_bytes: int) -> None:
+    if not 200 <= response.status < 300:
+        raise DownloadError(f"the server answers {response.status} ({_printable(response.reason)})")
+    encoding = (response.getheader("Content-Encoding") or "").strip().lower()
+    if encoding in _COMPRESSIONS:
+        raise DownloadError(f"the server sends it compressed ({encoding}), which it was not asked for")
+    promised, received = response.length, 0
+    too_large = f"it has more than max_bytes={max_bytes} bytes"
+    if promised is not None and promised > max_bytes:
+        raise DownloadLimitError(too_large)
+    # `read` would wait for a whole chunk, however slowly it drips.
+    while promised is None or received < promised:
+        size = _CHUNK_BYTES if promised is None else min(_CHUNK_BYTES, promised - received)
+        chunk = response.read1(size)
+        if not chunk:
+            break
+        received += len(chunk)
+        if received > max_bytes:
+            raise DownloadLimitError(too_large)
+        file.write(chunk)
+    if promised is not None and received < promised:
+        raise DownloadError(f"the download broke off after {received} of {promised} bytes")
+
+
+def _printable(text: str) -> str:
+    """What a server sent, to be shown: in one line, not too long, without control characters."""
+    return repr(text[:200])[1:-1]
