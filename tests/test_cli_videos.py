@@ -97,12 +97,17 @@ def test_classify_reads_addresses_and_standard_input(tmp_path):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://127.0.0.1:{server.server_address[1]}"
         data = (SAMPLES / "down_left.mp4").read_bytes()
-        arguments = ("classify", f"{address}/up_left.mp4", "-", f"{address}/gone.mp4", "--json", "--num-crops", 1)
-        process = run(*arguments, input=data)
+        arguments = ["classify", f"{address}/up_left.mp4?key=hunter2", f"{address}/gone.mp4", "--num-crops", "1"]
+        process = run(*arguments, "-", "--json", "--allow-private-addresses", input=data)
+        table = CliRunner().invoke(app, [*arguments, "--allow-private-addresses"]).stdout
+        refused = CliRunner().invoke(app, [*arguments, "--json"]).stdout
         server.shutdown()
     first, second, third = [json.loads(line) for line in process.stdout.decode().splitlines()]
-    assert first["predictions"][0]["label"] == "up_left" and second["file"] == "-"
-    assert second["predictions"][0]["label"] == "down_left" and "404" in third["error"]
+    assert first["file"] == f"{address}/up_left.mp4?***" and first["predictions"][0]["label"] == "up_left"
+    assert second["file"] == f"{address}/gone.mp4" and "404" in second["error"]
+    assert third["file"] == "-" and third["predictions"][0]["label"] == "down_left"
+    assert "up_left.mp4?***" in table and "hunter2" not in table
+    assert all("--allow-private-addresses" in json.loads(line)["error"] for line in refused.splitlines())
 
 
 def test_standard_input_is_read_for_the_processes_that_decode():

@@ -26,6 +26,10 @@ DeviceOption = Annotated[
 ]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON lines on standard output, for other programs.")]
+PrivateAddressesOption = Annotated[
+    bool,
+    typer.Option("--allow-private-addresses", help="Also download from this machine and the local network."),
+]
 
 
 def output_console() -> Console:
@@ -57,7 +61,13 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def load(model: str | None, device: str | None, dtype: str, needs_labels: bool = True) -> tuple[Any, Any]:
+def load(
+    model: str | None,
+    device: str | None,
+    dtype: str,
+    needs_labels: bool = True,
+    allow_private_addresses: bool = False,
+) -> tuple[Any, Any]:
     """The model in eval mode, and its processor; exits with 2 and the reason if they cannot be had or do not fit."""
     import torch
     from safetensors import SafetensorError
@@ -88,7 +98,8 @@ def load(model: str | None, device: str | None, dtype: str, needs_labels: bool =
         raise typer.BadParameter(f"there is no folder {model!r}", param_hint="--model")
     try:
         loaded = ViViTForVideoClassification.from_pretrained(model, dtype=getattr(torch, dtype))
-        processor = ViViTVideoProcessor.from_pretrained(model)
+        limits = {"allow_private_addresses": allow_private_addresses}
+        processor = ViViTVideoProcessor.from_pretrained(model, video_limits=limits)
     except SafetensorError as error:
         fail(f"Cannot load the model {model}: its weights are damaged or not all there ({error}).", code=2)
     except OSError as error:

@@ -22,6 +22,7 @@ from .cli_tools import (
     DtypeOption,
     JsonOption,
     ModelOption,
+    PrivateAddressesOption,
     as_cell,
     expand,
     fail,
@@ -48,6 +49,7 @@ def classify(
     num_crops: Annotated[int, typer.Option(min=1, max=3, help="Crops of each clip: 1 or 3.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Clips that the model sees at a time.")] = 16,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode; 0: none besides this one.")] = 0,
+    allow_private_addresses: PrivateAddressesOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
     as_json: JsonOption = False,
@@ -58,13 +60,15 @@ def classify(
     What cannot be read is named with its reason, and the others go on. Exit code 0: every video has its labels; 1: at
     least one has not; 2: wrong usage.
 
-    With --json one line per video: {"file", "predictions": [{"label", "score"}]} or {"file", "error"}; predictions of a
-    model with several groups of labels have a "group", too.
+    With --json one line per video, in their order: {"file", "predictions": [{"label", "score"}]} or {"file", "error"};
+    predictions of a model with several groups of labels have a "group", too. "file" is what was given, without the
+    secrets of an address: user name, password, query.
 
     Example: vivit-hf classify holiday.mp4 clips/ --model google/vivit-b-16x2-kinetics400
     """
     from .inference import describe_views, predict_videos
     from .labels import LabelMap
+    from .video_sources import source_name
 
     if num_crops == 2:
         raise typer.BadParameter("there are 1 or 3 crops, got 2", param_hint="--num-crops")
@@ -73,7 +77,7 @@ def classify(
         raise typer.BadParameter(f"no video in {', '.join(videos)}", param_hint="VIDEO")
     # Read here: the processes that decode have no standard input.
     sources: list[Any] = [{"bytes": standard_input().read(), "path": "-"} if file == "-" else file for file in files]
-    classifier, processor = load(model, device, dtype)
+    classifier, processor = load(model, device, dtype, allow_private_addresses=allow_private_addresses)
     if processor.frame_sampling == "uniform":
         num_clips = 1  # one clip is spread over the whole video
     label_map = LabelMap.from_config(classifier.config)
@@ -89,7 +93,7 @@ def classify(
     rows: list[dict[str, Any]] = []
     begin = time.perf_counter()
     for prediction in _with_progress(found, len(files), not as_json):
-        row: dict[str, Any] = {"file": files[prediction.index]}
+        row: dict[str, Any] = {"file": source_name(files[prediction.index])}
         if prediction.error is not None or prediction.probabilities is None:
             row["error"] = prediction.error
         else:
@@ -177,6 +181,7 @@ def timeline(
             show_default="wait for -, else drop_oldest",
         ),
     ] = None,
+    allow_private_addresses: PrivateAddressesOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
     as_json: JsonOption = False,
@@ -195,7 +200,7 @@ def timeline(
     """
     from .timeline import Segment, merge_windows, stream_windows
     from .video_processing_vivit import reader_size
-    from .video_sources import VideoDecodingError
+    from .video_sources import VideoDecodingError, source_name
 
     is_live = live or video.split("://")[0].lower() in LIVE_SCHEMES
     for name, value in (("--format", source_format), ("--policy", policy)):
@@ -205,7 +210,7 @@ def timeline(
         raise typer.BadParameter(
             "every window is printed; leave out --min-score and --min-duration", param_hint="--windows"
         )
-    classifier, processor = load(model, device, dtype)
+    classifier, processor = load(model, device, dtype, allow_private_addresses=allow_private_addresses)
     source: Any = standard_input() if video == "-" else video
     listed: list[Segment] = []
     try:
@@ -226,7 +231,7 @@ def timeline(
             if windows
             else merge_windows(found, classifier.config, min_score=min_score, min_duration=min_duration)
         )
-        for one in _read(segments, video):
+        for one in _read(segments, source_name(video)):
             if as_json:
                 row = {"start": round(one.start, 3), "end": round(one.end, 3), "label": one.label}
                 typer.echo(json.dumps({**row, "score": round(one.score, 4)}))
@@ -285,6 +290,7 @@ def explain(
     start: Annotated[float | None, typer.Option(min=0, help="Seconds where the part to look at begins.")] = None,
     end: Annotated[float | None, typer.Option(min=0, help="Seconds where it ends.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Labels to show.")] = 5,
+    allow_private_addresses: PrivateAddressesOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
 ) -> None:
@@ -295,7 +301,7 @@ def explain(
     """
     from .labels import LabelMap
     from .overlays import METHODS, SUFFIXES, explain_clip, save_explanation
-    from .video_sources import VideoDecodingError
+    from .video_sources import VideoDecodingError, source_name
 
     if output.suffix.lower() not in SUFFIXES:
         raise typer.BadParameter(f"expected {', '.join(SUFFIXES)}, got {output.name!r}", param_hint="--output")
@@ -308,7 +314,7 @@ def explain(
         raise typer.BadParameter(f"expected {' or '.join(METHODS)}, got {method!r}", param_hint="--method")
     if label is not None and method != "gradient":
         raise typer.BadParameter("rollout is of no label; add --method gradient", param_hint="--label")
-    classifier, processor = load(model, device, dtype, needs_labels=method == "gradient")
+    classifier, processor = load(model, device, dtype, method == "gradient", allow_private_addresses)
     index = None
     if label is not None:
         names = LabelMap.from_config(classifier.config).names
@@ -324,7 +330,7 @@ def explain(
     except VideoDecodingError as error:
         fail(str(error))
     except OSError as error:
-        fail(f"{error.filename or video}: {error.strerror or error}")
+        fail(f"{error.filename or source_name(video)}: {error.strerror or error}")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     try:
