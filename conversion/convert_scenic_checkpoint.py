@@ -19,7 +19,6 @@ import msgpack
 import numpy as np
 import torch
 from conversion_tools import (
-    ConversionError,
     Result,
     add_size_argument,
     beside_and_renamed,
@@ -28,7 +27,6 @@ from conversion_tools import (
     make_parser,
     one_or_pair,
     progress,
-    read_json,
     run,
     save,
     set_labels,
@@ -39,6 +37,7 @@ from scenic_releases import RELEASES, find_labels
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification
 from vivit_hf.model_processor import processor_for
+from vivit_hf.weight_files import ConversionError, read_json
 
 
 # Layouts of the released files: flax's older optimiser state, and the newer train state.

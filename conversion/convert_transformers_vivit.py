@@ -16,29 +16,24 @@ from typing import Any
 
 import torch
 from conversion_tools import (
-    ConversionError,
     Result,
     beside_and_renamed,
-    check_weights,
     count_parameters,
     describe_processor,
-    find_file,
-    find_weights,
     make_parser,
     progress,
-    read_json,
     run,
     save,
     set_labels,
     value_range,
     warn,
-    weight_names,
 )
 from parity import chosen_steps, compare, frozen, random_clip, tokens_and_logits
 from transformers import PreTrainedModel, VivitConfig, VivitForVideoClassification, VivitModel
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor
 from vivit_hf.model_processor import processor_for
+from vivit_hf.weight_files import ConversionError, check_weights, find_file, find_weights, read_json, weight_names
 
 
 # Fields that both configurations have under one name.

@@ -29,7 +29,6 @@ from conversion_tools import (
     save,
     set_labels,
 )
-from image_sources import read_image_source
 from parity import compare, frozen, image_outputs, image_reference
 
 from vivit_hf import ViViTForVideoClassification
@@ -42,6 +41,7 @@ from vivit_hf.image_initialisation import (
     config_from_vit,
     initialise_from_vit,
 )
+from vivit_hf.image_sources import read_image_source
 from vivit_hf.model_processor import processor_for
 
 
@@ -85,7 +85,7 @@ def convert(args: argparse.Namespace) -> Result:
         result = Result(
             output=args.output,
             model=f"{model.config.attention_type}, from {source.kind}",
-            mapped=len(set(source.origins.values()) - set(unused)),
+            mapped=len({*source.origins.values(), *source.folded} - set(unused)),
             unused={**source.unused, **unused},
             newly_initialised=report.newly_initialised(),
             changes=_changes(report.counts()),

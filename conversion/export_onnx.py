@@ -25,14 +25,9 @@ import onnx
 import onnxruntime
 import torch
 from conversion_tools import (
-    ConversionError,
     beside_and_renamed,
-    check_weights,
     describe_processor,
-    find_file,
-    find_weights,
     progress,
-    read_json,
     run,
     value_range,
     warn,
@@ -52,6 +47,7 @@ from vivit_hf.dataset_scan import find_videos
 from vivit_hf.evaluation import to_probabilities
 from vivit_hf.labels import LabelMap
 from vivit_hf.model_processor import processor_for
+from vivit_hf.weight_files import ConversionError, check_weights, find_file, find_weights, read_json
 
 
 MODEL_FILE, INT8_FILE, REPORT_FILE = "model.onnx", "model_int8.onnx", "report.json"

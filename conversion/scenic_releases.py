@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from conversion_tools import ConversionError, labels_from_hub, read_json, read_labels, warn
+from conversion_tools import labels_from_hub, read_labels, warn
+
+from vivit_hf.weight_files import ConversionError, read_json
 
 
 @dataclass(frozen=True)

@@ -4,21 +4,20 @@ import json
 import pickle
 import warnings
 
-import conversion_tools
 import convert_vit_checkpoint
 import numpy as np
 import pytest
 import torch
 from convert_vit_checkpoint import main
 from image_conversion import EXECUTED, Attack, assert_refused, converter, difference, jax_arrays
-from image_sources import read_image_source
 from safetensors.torch import load_file, save_file
 from test_image_initialisation import make_vit
 from tiny_models import ATTENTION_TYPES
 from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, ViTModel, ViTMSNConfig, ViTMSNModel
 
-from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
+from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor, weight_files
 from vivit_hf.image_initialisation import TUBELET_INITS, config_from_vit, initialise_from_vit
+from vivit_hf.image_sources import read_image_source
 from vivit_hf.model_card import read_initialisation
 
 
@@ -387,7 +386,7 @@ def test_hub_ids_are_read_through_the_cache(tmp_path, folder, convert, monkeypat
         return load(folder if source == "me/vit" else source, **options)
 
     load = ViTModel.from_pretrained
-    monkeypatch.setattr(conversion_tools, "cached_file", cached_file)
+    monkeypatch.setattr(weight_files, "cached_file", cached_file)
     monkeypatch.setattr(ViTModel, "from_pretrained", from_pretrained)
     code, _, errors, _ = convert("me/vit")
     assert code == 0, errors

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from image_conversion import EXECUTED, Attack, assert_refused, converter, difference, jax_arrays
-from image_sources import read_image_source
 from safetensors.torch import save_file
 from scenic_reference import _Weights, attend, embed, transformer
 from test_image_initialisation import make_vit
 from transformers import ViTModel
 
 from vivit_hf import ViViTVideoProcessor
+from vivit_hf.image_sources import read_image_source
 
 
 @pytest.fixture
@@ -68,9 +68,9 @@ def timm_forward(weights, image, heads):
         q, k, v = qkv.reshape(batch, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
         scores = (q @ k.mT * (width // heads) ** -0.5).softmax(dim=-1)
         context = (scores @ v).transpose(1, 2).reshape(batch, length, width)
-        tokens = tokens + linear(context, f"{block}.attn.proj")
+        tokens = tokens + linear(context, f"{block}.attn.proj") * weights.get(f"{block}.ls1.gamma", 1)
         hidden = f.gelu(linear(norm(tokens, f"{block}.norm2"), f"{block}.mlp.fc1"))
-        tokens = tokens + linear(hidden, f"{block}.mlp.fc2")
+        tokens = tokens + linear(hidden, f"{block}.mlp.fc2") * weights.get(f"{block}.ls2.gamma", 1)
     return norm(tokens, "norm")
 
 
@@ -122,6 +122,24 @@ def test_timm_weights_compute_what_they_do_in_timm(timm, convert):
     assert processor.crop_size == {"height": 24, "width": 24} and processor.do_center_crop
 
 
+def test_layer_scale_of_timm_is_folded_exactly(timm, convert):
+    gammas = {f"blocks.{block}.ls{branch}.gamma": torch.randn(24) for block in (0, 1) for branch in (1, 2)}
+    folder, weights = timm(gammas)
+    image = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        tokens = read_image_source(str(folder)).vit(image).last_hidden_state
+        unscaled = timm_forward(
+            {name: tensor for name, tensor in weights.items() if name not in gammas}, image, heads=4
+        )
+        torch.testing.assert_close(tokens, timm_forward(weights, image, heads=4), atol=1e-5, rtol=0)
+    assert (tokens - unscaled).abs().max() > 0.1
+    code, printed, errors, _ = convert(folder, "--attention-type", "factorised_encoder")
+    assert code == 0, errors
+    assert difference(printed) < 1e-5
+    assert f"arrays mapped {len(weights) - 2} of {len(weights)} " in printed
+    assert "4 arrays of LayerScale folded into the projections before them" in printed
+
+
 def test_a_single_file_of_timm(timm, convert, tmp_path):
     folder, _ = timm()
     file = folder / "model.safetensors"
@@ -137,7 +155,7 @@ def test_a_single_file_of_timm(timm, convert, tmp_path):
     ("width", "heads"), [(192, 3), (384, 6), (768, 12), (1024, 16), (1280, 16), (1408, 16), (1664, 16)]
 )
 def test_timm_heads_by_width(tmp_path, width, heads):
-    from image_sources import _timm_heads
+    from vivit_hf.image_sources import _timm_heads
 
     found, notes = _timm_heads(tmp_path, width, {}, None)
     assert found == heads and f"{heads} heads" in notes[0]
@@ -146,7 +164,8 @@ def test_timm_heads_by_width(tmp_path, width, heads):
 @pytest.mark.parametrize(
     ("changes", "config", "expected"),
     [
-        ({"blocks.0.ls1.gamma": torch.ones(24)}, {}, ["LayerScale", "blocks.0.ls1.gamma"]),
+        ({"blocks.0.ls1.gamma": torch.ones(7)}, {}, ["blocks.0.ls1.gamma has the shape (7,)", "attn.proj.weight"]),
+        ({"blocks.0.gamma_1": torch.ones(24)}, {}, ["LayerScale", "blocks.0.gamma_1"]),
         ({"reg_token": torch.ones(1, 4, 24)}, {}, ["register tokens", "reg_token"]),
         ({"dist_token": torch.ones(1, 1, 24)}, {}, ["distilled DeiT", "dist_token"]),
         ({"fc_norm.weight": torch.ones(24)}, {}, ["fc_norm.weight"]),

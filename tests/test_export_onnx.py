@@ -12,7 +12,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conversion_tools import ConversionError
 from export_onnx import (
     DEFAULT_OPSET,
     INT8_FILE,
@@ -32,6 +31,7 @@ from video_files import write_video
 from vivit_hf import ViViTConfig, ViViTVideoProcessor
 from vivit_hf.labels import LabelMap
 from vivit_hf.model_processor import processor_for
+from vivit_hf.weight_files import ConversionError
 
 
 ROOT = Path(__file__).resolve().parent.parent

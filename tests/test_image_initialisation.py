@@ -12,6 +12,7 @@ from test_golden import FOLDER as FIXTURES
 from tiny_models import ATTENTION_TYPES, make_clips, randomise
 from transformers import (
     Dinov2Config,
+    Dinov2Model,
     ResNetConfig,
     ViTConfig,
     ViTForImageClassification,
@@ -247,6 +248,16 @@ def compare_single_tubelet(vit):
 def test_equals_transformers_vit_on_the_central_frame():
     compare_spatial_tokens(make_vit(), num_frames=8)
     compare_single_tubelet(make_vit())
+
+
+def test_layer_scale_is_folded_exactly():
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 24, "patch_size": 8}
+    vit = randomise(Dinov2Model(Dinov2Config(**sizes, mlp_ratio=2, intermediate_size=48)), seed=5).eval()
+    assert vit.state_dict()["encoder.layer.0.layer_scale1.lambda1"].std() > 0.1
+    compare_spatial_tokens(vit, num_frames=8)
+    compare_single_tubelet(vit)
+    report = initialise_from_vit(ViViTModel(config_from_vit(vit.config, num_frames=2)), vit)
+    assert report.counts()["scaled"] == 2 * 4 and report.vit_keys["encoder.layer.1.layer_scale2.lambda1"] == "used"
 
 
 @pytest.mark.parametrize("order", ["space_time", "time_space"])

@@ -10,7 +10,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from .configuration_vivit import ViViTConfig
-from .embeddings_vivit import Grid, resample_position_embeddings
+from .inflation import TUBELET_INITS, fold_layer_scales, image_to_video_position_embeddings
 from .layers_vivit import ViViTMLP
 from .loading_vivit import TRANSFORMERS_VIVIT_NAMES
 from .modeling_vivit import ViViTModel, ViViTPreTrainedModel
@@ -32,82 +32,16 @@ POSITION_INITS = {"tile": "bicubic", "tile_linear": "align_corners_linear"}
 # Settings that no weight shows, but that change what the weights compute.
 _SHARED_SETTINGS = ("hidden_act", "layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob")
 
+# What the layers with LayerScale call their norms.
+_LAYER_SCALE_NORMS = {r"\.norm1\.": ".layernorm_before.", r"\.norm2\.": ".layernorm_after."}
+_LAYER_SCALES = {r"(.*)\.layer_scale1\.lambda1": r"\1.attention.o_proj", r"(.*)\.layer_scale2\.lambda1": r"\1.mlp.fc2"}
+
 _UNUSED_VIT_KEYS = {
     r"pooler\.dense\.(weight|bias)": "pooler",
     r"classifier\.(weight|bias)": "classification head",
     r"embeddings\.mask_token": "mask token",
     r"decoder\.\d+\.(weight|bias)": "decoder of masked image modelling",
 }
-
-
-# Pure functions
-
-
-def central_frame_kernel(kernel: torch.Tensor, num_frames: int) -> torch.Tensor:
-    """
-    The image kernel in the central frame, zero elsewhere (equation 9), so that a tubelet starts as its central frame.
-
-    (hidden, channels, height, width) -> (hidden, channels, num_frames, height, width); the central one of an even
-    number is the one behind the middle, as in the official code.
-    """
-    inflated = kernel.new_zeros(*kernel.shape[:2], num_frames, *kernel.shape[2:])
-    inflated[:, :, num_frames // 2] = kernel
-    return inflated
-
-
-def filter_inflation_kernel(kernel: torch.Tensor, num_frames: int) -> torch.Tensor:
-    """The image kernel in every frame, divided by their number (equation 8); shapes as in `central_frame_kernel`."""
-    return kernel.unsqueeze(2).repeat(1, 1, num_frames, 1, 1) / num_frames
-
-
-def approximate_rank_pooling_kernel(kernel: torch.Tensor, num_frames: int) -> torch.Tensor:
-    """
-    The image kernel weighted by approximate rank pooling (Bilen et al., PAMI 2018, equation 3), divided by the number
-    of frames as in the official code; shapes as in `central_frame_kernel`.
-    """
-    frames = torch.arange(1, num_frames + 1, dtype=torch.float64)
-    harmonic = torch.cat([torch.zeros(1, dtype=torch.float64), (1 / frames).cumsum(0)])
-    weights = 2 * (num_frames - frames + 1) - (num_frames + 1) * (harmonic[-1] - harmonic[:-1])
-    weights = (weights / num_frames).view(num_frames, 1, 1)
-    return (kernel.double().unsqueeze(2) * weights).to(kernel.dtype)
-
-
-TUBELET_INITS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
-    "central_frame": central_frame_kernel,
-    "filter_inflation": filter_inflation_kernel,
-    "approximate_rank_pooling": approximate_rank_pooling_kernel,
-}
-
-
-def image_to_video_position_embeddings(
-    position_embeddings: torch.Tensor,
-    new_grid: Grid,
-    old_grid: tuple[int, int],
-    *,
-    old_prefix_tokens: int = 1,
-    class_position: torch.Tensor | None = None,
-    mode: str = "bicubic",
-) -> torch.Tensor:
-    """
-    Position embeddings of an image, resized to the new height and width and repeated over time (section 3.4).
-
-    Args:
-        position_embeddings: (1, old_prefix_tokens + old height * old width, hidden).
-        new_grid: (time, height, width) in tokens.
-        old_grid: (height, width) in tokens.
-        old_prefix_tokens: 1 if the image model has a class token, else 0.
-        class_position: (1, 1, hidden) to put in front where the video model has a class token; None where it has none.
-        mode: "bicubic", or "align_corners_linear", which is what the official code does.
-
-    Returns:
-        (1, 1 + time * height * width, hidden), without the 1 if there is no `class_position`.
-    """
-    time, height, width = new_grid
-    grid = resample_position_embeddings(
-        position_embeddings[:, old_prefix_tokens:], new_grid=(1, height, width), old_grid=(1, *old_grid), mode=mode
-    )
-    tiled = grid.repeat(1, time, 1)
-    return tiled if class_position is None else torch.cat([class_position, tiled], dim=1)
 
 
 # Settings
@@ -150,9 +84,10 @@ class InitialisationReport:
     """
     What became of everything.
 
-    `parameters` maps every parameter of the ViViT to "copied", "inflated", "resized", "tiled", "zeroed" or "newly
-    initialised" ("resized, tiled" where both apply); `vit_keys` maps every weight of the ViT to "used" or to
-    "deliberately unused (why)"; `settings` are those carried over from the ViT, with the values before and after.
+    `parameters` maps every parameter of the ViViT to "copied", "scaled" (by the ViT's LayerScale), "inflated",
+    "resized", "tiled", "zeroed" or "newly initialised" ("resized, tiled" where both apply); `vit_keys` maps every
+    weight of the ViT to "used" or to "deliberately unused (why)"; `settings` are those carried over from the ViT, with
+    the values before and after.
     """
 
     parameters: dict[str, str]
@@ -211,6 +146,7 @@ def initialise_from_vit(
     Args:
         vivit: a `ViViTModel` or `ViViTForVideoClassification`; what the ViT has nothing for keeps its initialisation.
         vit: transformers' `ViTModel`, `ViTForImageClassification` or the like, with as many layers of the same width.
+            LayerScale is folded into the output projections, which computes the same.
         tubelet_init: "central_frame" (the paper's best), "filter_inflation" or "approximate_rank_pooling".
         temporal_attention_init: Model 3 only. "zero_output" copies query, key and value and zeroes the output
             projection: the layer starts as the plain spatial one, and all of it learns. "zero" is the paper to the
@@ -246,7 +182,8 @@ def initialise_from_vit(
     weights, source_names = _canonical_weights(vit)
     _check_sizes(config, vit.config, weights)
 
-    filler = _Filler(model, weights)
+    scales = {n: re.sub(p, t, n) for n in weights for p, t in _LAYER_SCALES.items() if re.fullmatch(p, n)}
+    filler = _Filler(model, fold_layer_scales(weights, scales), scales)
     _fill_embeddings(filler, vit.config, tubelet_init, POSITION_INITS[position_init])
     for index in range(config.num_hidden_layers):
         filler.copy_layer(f"encoder.layer.{index}", f"encoder.layer.{index}", temporal_attention_init)
@@ -316,7 +253,7 @@ def _canonical_weights(vit: PreTrainedModel) -> tuple[dict[str, torch.Tensor], d
     weights, sources = {}, {}
     for source, tensor in vit.state_dict().items():
         name = re.sub(rf"^{vit.base_model_prefix}\.", "", source)
-        for pattern, target in TRANSFORMERS_VIVIT_NAMES.items():
+        for pattern, target in {**TRANSFORMERS_VIVIT_NAMES, **_LAYER_SCALE_NORMS}.items():
             name = re.sub(pattern, target, name)
         weights[name], sources[name] = tensor, source
     return weights, sources
@@ -366,13 +303,14 @@ def _carry_settings(vivit: ViViTPreTrainedModel, vit_config: PretrainedConfig) -
 class _Filler:
     """What is to be written into the parameters of a ViViT; keeps the books on both sides."""
 
-    def __init__(self, model: ViViTModel, weights: Mapping[str, torch.Tensor]):
+    def __init__(self, model: ViViTModel, weights: Mapping[str, torch.Tensor], layer_scales: Mapping[str, str]):
         self.parameters = dict(model.named_parameters())
         self.model = model
         self.weights = weights
         self.values: dict[str, torch.Tensor | float] = {}
         self.status: dict[str, str] = {}
-        self.used: set[str] = set()
+        self.used: set[str] = set(layer_scales)
+        self.scaled = set(layer_scales.values())
 
     def take(self, source: str) -> torch.Tensor:
         """A weight of the ViT, from now on used."""
@@ -394,7 +332,8 @@ class _Filler:
             self.parameters[name].copy_(torch.as_tensor(value))
 
     def copy(self, name: str, source: str | None = None) -> None:
-        self.fill(name, self.take(source or name), "copied")
+        source = source or name
+        self.fill(name, self.take(source), "scaled" if source.rpartition(".")[0] in self.scaled else "copied")
 
     def copy_module(self, name: str, source: str) -> None:
         """Every parameter of a module; a bias that the ViT does not have is zero, which computes the same."""

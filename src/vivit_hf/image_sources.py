@@ -13,7 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from conversion_tools import (
+from safetensors import SafetensorError
+from transformers import AutoConfig, ViTConfig, ViTModel
+
+from .inflation import fold_layer_scales
+from .weight_files import (
     ConversionError,
     as_float32,
     check_weights,
@@ -24,8 +28,6 @@ from conversion_tools import (
     shards,
     weights_error,
 )
-from safetensors import SafetensorError
-from transformers import AutoConfig, ViTConfig, ViTModel
 
 
 @dataclass
@@ -38,6 +40,7 @@ class ImageSource:
     unused: dict[str, str] = field(default_factory=dict)  # name of an array -> why
     processor_settings: dict[str, Any] | None = None  # as in transformers' preprocessor_config.json
     notes: list[str] = field(default_factory=list)
+    folded: list[str] = field(default_factory=list)  # names of arrays that are part of others now
 
 
 def read_image_source(source: str, num_heads: int | None = None) -> ImageSource:
@@ -120,13 +123,20 @@ def read_transformers_vit(source: str, raw_config: Mapping[str, Any]) -> ImageSo
     unused = {name: _reason(name, _UNUSED) for name in sorted(info["unexpected_keys"])}
     problems += [f"no place for: {name}" for name, why in unused.items() if why is None]
     _raise_problems(source, problems)
+    reasons = {name: why for name, why in unused.items() if why is not None}
     settings = find_file(source, "preprocessor_config.json")
     return ImageSource(
         vit,
         f"transformers ({model_type}, {'safetensors' if 'safetensors' in weights.name else 'torch file'})",
         {name: name for name in vit.state_dict()},
-        unused,
+        reasons,
         read_json(settings) if settings else None,
+    )
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str | None:
+    return next(
+        (re.sub(f"^{pattern}$", new, name) for pattern, new in names.items() if re.fullmatch(pattern, name)), None
     )
 
 
@@ -167,7 +177,7 @@ def _origins(state: Mapped) -> dict[str, str]:
     return {target: origin for target, (origin, _) in state.items()}
 
 
-def _square_image_size(source: Any, num_positions: int, patch: tuple[int, int]) -> int | list[int]:
+def _square_image_size(source: Any, num_positions: int, patch: tuple[int, ...]) -> int | list[int]:
     side = round((num_positions - 1) ** 0.5)
     if side * side != num_positions - 1:
         raise ConversionError(
@@ -176,8 +186,8 @@ def _square_image_size(source: Any, num_positions: int, patch: tuple[int, int]) 
     return _int_or_pair((side * patch[0], side * patch[1]))
 
 
-def _int_or_pair(size: tuple[int, int]) -> int | list[int]:
-    return size[0] if size[0] == size[1] else list(size)
+def _int_or_pair(size: tuple[int, ...]) -> int | list[int]:
+    return size[0] if len(set(size)) == 1 else list(size)
 
 
 # timm
@@ -192,12 +202,14 @@ _TIMM_NAMES = {
     r"blocks\.(\d+)\.mlp\.(fc[12])\.(weight|bias)": r"layers.\1.mlp.\2.\3",
     r"norm\.(weight|bias)": r"layernorm.\1",
 }
+# LayerScale multiplies the outputs of a residual branch: it is folded into the projection that they come from.
+_TIMM_LAYER_SCALES = {r"(blocks\.\d+)\.ls1\.gamma": r"\1.attn.proj", r"(blocks\.\d+)\.ls2\.gamma": r"\1.mlp.fc2"}
 _TIMM_UNUSED = {
     r"head\.(weight|bias)": "classification head",
     r"pre_logits\.fc\.(weight|bias)": "representation layer",
 }
 _TIMM_REFUSED = {
-    r".*\.ls[12]\.gamma|.*\.gamma_[12]": "LayerScale",
+    r".*\.gamma_[12]": "LayerScale of another kind than ls1 and ls2",
     r"reg_token": "register tokens",
     r"fc_norm\..*": "a LayerNorm behind average pooling (fc_norm)",
     r"dist_token|head_dist\..*": "a distillation token (distilled DeiT)",
@@ -225,6 +237,11 @@ def read_timm_vit(path: Path, timm_config: Mapping[str, Any], num_heads: int | N
     if not re.fullmatch(_TIMM_ARCHITECTURES, architecture):
         raise ConversionError(f"{path} is timm's {architecture!r}, not a plain ViT (vit_..., deit_...).")
     tensors = read_tensors(path)
+    scales = {name: place for name in tensors if (place := _renamed(name, _TIMM_LAYER_SCALES))}
+    try:
+        tensors = fold_layer_scales(tensors, scales)
+    except ValueError as error:
+        raise ConversionError(f"{path}: {error}") from error
     refused = {name: why for name in tensors if (why := _reason(name, _TIMM_REFUSED))}
     if refused:
         name, why = next(iter(refused.items()))
@@ -238,7 +255,7 @@ def read_timm_vit(path: Path, timm_config: Mapping[str, Any], num_heads: int | N
     state: Mapped = {}
     unused, problems = {}, []
     for name, tensor in tensors.items():
-        target = next((re.sub(f"^{p}$", t, name) for p, t in _TIMM_NAMES.items() if re.fullmatch(p, name)), None)
+        target = _renamed(name, _TIMM_NAMES)
         if target is not None:
             state[target] = (name, tensor)
         elif match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", name):
@@ -267,8 +284,10 @@ def read_timm_vit(path: Path, timm_config: Mapping[str, Any], num_heads: int | N
     settings = _timm_processor_settings(timm_config)
     if settings is None:
         notes.append("no timm config.json with mean and std: frames are scaled to [-1, 1]")
+    if scales:
+        notes.append(f"{len(scales)} arrays of LayerScale folded into the projections before them")
     vit = _fill_vit(path, config, state, problems)
-    return ImageSource(vit, "timm (safetensors)", _origins(state), unused, settings, notes)
+    return ImageSource(vit, "timm (safetensors)", _origins(state), unused, settings, notes, folded=list(scales))
 
 
 def _timm_heads(
@@ -296,7 +315,7 @@ def _timm_heads(
 
 
 def _timm_image_size(
-    path: Path, timm_config: Mapping[str, Any], num_positions: int, patch: tuple[int, int]
+    path: Path, timm_config: Mapping[str, Any], num_positions: int, patch: tuple[int, ...]
 ) -> int | list[int]:
     input_size = (timm_config.get("pretrained_cfg") or {}).get("input_size")
     if input_size and (input_size[1] // patch[0]) * (input_size[2] // patch[1]) == num_positions - 1:
@@ -310,7 +329,7 @@ def _timm_processor_settings(timm_config: Mapping[str, Any]) -> dict[str, Any] |
     if "mean" not in stored or "std" not in stored:
         return None
     settings: dict[str, Any] = {"image_mean": list(stored["mean"]), "image_std": list(stored["std"])}
-    settings["resample"] = _TIMM_INTERPOLATIONS.get(stored.get("interpolation"), 3)
+    settings["resample"] = _TIMM_INTERPOLATIONS.get(str(stored.get("interpolation")), 3)
     _, height, width = stored.get("input_size") or (3, 224, 224)
     if stored.get("crop_mode", "center") == "squash":
         return {**settings, "size": {"height": height, "width": width}}
@@ -382,7 +401,7 @@ def read_jax_vit(path: Path) -> ImageSource:
     problems: list[str] = []
     for full_name, array in arrays.items():
         name = full_name.removeprefix(prefix)
-        target = next((re.sub(f"^{p}$", t, name) for p, t in _JAX_NAMES.items() if re.fullmatch(p, name)), None)
+        target = _renamed(name, _JAX_NAMES)
         if not full_name.startswith(prefix):
             unused[full_name] = "optimiser state"
         elif target is not None:
