@@ -35,6 +35,7 @@ CODE = {
         "video_container.py",
         "video_decoding.py",
         "video_frames.py",
+        "video_download.py",
         "video_sources.py",
         "frame_index.py",
         "frame_conversion.py",
