@@ -83,7 +83,8 @@ def video_classification_loss(
     if num_items_in_batch is None:
         return total / count.clamp(min=1)
     if isinstance(num_items_in_batch, torch.Tensor):
-        num_items_in_batch = num_items_in_batch.to(total.device)
+        # 0 where no label of a step counts, since none of its files can be read: the loss is 0, not 0 / 0.
+        num_items_in_batch = num_items_in_batch.to(total.device).clamp(min=1)
     return total / num_items_in_batch
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .labels import LabelMap
+from .labels import IGNORED, LabelMap
 
 
 _MIXING = 0x6D6978  # keeps these random numbers apart from those of the augmentation
@@ -24,16 +24,21 @@ def soft_labels(labels: torch.Tensor, sizes: Sequence[int], smoothing: float = 0
     Class probabilities from class indices.
 
     Args:
-        labels: int64 (batch,), or (batch, groups) for several groups.
+        labels: int64 (batch,), or (batch, groups) for several groups; -100 does not count.
         sizes: classes per group.
         smoothing: the share that is spread evenly over all classes of a group, the right one included.
 
     Returns:
-        float32 (batch, sum of sizes); each group of each row sums to 1.
+        float32 (batch, sum of sizes); each group of each row sums to 1, or to 0 where the label does not count.
     """
     labels = labels.reshape(len(labels), len(sizes))
-    one_hot = [torch.nn.functional.one_hot(labels[:, group], size).float() for group, size in enumerate(sizes)]
-    return torch.cat([(1 - smoothing) * part + smoothing / part.shape[1] for part in one_hot], dim=1)
+    counted = (labels != IGNORED).float()
+    labels = labels.clamp(min=0)
+    parts = []
+    for group, size in enumerate(sizes):
+        one_hot = torch.nn.functional.one_hot(labels[:, group], size).float()
+        parts.append(((1 - smoothing) * one_hot + smoothing / size) * counted[:, group : group + 1])
+    return torch.cat(parts, dim=1)
 
 
 def mixup(clips: torch.Tensor, labels: torch.Tensor, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,7 +133,8 @@ class ClipCollator:
 
     def _soft(self, labels: torch.Tensor) -> torch.Tensor:
         if self.label_map.has_several:  # each label is a classification of its own, between two classes
-            return labels * (1 - self.label_smoothing) + self.label_smoothing / 2
+            smoothed = labels * (1 - self.label_smoothing) + self.label_smoothing / 2
+            return torch.where(labels == IGNORED, labels, smoothed)
         return soft_labels(labels, self.label_map.sizes, self.label_smoothing)
 
     def _mixed(
