@@ -145,8 +145,6 @@ def _from_files(data: DataArguments) -> tuple[list[LabelledVideo], list[Labelled
 
 def _from_hub(data: DataArguments, seed: int) -> tuple[Any, Any, Sequence[str], list[str] | None]:
     from datasets import IterableDataset, load_dataset
-    from datasets.distributed import split_dataset_by_node
-    from torch import distributed
 
     splits = load_dataset(data.dataset_name, data.dataset_config_name, streaming=data.streaming)
     known = ", ".join(splits)
@@ -160,10 +158,11 @@ def _from_hub(data: DataArguments, seed: int) -> tuple[Any, Any, Sequence[str], 
     for name in (data.train_split_name, *found[:1]):
         dataset = splits[name]
         if isinstance(dataset, IterableDataset):
+            limit = data.max_train_samples if name == data.train_split_name else data.max_eval_samples
+            if limit is not None:
+                dataset = dataset.take(limit)
             if name == data.train_split_name:
                 dataset = dataset.shuffle(seed=seed, buffer_size=data.shuffle_buffer_size)
-            if distributed.is_initialized():
-                dataset = split_dataset_by_node(dataset, distributed.get_rank(), distributed.get_world_size())
         label = f"{data.dataset_name}/{name}"
         videos[name] = hub_videos(dataset, label, video_column=data.video_column_name, label_columns=columns)
         if names is None and (columns is None or len(columns) == 1):

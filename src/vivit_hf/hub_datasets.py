@@ -24,8 +24,13 @@ def hub_videos(
         video_column, label_columns: by default the first that there is of `VIDEO_COLUMNS` and `LABEL_COLUMNS`.
 
     Raises:
-        AnnotationError: if a column is not there, or a label is missing.
+        AnnotationError: if a column is not there, a label is missing, or a stream is split among processes already.
     """
+    if getattr(dataset, "_distributed", None) is not None:
+        raise AnnotationError(
+            f"{name}: the stream is split among processes already (split_dataset_by_node), and training splits it "
+            "again: give the whole of it."
+        )
     columns = list(dataset.features or dataset.column_names or next(iter(dataset)))
     video_column = _column(name, columns, video_column, ("video", *VIDEO_COLUMNS), "of videos")
     label_columns = [
@@ -56,7 +61,7 @@ def unlabelled_videos(
 
 
 class StreamedVideos:
-    """An iterable of `LabelledVideo`; `datasets` shares it out among data loader workers."""
+    """An iterable of `LabelledVideo`: the whole stream, in whichever process and worker it is read."""
 
     def __init__(self, dataset: datasets.IterableDataset, name: str, video_column: str, read: Any):
         self.dataset, self.name, self.video_column, self._read = dataset, name, video_column, read
@@ -65,7 +70,9 @@ class StreamedVideos:
         self.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[LabelledVideo]:
-        for index, row in enumerate(self.dataset):
+        # Iterated plainly, in a worker it would give that worker's shards alone.
+        for index, batch in enumerate(self.dataset.iter(batch_size=1)):
+            row = {column: values[0] for column, values in batch.items()}
             where = f"{self.name}[{index}]"
             yield LabelledVideo(row[self.video_column], self._read(row, where), where)
 

@@ -13,20 +13,24 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import logging
 
 from .evaluation import average_views, classification_metrics, collapsed_class
 from .inference import predict_views
-from .labels import LabelMap
+from .labels import IGNORED, LabelMap
 from .loss_vivit import video_classification_loss
-from .video_dataset import ClipSampler, VideoClips
+from .stream_loading import StreamBatches, StreamLoader, StreamPosition
+from .video_dataset import ClipSampler, StreamedClips, VideoClips
+from .video_sources import VideoDecodingError
 
 
 logger = logging.get_logger(__name__)
 
 FREEZINGS = ("none", "spatial", "all_but_head")
+MAX_UNREADABLE = 100  # videos of a stream in a row, in one process
 LORA_TARGETS = r".*\.(q_proj|v_proj)"
 _TEMPORAL = re.compile(
     r"(^|\.)(temporal_embeddings|temporal_encoder|temporal_layernorm|attention_time|layernorm_time)\."
@@ -224,7 +228,7 @@ def last_complete_checkpoint(folder: str | Path) -> Path | None:
 
 class ClipTrainer(Trainer):
     """
-    A `Trainer` for `VideoClips`.
+    A `Trainer` for `VideoClips` and `StreamedClips`.
 
     Beyond transformers': evaluation averages the views of a video and gives top-1 and top-5, mean average precision or
     noun, verb and action scores; the learning rate can fall from layer to layer; the order of the videos depends on
@@ -255,47 +259,81 @@ class ClipTrainer(Trainer):
         self.damaged_files: dict[str, dict[str, str]] = {"train": {}, "eval": {}}
         self._gradient_norms: dict[str, torch.Tensor] = {}
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._num_unreadable = 0
+        if isinstance(self.train_dataset, StreamedClips):
+            self.add_callback(StreamPosition())
 
     # Data
 
     def _get_train_sampler(self, *arguments: Any, **settings: Any) -> Any:
-        if isinstance(self.train_dataset, IterableDataset):
+        if isinstance(self.train_dataset, StreamedClips):
             return None
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return ClipSampler(self.train_dataset, seed, self.is_balanced)
 
     def get_train_dataloader(self) -> DataLoader:
-        if isinstance(self.train_dataset, IterableDataset):
-            return self._stream(self.train_dataset, self.args.train_batch_size)
+        if isinstance(self.train_dataset, StreamedClips):
+            return self._stream(
+                self.train_dataset,
+                self.args.train_batch_size,
+                rounds_per_step=self.args.gradient_accumulation_steps,
+                drop_last=self.args.dataloader_drop_last,
+            )
         return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, IterableDataset):
+        if isinstance(dataset, StreamedClips):
             return self._stream(dataset, self.args.eval_batch_size)
         if isinstance(eval_dataset, VideoClips) and eval_dataset is not self.eval_dataset:
             # Trainer keeps the loader of persistent workers, and would give it back for any other data set.
             return self.get_test_dataloader(eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
-    def _stream(self, dataset: IterableDataset, batch_size: int) -> DataLoader:
-        """A stream shares itself out among processes and workers; dealing it out once more would lose examples."""
-        return DataLoader(
-            dataset,
-            batch_size=batch_size,
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        if isinstance(test_dataset, StreamedClips):
+            return self._stream(test_dataset, self.args.eval_batch_size)
+        return super().get_test_dataloader(test_dataset)
+
+    def _stream(self, clips: StreamedClips, batch_size: int, **settings: Any) -> StreamLoader:
+        processes = {"num_processes": self.args.world_size, "process_index": self.args.process_index}
+        has_workers = self.args.dataloader_num_workers > 0
+        return StreamLoader(
+            clips,
+            StreamBatches(clips, batch_size, **processes, **settings),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
-            drop_last=self.args.dataloader_drop_last,
+            persistent_workers=self.args.dataloader_persistent_workers and has_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor if has_workers else None,
         )
+
+    def _init_training_state(self, *arguments: Any, **settings: Any) -> tuple[int, int]:
+        epochs, batches = super()._init_training_state(*arguments, **settings)
+        for position in self.callback_handler.callbacks:
+            if isinstance(position, StreamPosition):
+                position.restore(self.state)
+                self.train_dataset.set_epoch(position.epoch)
+                steps = self.state.global_step - position.first_step
+                epochs, batches = position.epoch, steps * self.args.gradient_accumulation_steps
+        return epochs, 0 if self.args.ignore_data_skip else batches
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = dict(inputs)
         known = self.damaged_files["train" if self.model.training else "eval"]
-        for file, reason in inputs.pop("damaged_files", ()):
+        damaged = inputs.pop("damaged_files", ())
+        for file, reason in damaged:
             if file not in known:
                 known[file] = reason
                 logger.warning(f"A video cannot be read. {file}: {reason}")
+        if self.model.training and isinstance(self.train_dataset, StreamedClips):
+            is_unreadable = len(damaged) == len(inputs["labels"])
+            self._num_unreadable = self._num_unreadable + len(damaged) if is_unreadable else 0
+            if self._num_unreadable >= MAX_UNREADABLE:
+                raise VideoDecodingError(
+                    f"{self._num_unreadable} videos of the stream in a row cannot be read, which is too many to go on "
+                    f"({damaged[-1][0]}: {damaged[-1][1]}; ...)."
+                )
         return super()._prepare_inputs(inputs)
 
     def all_damaged_files(self) -> dict[str, dict[str, str]]:
@@ -324,7 +362,8 @@ class ClipTrainer(Trainer):
             labels = inputs["labels"]
             targets = labels.argmax(dim=1) if labels.ndim == 2 else labels
             logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
-            self._seen.append((logits.detach().argmax(dim=1), targets))
+            counted = targets != IGNORED
+            self._seen.append((logits.detach().argmax(dim=1)[counted], targets[counted]))
             del self._seen[:-256]
         return (loss, outputs) if return_outputs else loss
 
@@ -358,10 +397,19 @@ class ClipTrainer(Trainer):
 
     # Evaluation
 
-    def evaluation_loop(self, *arguments: Any, **settings: Any) -> Any:
+    def evaluation_loop(self, dataloader: DataLoader, *arguments: Any, **settings: Any) -> EvalLoopOutput:
         # A run that is resumed behind an evaluation must not miss the random numbers that it drew.
         with torch.random.fork_rng():
-            return super().evaluation_loop(*arguments, **settings)
+            if not isinstance(dataloader, StreamLoader):
+                return super().evaluation_loop(dataloader, *arguments, **settings)
+            # `gather_for_metrics` would drop what makes the last batch of another loader whole, the training data's.
+            self.gather_function = self.accelerator.gather
+            output = super().evaluation_loop(dataloader, *arguments, **settings)
+        count = dataloader.batches.num_videos  # behind them is what made the shares of the processes even
+        predictions, labels = (
+            None if values is None else values[:count] for values in (output.predictions, output.label_ids)
+        )
+        return output._replace(predictions=predictions, label_ids=labels, num_samples=count)
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -371,17 +419,22 @@ class ClipTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = predict_views(model, inputs["pixel_values"], max(self.args.eval_batch_size, 1))
         logits = average_views(logits.float(), self.label_map, self.averaging)
+        loss = self._loss(logits, labels)
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         problem = "multi_label_classification" if self.label_map.has_several else "single_label_classification"
         sizes = self.label_map.sizes if self.label_map.is_grouped else None
-        loss = video_classification_loss(logits, labels, problem, group_sizes=sizes)
-        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+        return video_classification_loss(logits, labels, problem, group_sizes=sizes)
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         logits, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
         if not self.label_map.has_several and not self.label_map.is_grouped:
             counted = labels >= 0
             self._warn_of_collapse(logits[counted].argmax(axis=1), labels[counted], "the validation videos")
-        return classification_metrics(logits, labels, self.label_map)
+        # Over all videos at once: `Trainer` takes the mean over batches, in which videos do not count equally.
+        loss = self._loss(torch.from_numpy(logits), torch.from_numpy(labels)).item()
+        return {**classification_metrics(logits, labels, self.label_map), "loss": loss}
 
 
 # Overfitting one batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from .video_sources import VideoDecodingError, source_name
 
 
 _ORDER, _REPLACEMENT = 0x6F72646572, 0x7265706C  # keep these random numbers apart from those of the augmentation
+_BLANK_SIZE = (64, 64)  # pixels
 
 
 class _ClipMaker:
@@ -52,6 +54,15 @@ class _ClipMaker:
     def views(self, video: Any) -> torch.Tensor:
         """The views of the evaluation, (views, frames, channels, height, width)."""
         return self.processor(video, num_clips=self.num_clips, num_crops=self.num_crops)["pixel_values"]
+
+    def empty(self) -> torch.Tensor:
+        """Zeros in the shape of `augmented`, or of `views` where there is no augmentation."""
+        if self.augmentation is not None:
+            return torch.zeros(self.processor.num_frames, 3, *self.augmentation.crop_size)
+        # A blank video tells the size of a clip, by whichever settings the processor resizes and crops.
+        blank = np.zeros((self.processor.num_frames, *_BLANK_SIZE, 3), dtype=np.uint8)
+        clip = self.processor(blank, do_sample_frames=False, num_clips=1, num_crops=1)["pixel_values"]
+        return torch.zeros(self.num_clips * self.num_crops, *clip.shape[1:])
 
 
 class VideoClips(Dataset):
@@ -137,21 +148,40 @@ class VideoClips(Dataset):
             views = self._make.views(one.source())
         except (VideoDecodingError, OSError) as error:
             damaged, labels = [_damage(one, error)], self.label_map.ignored()
-            views = _empty_views(self._make)
+            views = self._make.empty()
         return {"pixel_values": views, "labels": labels, "index": index, "epoch": 0, "damaged_files": damaged}
+
+
+@dataclass(frozen=True)
+class StreamedVideo:
+    """
+    One video of one pass over a stream.
+
+    `place` counts the videos of the whole stream, in whichever process they are read. `video` is None where a process
+    has none left while others still have one: the item then has zeros for a clip and labels that do not count.
+    """
+
+    epoch: int
+    place: int
+    video: LabelledVideo | None
 
 
 class StreamedClips(IterableDataset):
     """
     Clips of a data set that is read in one pass, such as a streamed one of the Hub: items as those of `VideoClips`.
 
-    Args:
-        videos: an iterable of `LabelledVideo`, read anew in every epoch. It has to share itself out among workers, as
-            those of `datasets` do.
-        processor, label_map, augmentation, seed, num_clips, num_crops: as for `VideoClips`.
+    `ClipTrainer` reads a stream through `StreamLoader`, which deals it out to processes and workers. What is random
+    depends on (seed, epoch, place in the whole stream).
 
-    A file that cannot be read is left out, and named with the next item. What is random depends on (seed, epoch, place
-    in the stream of the worker).
+    A file that cannot be read is replaced in training by another video of its batch. Where the batch has none, and in
+    evaluation, the item has zeros for a clip and labels that do not count. Either way the file is named in
+    `damaged_files`. Iterating over the stream itself gives items without batches: in training it leaves out what cannot
+    be read, and names it with the next item (at the end of the stream with one whose labels do not count).
+
+    Args:
+        videos: an iterable of `LabelledVideo`, read anew in every epoch, which has to give the same videos in every
+            process and worker. If it has a `set_epoch`, that is called along with this one's.
+        processor, label_map, augmentation, seed, num_clips, num_crops: as for `VideoClips`.
     """
 
     def __init__(
@@ -176,38 +206,63 @@ class StreamedClips(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = torch.utils.data.get_worker_info()
-        epoch, damaged = int(self._epoch[0]), []
-        for place, one in enumerate(self.videos):
-            index = place if worker is None else place * worker.num_workers + worker.id
-            try:
-                if self.augmentation is None:
-                    clip = self._make.views(one.source())
-                else:
-                    clip = self._make.augmented(one.source(), clip_generator(self.seed, epoch, index))
-            except (VideoDecodingError, OSError) as error:
-                damaged.append(_damage(one, error))
+        unreadable: list[dict[str, Any]] = []
+        damaged: list[tuple[str, str]] = []
+        for one in self.read():
+            if worker is not None and one.place % worker.num_workers != worker.id:
                 continue
-            yield {
-                "pixel_values": clip,
-                "labels": self.label_map.encode(one),
-                "index": index,
-                "epoch": epoch,
-                "damaged_files": damaged,
-            }
-            damaged = []
+            item = self.items([one])[0]
+            damaged += item["damaged_files"]
+            if self.augmentation is not None and item["damaged_files"]:
+                unreadable = [item]
+                continue
+            yield {**item, "damaged_files": damaged}
+            unreadable, damaged = [], []
+        for item in unreadable:  # at the end of the stream, where no other item could name it
+            yield {**item, "damaged_files": damaged}
+
+    def read(self, first_place: int = 0) -> Iterator[StreamedVideo]:
+        """All videos of this epoch, none of them opened yet; places count from `first_place`."""
+        epoch = int(self._epoch[0])
+        for place, video in enumerate(self.videos, first_place):
+            yield StreamedVideo(epoch, place, video)
+
+    def items(self, batch: Sequence[StreamedVideo]) -> list[dict[str, Any]]:
+        """The items of a batch, in its order."""
+        items = [self._item(one) for one in batch]
+        readable = [item for item in items if item["pixel_values"] is not None]
+        for item in items:
+            if item["pixel_values"] is not None:
+                continue
+            if self.augmentation is not None and readable:
+                key = (_REPLACEMENT, self.seed, item["epoch"], item["index"])
+                chosen = readable[int(np.random.default_rng(key).integers(len(readable)))]
+                item["pixel_values"], item["labels"] = chosen["pixel_values"], chosen["labels"]
+            else:
+                item["pixel_values"], item["labels"] = self._make.empty(), self.label_map.ignored()
+        return items
+
+    def _item(self, one: StreamedVideo) -> dict[str, Any]:
+        """`pixel_values` and `labels` are None where there is no video, or it cannot be read."""
+        item: dict[str, Any] = {"pixel_values": None, "labels": None, "damaged_files": []}
+        item |= {"index": one.place, "epoch": one.epoch}
+        if one.video is None:
+            return item
+        item["labels"] = self.label_map.encode(one.video)
+        try:
+            if self.augmentation is None:
+                item["pixel_values"] = self._make.views(one.video.source())
+            else:
+                generator = clip_generator(self.seed, one.epoch, one.place)
+                item["pixel_values"] = self._make.augmented(one.video.source(), generator)
+        except (VideoDecodingError, OSError) as error:
+            item["damaged_files"] = [_damage(one.video, error)]
+        return item
 
 
 def _damage(one: LabelledVideo, error: Exception) -> tuple[str, str]:
     name = one.where if callable(one.video) else source_name(one.video)
     return name, getattr(error, "reason", None) or str(error)
-
-
-def _empty_views(make: _ClipMaker) -> torch.Tensor:
-    processor = make.processor
-    if not processor.do_center_crop:
-        raise ValueError("Evaluation goes on past a damaged file only if all clips have one size: set a crop.")
-    size = (processor.crop_size["height"], processor.crop_size["width"])
-    return torch.zeros(make.num_clips * make.num_crops, processor.num_frames, 3, *size)
 
 
 class ClipSampler(Sampler):
