@@ -34,13 +34,13 @@ from vivit_hf.inference import describe_views
 from vivit_hf.labels import LabelMap, class_weights
 from vivit_hf.mixing import ClipCollator
 from vivit_hf.model_card import is_repo_id
+from vivit_hf.overfitting import overfit_one_batch
 from vivit_hf.recipes import RECIPES
 from vivit_hf.training import (
     ClipTrainer,
     freeze,
     is_complete_checkpoint,
     last_complete_checkpoint,
-    overfit_one_batch,
     parameter_groups,
 )
 from vivit_hf.video_dataset import StreamedClips, VideoClips

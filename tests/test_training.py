@@ -18,6 +18,7 @@ from vivit_hf.evaluation import classification_metrics
 from vivit_hf.inference import predict_videos
 from vivit_hf.labels import LabelMap
 from vivit_hf.mixing import ClipCollator
+from vivit_hf.overfitting import overfit_one_batch
 from vivit_hf.training import (
     ClipTrainer,
     depths,
@@ -25,7 +26,6 @@ from vivit_hf.training import (
     gradient_norms,
     is_complete_checkpoint,
     last_complete_checkpoint,
-    overfit_one_batch,
     parameter_groups,
     part_of,
 )
