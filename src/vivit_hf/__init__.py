@@ -5,37 +5,27 @@ Importing the package registers it with the Auto classes, so that `AutoModelForV
 `AutoImageProcessor` and `pipeline("video-classification")` find a saved ViViT by its folder or Hub id.
 """
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForVideoClassification
-from transformers.models.auto.video_processing_auto import AutoVideoProcessor  # refused elsewhere without torchvision
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from .configuration_vivit import ViViTConfig
-from .finite_outputs import NonFiniteError
-from .frame_sampling import sample_frames_uniformly
-from .image_initialisation import InitialisationReport, config_from_vit, initialise_from_vit
-from .inference import demo_model_path
-from .model_card import write_model_card
-from .modeling_vivit import ViViTForVideoClassification, ViViTModel, ViViTPreTrainedModel
-from .streaming import StreamingClassifier
-from .video_decoding import VideoReader
-from .video_processing_vivit import ViViTVideoProcessor
-from .video_sources import VideoDecodingError
+from .auto_registration import register_with_auto_classes
+
+
+if TYPE_CHECKING:
+    from .configuration_vivit import ViViTConfig
+    from .finite_outputs import NonFiniteError
+    from .frame_sampling import sample_frames_uniformly
+    from .image_initialisation import InitialisationReport, config_from_vit, initialise_from_vit
+    from .inference import demo_model_path
+    from .model_card import write_model_card
+    from .modeling_vivit import ViViTForVideoClassification, ViViTModel, ViViTPreTrainedModel
+    from .streaming import StreamingClassifier
+    from .video_decoding import VideoReader
+    from .video_processing_vivit import ViViTVideoProcessor
+    from .video_sources import VideoDecodingError
 
 
 __version__ = "0.1.0"
-
-AutoConfig.register(ViViTConfig.model_type, ViViTConfig, exist_ok=True)
-AutoModel.register(ViViTConfig, ViViTModel, exist_ok=True)
-AutoModelForVideoClassification.register(ViViTConfig, ViViTForVideoClassification, exist_ok=True)
-# Under both names: transformers takes "pil" where torchvision is missing, and "torchvision" where it is installed.
-_BACKENDS = dict.fromkeys(("pil", "torchvision"), ViViTVideoProcessor)
-AutoImageProcessor.register(ViViTConfig, image_processor_classes=_BACKENDS, exist_ok=True)
-AutoVideoProcessor.register(ViViTConfig, ViViTVideoProcessor, exist_ok=True)
-
-# Whatever is saved takes the code along that loads it where this package is not installed.
-ViViTConfig.register_for_auto_class("AutoConfig")
-ViViTModel.register_for_auto_class("AutoModel")
-ViViTForVideoClassification.register_for_auto_class("AutoModelForVideoClassification")
-ViViTVideoProcessor.register_for_auto_class("AutoImageProcessor")
 
 __all__ = [
     "InitialisationReport",
@@ -54,3 +44,36 @@ __all__ = [
     "sample_frames_uniformly",
     "write_model_card",
 ]
+
+# Imported when they are first asked for: most of them import torch, which takes seconds.
+_MODULES = {
+    "InitialisationReport": "image_initialisation",
+    "NonFiniteError": "finite_outputs",
+    "StreamingClassifier": "streaming",
+    "ViViTConfig": "configuration_vivit",
+    "ViViTForVideoClassification": "modeling_vivit",
+    "ViViTModel": "modeling_vivit",
+    "ViViTPreTrainedModel": "modeling_vivit",
+    "ViViTVideoProcessor": "video_processing_vivit",
+    "VideoDecodingError": "video_sources",
+    "VideoReader": "video_decoding",
+    "config_from_vit": "image_initialisation",
+    "demo_model_path": "inference",
+    "initialise_from_vit": "image_initialisation",
+    "sample_frames_uniformly": "frame_sampling",
+    "write_model_card": "model_card",
+}
+
+register_with_auto_classes()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

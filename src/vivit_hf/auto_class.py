@@ -5,9 +5,9 @@ from typing import Any
 
 class AutoClassMixin:
     """
-    `register_for_auto_class` for one class at a time.
+    `_auto_class`, which `register_for_auto_class` sets, for one class at a time.
 
-    A registered class copies its file beside what it saves. In transformers the subclasses inherit that: one that is
+    A class that has one copies its file beside what it saves. In transformers the subclasses inherit that: one that is
     derived in a training script would publish the script, and the one that FSDP makes from ours, a file of PyTorch.
     """
 
@@ -15,4 +15,4 @@ class AutoClassMixin:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls._auto_class = None
+        cls._auto_class = vars(cls).get("_auto_class")

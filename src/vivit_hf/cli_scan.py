@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -16,8 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .cli_tools import as_cell, fail, output_console
-from .dataset_scan import VIDEO_EXTENSIONS, VideoScan, find_videos, scan_files
 from .whole_files import written_whole
+
+
+if TYPE_CHECKING:
+    from .dataset_scan import VideoScan
 
 
 def scan(
@@ -46,6 +49,8 @@ def scan(
 
     Example: vivit-hf scan kinetics/train --json train.jsonl
     """
+    from .dataset_scan import VIDEO_EXTENSIONS, find_videos, scan_files
+
     try:
         if not folder.is_dir():
             raise typer.BadParameter(f"there is no folder {str(folder)!r}", param_hint="FOLDER")

@@ -13,9 +13,6 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from .dataset_scan import find_videos
-from .inference import demo_model_path
-
 
 ModelOption = Annotated[
     str | None,
@@ -73,6 +70,7 @@ def load(
     from safetensors import SafetensorError
 
     from .configuration_vivit import ViViTConfig
+    from .inference import demo_model_path
     from .modeling_vivit import ViViTForVideoClassification
     from .video_processing_vivit import ViViTVideoProcessor
 
@@ -126,6 +124,8 @@ def _clip_of(processor: Any) -> tuple[int | None, int | None, int | None]:
 
 def expand(videos: Sequence[str]) -> list[str]:
     """Files, the videos of folders, what patterns match, addresses and - for standard input, in their order."""
+    from .dataset_scan import find_videos
+
     found: list[str] = []
     for video in videos:
         if video == "-" or "://" in video or os.path.isfile(video):

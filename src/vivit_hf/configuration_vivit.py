@@ -128,6 +128,7 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
     """
 
     model_type = "vivit_hf"
+    _auto_class = "AutoConfig"
     presets: ClassVar[tuple[str, ...]] = tuple(_PRESETS)
     if TYPE_CHECKING:  # fields of the parent class, which a type checker does not look into
         id2label: Any

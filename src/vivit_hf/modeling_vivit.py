@@ -134,6 +134,8 @@ class ViViTModel(ViViTPreTrainedModel):
     the heads. Asking for them works with every attention implementation.
     """
 
+    _auto_class = "AutoModel"
+
     def __init__(self, config: ViViTConfig):
         super().__init__(config)
         config.check()
@@ -292,6 +294,8 @@ ENCODERS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
 
 class ViViTForVideoClassification(ViViTPreTrainedModel):
     """ViViT with a linear classifier on its pooled output; without labels (`num_labels=0`) it gives that output."""
+
+    _auto_class = "AutoModelForVideoClassification"
 
     def __init__(self, config: ViViTConfig):
         super().__init__(config)

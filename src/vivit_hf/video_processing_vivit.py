@@ -125,6 +125,7 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
     """
 
     model_input_names = ["pixel_values"]
+    _auto_class = "AutoImageProcessor"
 
     def __init__(
         self,
