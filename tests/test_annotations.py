@@ -191,3 +191,132 @@ def test_names_that_are_not_given_rightly(tmp_path):
     ):
         with pytest.raises(AnnotationError, match=message):
             read_videos(table, **settings)
+
+
+# Splits
+
+
+SPLITS = "path,label,split,patient\n1.mp4,run,Train,a\n2.mp4,jump, training,a\n3.mp4,run,val,b\n4.mp4,,test,c\n"
+
+
+def test_a_column_of_splits_is_read_and_rows_of_other_splits_are_not_looked_at(tmp_path):
+    touch(tmp_path, "1.mp4", "2.mp4", "3.mp4")  # the test row has neither a label nor a file
+    table = tmp_path / "t.csv"
+    table.write_text(SPLITS)
+    asked = []
+
+    def choose(where, counts):
+        asked.append((where, counts))
+        return ["train", "validation"]
+
+    found = read_videos(table, choose_splits=choose, group_column="patient")
+    assert asked == [(f"{table}, column 'split'", {"train": 2, "validation": 1, "test": 1})]
+    assert [one.split for one in found.videos] == ["train", "train", "validation"]
+    assert [one.keep_together for one in found.videos] == [("patient=a",), ("patient=a",), ("patient=b",)]
+    assert [one.where[-2:] for one in found.videos] == [":2", ":3", ":4"]
+
+
+@pytest.mark.parametrize("name", ["Subset", "partition"])
+def test_usual_names_of_split_columns_are_known_and_any_can_be_given(tmp_path, name):
+    touch(tmp_path, "1.mp4", "2.mp4")
+    (tmp_path / "t.csv").write_text(f"path,label,{name}\n1.mp4,run,train\n2.mp4,jump,dev\n")
+    assert [one.split for one in read_videos(tmp_path / "t.csv").videos] == ["train", "validation"]
+    (tmp_path / "t.csv").write_text("path,label,used\n1.mp4,run,train\n2.mp4,jump,validate\n")
+    found = read_videos(tmp_path / "t.csv", split_column="used")
+    assert [one.split for one in found.videos] == ["train", "validation"]
+    assert {one.split for one in read_videos(tmp_path / "t.csv", split_column="none").videos} == {None}
+
+
+def test_what_looks_like_a_split_and_is_none_is_refused(tmp_path):
+    touch(tmp_path, "1.mp4", "2.mp4")
+    table = tmp_path / "t.csv"
+    for text, message in (
+        (
+            "path,label,split\n1.mp4,run,train\n2.mp4,run,fold2\n",
+            r"t\.csv:3: 'fold2' in .* 'split' .* to none to ignore",
+        ),
+        ("path,label,split\n1.mp4,run,train\n2.mp4,run,\n", r"t\.csv:3: '' in the column 'split' is no split"),
+        (
+            "path,label,used\n1.mp4,run,train\n2.mp4,run,test\n",
+            r"t\.csv:1: the column 'used' has the names of splits \(test",
+        ),
+    ):
+        table.write_text(text)
+        with pytest.raises(AnnotationError, match=message):
+            read_videos(table)
+        assert len(read_videos(table, split_column="none").videos) == 2
+    rows = tmp_path / "t.json"
+    rows.write_text('[{"path": "1.mp4", "label": "run", "split": "train"},\n{"path": "2.mp4", "label": "run"}]')
+    with pytest.raises(AnnotationError, match=r"t\.json:2: None in the column 'split' is no split"):
+        read_videos(rows)
+    with pytest.raises(AnnotationError, match=r"t\.csv:1: there is no column 'fold' \(of splits\)"):
+        read_videos(table, split_column="fold")
+    with pytest.raises(AnnotationError, match=r"t\.csv:1: there is no column 'patient' \(of groups\)"):
+        read_videos(table, split_column="none", group_column="patient")
+    # Labels are no splits, whatever they are called.
+    table.write_text("path,label\n1.mp4,train\n2.mp4,test\n")
+    assert [one.labels for one in read_videos(table).videos] == [("train",), ("test",)]
+    table.write_text("path,split\n1.mp4,train\n2.mp4,bus\n")
+    assert [one.labels for one in read_videos(table, label_columns=["split"]).videos] == [("train",), ("bus",)]
+
+
+def test_the_data_sets_own_files_are_split_and_grouped_as_well(tmp_path):
+    touch(tmp_path, "P01_01.MP4", "7.webm", "abc.mp4")
+    (tmp_path / "epic.csv").write_text(EPIC_HEADER + epic_row())
+    found = read_videos(tmp_path / "epic.csv", group_column="participant_id")
+    assert found.videos[0].keep_together == ("participant_id=P01",)
+    rows = [{"id": "7", "template": "Moving [something]", "actor": "x", "split": "val"}]
+    (tmp_path / "ssv2.json").write_text(json.dumps(rows))
+    (one,) = read_videos(tmp_path / "ssv2.json", group_column="actor").videos
+    assert (one.keep_together, one.split) == (("actor=x",), "validation")
+    (tmp_path / "k400.csv").write_text("label,youtube_id,split\nrun,abc,validate\n")
+    (one,) = read_videos(tmp_path / "k400.csv").videos
+    assert (one.keep_together, one.split) == (("youtube_id=abc",), "validation")
+
+
+def test_a_folder_of_classes_has_no_columns(tmp_path):
+    touch(tmp_path, "jump/a.mp4")
+    for settings in ({"split_column": "split"}, {"group_column": "patient"}):
+        with pytest.raises(AnnotationError, match=f"has no columns: leave {next(iter(settings))} out"):
+            read_videos(tmp_path, **settings)
+
+
+# Lists of paths
+
+
+def test_lists_as_their_authors_publish_them(tmp_path):
+    touch(tmp_path, "Apply Make Up/v_1 3.avi", "Archery/v_2.AVI", "Archery/v,3.mp4")
+    table = tmp_path / "trainlist01.txt"
+    for text in (
+        "Apply Make Up/v_1 3.avi 1\r\n\r\nArchery/v_2.AVI 2\r\nArchery/v,3.mp4\t2\r\n",
+        "Apply Make Up/v_1 3.avi\n\n./Archery/v_2.AVI\nArchery/v,3.mp4",
+    ):
+        table.write_text(text)
+        found = read_videos(table).videos
+        assert [one.labels for one in found] == [("Apply Make Up",), ("Archery",), ("Archery",)]
+        assert [one.where.rsplit(":")[-1] for one in found] == ["1", "3", "4"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run/1.mp4\n2.mp4\n", r"list\.txt:2: expected a path as Class/file\.mp4, got '2\.mp4'"),
+        ("run/1.mp4\nrun/2.txt\n", r"list\.txt:2: expected a path as Class/file\.mp4"),
+        ("run/1.mp4 1\nrun/2.mp4 2\n", r"list\.txt:2: the folder 'run' with class number 2 contradicts line 1"),
+        ("run/1.mp4 1\njump/2.mp4 1\n", r"list\.txt:2: the folder 'jump' with class number 1 contradicts line 1"),
+        ("run/1.mp4 1\nrun/2.mp4\n", r"list\.txt:2: the folder 'run' with class number left out contradicts line 1"),
+        ("run/1.mp4 1\nrun/9.mp4 1\n", r"list\.txt:2: there is no file .*9\.mp4"),
+    ],
+)
+def test_lists_that_cannot_work(tmp_path, text, message):
+    touch(tmp_path, "run/1.mp4", "run/2.mp4", "jump/2.mp4")
+    (tmp_path / "list.txt").write_text(text)
+    with pytest.raises(AnnotationError, match=message):
+        read_videos(tmp_path / "list.txt")
+
+
+def test_line_separators_of_unicode_do_not_end_a_line_of_json(tmp_path):
+    touch(tmp_path, "1.mp4")
+    row = json.dumps({"path": "1.mp4", "label": "a\u2028b"}, ensure_ascii=False)
+    (tmp_path / "t.jsonl").write_text(f"{row}\n{row}\n", encoding="utf-8")
+    assert [one.labels for one in read_videos(tmp_path / "t.jsonl").videos] == [("a\u2028b",)] * 2

@@ -54,6 +54,59 @@ def test_a_number_is_a_place_in_its_group():
         GROUPED.encode(videos(("3", "0"))[0])
 
 
+def test_a_number_is_no_place_where_names_are_numbers():
+    label_map = LabelMap({"": ("1", "3", "5")})
+    assert label_map.encode(videos("3")[0]).item() == 1
+    for label in ("0", "2", "01", "²"):
+        with pytest.raises(AnnotationError, match=rf"t\.csv:2: the label '{label}' is not among the 3 of the model"):
+            label_map.encode(videos(label)[0])
+    with pytest.raises(AnnotationError, match="the label '0' is not among the 2"):
+        LabelMap({"": ("-1.5", "up")}).encode(videos("0")[0])
+    with pytest.raises(AnnotationError, match="the label '0' is not among"):
+        LabelMap({"": ("1", "3")}, has_several=True).encode(videos(("1", "0"))[0])
+    # Each group by itself: the nouns are numbers, the verbs are not.
+    mixed = LabelMap({"noun": ("1", "2"), "verb": ("open", "wash")})
+    assert mixed.encode(videos(("2", "0"))[0]).tolist() == [1, 0]
+    with pytest.raises(AnnotationError, match="the label '0' is not among the 2 nouns of the model"):
+        mixed.encode(videos(("0", "open"))[0])
+
+
+def test_a_number_is_no_place_among_names_that_come_from_the_videos():
+    for has_several in (False, True):
+        label_map = LabelMap.of(videos("run", "jump"), has_several=has_several)
+        with pytest.raises(AnnotationError, match=r"t\.csv:2: the label '0' is not among the 2"):
+            label_map.encode(videos("0")[0])
+
+
+@pytest.mark.parametrize("label", ["0", "2", "1"])
+def test_a_number_is_a_label_of_a_model_or_a_place_in_it_but_never_another_class(label):
+    numbered = ViViTConfig.from_preset("vivit-tiny", id2label={0: "1", 1: "3", 2: "5"})
+    named = ViViTConfig.from_preset("vivit-tiny", id2label={0: "a", 1: "b", 2: "c"})
+    assert LabelMap.from_config(named).encode(videos(label)[0]).item() == int(label)
+    if label == "1":
+        assert LabelMap.from_config(numbered).encode(videos(label)[0]).item() == 0
+        return
+    with pytest.raises(AnnotationError, match=f"the label '{label}' is not among the 3 of the model: 1, 3, 5"):
+        LabelMap.from_config(numbered).encode(videos(label)[0])
+
+
+def test_a_name_that_a_model_has_twice_is_no_label():
+    label_map = LabelMap({"": ("up", "down", "up")})
+    assert label_map.encode(videos("down")[0]).item() == 1
+    with pytest.raises(AnnotationError, match="the model has several labels 'up'"):
+        label_map.encode(videos("up")[0])
+
+
+def test_labels_of_one_group_are_no_validation_for_another():
+    label_map = LabelMap({"noun": ("1", "2"), "verb": ("1", "2")})
+    train, validation = videos(("1", "1"), ("2", "2")), videos(("1", "2"), ("2", "2"))
+    with pytest.raises(AnnotationError, match=r"1 of the 4 classes .*: 'verb: 1' \(t\.csv:2\)"):
+        check_splits(train, validation, label_map)
+    # A class is the same by its name and by its number.
+    named = LabelMap({"": ("a", "b")})
+    assert check_splits(videos("a", "b"), videos("0", "1"), named) == []
+
+
 def test_files_of_labels(tmp_path):
     files = {
         "a.txt": "run\njump\n",

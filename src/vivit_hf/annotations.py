@@ -14,15 +14,23 @@ The annotation files that are read as their authors publish them:
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from .annotation_rows import (
+    AnnotationError,
+    ChooseSplits,
+    Row,
+    filled_cell,
+    find_column,
+    find_split_column,
+    kept_splits,
+    read_rows,
+    split_name,
+)
 from .dataset_scan import find_videos
 
 
@@ -36,11 +44,8 @@ _COLUMNS_OF_FORMAT = {
     "epic": ("video_id", "start_timestamp", "stop_timestamp", "noun_class", "verb_class"),
 }
 _MAX_SHOWN = 5
+_ADDRESSES = ("http://", "https://")
 ONE_GROUP = ""
-
-
-class AnnotationError(ValueError):
-    """A data set that cannot be trained on; the message names the file, the line and the way out."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +56,38 @@ class LabelledVideo:
     function without arguments that gives it, for what is not to be held in memory.
     `labels`: names; one, or one per group in the order of the groups, or any number with several labels per video.
     `where`: the place that it was read from, as `train.csv:17`.
+    `keep_together`: what it shares with videos that must be on the same side of a split, as `patient=7`.
+    `split`: "train", "validation" or "test", if the annotations say so.
+    `file`: the path, or something else that tells the file apart, where `video` is a function.
     """
 
     video: Any
     labels: tuple[str, ...]
     where: str
+    keep_together: tuple[str, ...] = ()
+    split: str | None = None
+    file: str | None = None
 
     def source(self) -> Any:
         """What the processor takes."""
         return self.video() if callable(self.video) else self.video
+
+    def unit_keys(self) -> list[Hashable]:
+        """What tells the file apart, however its path is spelled, and `keep_together`. No file is opened."""
+        path = self.file if callable(self.video) else self.video
+        path = path.get("path") if isinstance(path, dict) else path
+        if not isinstance(path, (str, os.PathLike)):
+            return list(self.keep_together)
+        path = os.fspath(path)
+        if path.lower().startswith(_ADDRESSES):
+            return [path, *self.keep_together]
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError):
+            status = None
+        # Some file systems number no files.
+        file = (status.st_dev, status.st_ino) if status is not None and status.st_ino else os.path.realpath(path)
+        return [file, *self.keep_together]
 
 
 @dataclass(frozen=True)
@@ -68,12 +96,6 @@ class Annotations:
 
     videos: list[LabelledVideo]
     groups: tuple[str, ...] = (ONE_GROUP,)
-
-
-@dataclass(frozen=True)
-class _Row:
-    values: dict[str, Any]
-    where: str
 
 
 def read_videos(
@@ -85,12 +107,16 @@ def read_videos(
     label_columns: Sequence[str] | None = None,
     label_separator: str | None = None,
     missing_videos: str = "error",
+    split_column: str = "auto",
+    group_column: str | None = None,
+    choose_splits: ChooseSplits | None = None,
 ) -> Annotations:
     """
     The videos of a folder of class folders (or with a `metadata.csv` or `.jsonl` in it), or of an annotation file.
 
     Args:
-        source: the folder, or a `.csv`, `.tsv`, `.json` (a list of objects) or `.jsonl` file.
+        source: the folder, or a `.csv`, `.tsv`, `.json` (a list of objects) or `.jsonl` file, or a text file with one
+            path per line as `Class/file.mp4`, where the folder is the class; a class number may follow.
         video_root: what paths in the file start from; by default the folder that the file is in.
         annotation_format: one of `FORMATS`; "auto" tells the data sets' own files by their columns.
         video_column, label_columns: names of columns; by default the first of `VIDEO_COLUMNS` and `LABEL_COLUMNS`
@@ -98,10 +124,15 @@ def read_videos(
         label_separator: what stands between several labels of a video in one cell. None: a cell is one label. In JSON
             a list is several labels, too.
         missing_videos: "error", or "skip" for files that are not there, as is usual with Kinetics.
+        split_column: the column that says training, validation or test (see `SPLIT_NAMES`); "auto" takes the first of
+            `SPLIT_COLUMNS` that there is, "none" none.
+        group_column: the column of what a split must not divide, such as a patient, tape or speaker.
+        choose_splits: which splits to read, given the name of the column and the number of rows of each split. By
+            default all. Rows of other splits need neither a label nor a file.
 
     Raises:
         AnnotationError: a file or folder that is not there, holds no videos, lacks a column or a label, or names
-            videos that are not there.
+            videos that are not there; a split column with other values.
     """
     source = Path(source)
     if annotation_format not in FORMATS:
@@ -111,43 +142,70 @@ def read_videos(
     if source.is_dir():
         metadata = [source / name for name in ("metadata.csv", "metadata.jsonl") if (source / name).is_file()]
         if not metadata:
+            for name, given in (("split_column", split_column not in ("auto", "none")), ("group_column", group_column)):
+                if given:
+                    raise AnnotationError(f"{source}: a folder of class folders has no columns: leave {name} out.")
             return Annotations(_class_folders(source))
         source = metadata[0]
-    rows, columns = _read_rows(source)
+    rows, columns = read_rows(source)
+    root = Path(source.parent if video_root is None else video_root)
+    if not root.is_dir():
+        raise AnnotationError(f"{root}: there is no such folder to look for the videos of {source} in.")
+    kind, video_column, label_columns = _layout(source, columns, annotation_format, video_column, label_columns)
+    used = (group_column, video_column, *label_columns, *_COLUMNS_OF_FORMAT.get(kind, ()))
+    if group_column is not None:
+        find_column(source, columns, group_column, (), "of groups")
+    column = find_split_column(source, columns, split_column, used, rows)
+    splits = [None if column is None else split_name(row.values.get(column), column, row.where) for row in rows]
+    kept = kept_splits(f"{source}, column {column!r}", splits, choose_splits)
+
+    files = None if kind == "plain" else _FileFinder(root)
+    found = []
+    for row, split in zip(rows, splits, strict=True):
+        if split not in kept:
+            continue
+        if files is None:
+            one = _plain(row, video_column, label_columns, label_separator, root)
+        else:
+            one = _READERS[kind](row, files)
+        units = () if group_column is None else (f"{group_column}={filled_cell(row, group_column)}",)
+        found.append(replace(one, split=split, keep_together=(*one.keep_together, *units)))
+    groups = tuple(EPIC_GROUPS) if kind == "epic" else tuple(label_columns) if len(label_columns) > 1 else (ONE_GROUP,)
+    return Annotations(_present(found, source, missing_videos), groups)
+
+
+def _layout(
+    source: Path,
+    columns: list[str],
+    annotation_format: str,
+    video_column: str | None,
+    label_columns: Sequence[str] | None,
+) -> tuple[str, str, Sequence[str]]:
+    """The format of a file, and its columns of videos and labels: "" and none in the data sets' own formats."""
     kind = annotation_format
     if kind == "auto":
         kinds = [name for name, needed in _COLUMNS_OF_FORMAT.items() if set(needed) <= set(columns)]
         kind = "plain" if video_column or label_columns or not kinds else kinds[0]
-    root = Path(source.parent if video_root is None else video_root)
-    if not root.is_dir():
-        raise AnnotationError(f"{root}: there is no such folder to look for the videos of {source} in.")
-
-    groups: tuple[str, ...] = (ONE_GROUP,)
-    if kind == "plain":
-        video_column = _column(source, columns, video_column, VIDEO_COLUMNS, "of paths")
-        chosen = label_columns or [_column(source, columns, None, LABEL_COLUMNS, "of labels")]
-        for name in chosen:
-            _column(source, columns, name, (), "of labels")
-        groups = tuple(chosen) if len(chosen) > 1 else groups
-        found = [_plain(row, video_column, chosen, label_separator, root) for row in rows]
-    else:
-        for name in _COLUMNS_OF_FORMAT[kind]:
-            _column(source, columns, name, (), f"of {kind}")
-        files = _FileFinder(root)
-        read = {"kinetics": _kinetics, "ssv2": _ssv2, "epic": _epic}[kind]
-        groups = tuple(EPIC_GROUPS) if kind == "epic" else groups
-        found = [read(row, files) for row in rows]
-    return Annotations(_present(found, source, missing_videos), groups)
+    for name in _COLUMNS_OF_FORMAT.get(kind, ()):
+        find_column(source, columns, name, (), f"of {kind}")
+    if kind != "plain":
+        return kind, "", ()
+    video_column = find_column(source, columns, video_column, VIDEO_COLUMNS, "of paths")
+    label_columns = label_columns or [find_column(source, columns, None, LABEL_COLUMNS, "of labels")]
+    for name in label_columns:
+        find_column(source, columns, name, (), "of labels")
+    return kind, video_column, label_columns
 
 
 def _class_folders(folder: Path) -> list[LabelledVideo]:
     videos = []
     for entry in sorted(folder.iterdir()):
-        if entry.is_dir() and not entry.name.startswith("."):
-            files = find_videos(entry)
-            if not files:
-                raise AnnotationError(f"{entry}: the folder of this class holds no video.")
-            videos += [LabelledVideo(str(path), (entry.name,), str(path)) for path in files]
+        if not entry.is_dir() or entry.name.startswith("."):
+            continue
+        files = find_videos(entry)
+        if not files:
+            raise AnnotationError(f"{entry}: the folder of this class holds no video.")
+        videos += [LabelledVideo(str(path), (entry.name,), str(path)) for path in files]
     if not videos:
         raise AnnotationError(
             f"{folder}: there are no class folders with videos in it; expected {folder.name}/CLASS/VIDEO, or give an "
@@ -156,121 +214,23 @@ def _class_folders(folder: Path) -> list[LabelledVideo]:
     return videos
 
 
-# Rows
-
-
-def _read_rows(path: Path) -> tuple[list[_Row], list[str]]:
-    """The rows of a file with the lines they are on, and the names of the columns."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise AnnotationError(f"{path}:{line}: this is not UTF-8 text ({error.reason}).") from None
-    suffix = path.suffix.lower()
-    if suffix == ".json":
-        rows = list(_json_rows(path, text))
-    elif suffix in (".jsonl", ".ndjson"):
-        lines = enumerate(text.splitlines(), 1)
-        rows = [_Row(_object(path, number, line), f"{path}:{number}") for number, line in lines if line.strip()]
-    elif suffix in (".csv", ".tsv", ".txt"):
-        rows = list(_csv_rows(path, text))
-    else:
-        raise AnnotationError(f"{path}: annotations are read from .csv, .tsv, .json and .jsonl files, or a folder.")
-    if not rows:
-        raise AnnotationError(f"{path}: there are no videos in this file.")
-    return rows, list(dict.fromkeys(name for row in rows for name in row.values))
-
-
-def _object(path: Path, line: int, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise AnnotationError(f"{path}:{line}: this is not JSON ({error.msg}).") from None
-    return _checked_object(value, f"{path}:{line}")
-
-
-def _checked_object(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise AnnotationError(f"{where}: expected an object with a path and a label, got {value!r:.80}.")
-    return value
-
-
-def _json_rows(path: Path, text: str) -> Iterator[_Row]:
-    """The objects of a JSON list, one by one, so that each knows its line."""
-    decoder, place, line = json.JSONDecoder(), 0, 1
-
-    def skip(characters: str) -> None:
-        nonlocal place
-        while place < len(text) and text[place] in characters:
-            place += 1
-
-    skip(" \t\r\n")
-    if not text.startswith("[", place):
-        raise AnnotationError(f"{path}:1: expected a JSON list of objects.")
-    place += 1
-    counted = 0
-    while True:
-        skip(" \t\r\n,")
-        line, counted = line + text.count("\n", counted, place), place
-        if text.startswith("]", place):
-            return
-        try:
-            value, place = decoder.raw_decode(text, place)
-        except json.JSONDecodeError as error:
-            raise AnnotationError(f"{path}:{error.lineno}: this is not JSON ({error.msg}).") from None
-        yield _Row(_checked_object(value, f"{path}:{line}"), f"{path}:{line}")
-
-
-def _csv_rows(path: Path, text: str) -> Iterator[_Row]:
-    header = text.split("\n", 1)[0]
-    delimiter = max("\t,;", key=header.count)
-    reader = csv.reader(io.StringIO(text), delimiter=delimiter)
-    try:
-        names = [name.strip() for name in next(reader, [])]
-        for cells in reader:
-            if not any(cell.strip() for cell in cells):
-                continue
-            if len(cells) != len(names):
-                raise AnnotationError(
-                    f"{path}:{reader.line_num}: {len(cells)} cells, but the header has {len(names)} columns: "
-                    f"{', '.join(names)}."
-                )
-            yield _Row(dict(zip(names, cells, strict=True)), f"{path}:{reader.line_num}")
-    except csv.Error as error:
-        raise AnnotationError(f"{path}:{reader.line_num}: this is not CSV ({error}).") from None
-
-
-def _column(path: Path, columns: list[str], given: str | None, candidates: Iterable[str], what: str) -> str:
-    candidates = [given] if given is not None else list(candidates)
-    found = [name for name in candidates if name in columns]
-    if not found:
-        expected = f"{candidates[0]!r}" if given is not None else f"any of {', '.join(candidates)}"
-        raise AnnotationError(f"{path}:1: there is no column {expected} ({what}); there are: {', '.join(columns)}.")
-    return found[0]
-
-
-def _cell(row: _Row, name: str) -> Any:
-    value = row.values.get(name)
-    value = value.strip() if isinstance(value, str) else value
-    if value is None or value == "" or value == []:
-        raise AnnotationError(f"{row.where}: {name!r} is empty.")
-    return value
+# A CSV or JSON of one's own
 
 
 def _plain(
-    row: _Row, video_column: str, label_columns: Sequence[str], label_separator: str | None, root: Path
+    row: Row, video_column: str, label_columns: Sequence[str], label_separator: str | None, root: Path
 ) -> LabelledVideo:
     labels: list[str] = []
     for name in label_columns:
-        value = _cell(row, name)
+        value = filled_cell(row, name)
         several = value if isinstance(value, list) else [value]
         if label_separator is not None and isinstance(value, str):
             several = value.split(label_separator)
         if len(several) > 1 and len(label_columns) > 1:
             raise AnnotationError(f"{row.where}: {name!r} is one of several groups of labels and has {len(several)}.")
         labels += [str(label).strip() for label in several]
-    path = str(_cell(row, video_column))
-    video: Any = path if path.lower().startswith(("http://", "https://")) else str(root / path)
+    path = str(filled_cell(row, video_column))
+    video: Any = path if path.lower().startswith(_ADDRESSES) else str(root / path)
     part = {name: _seconds(row, name) for name in ("start", "end") if row.values.get(name) not in (None, "")}
     return LabelledVideo({"path": video, **part} if part else video, tuple(labels), row.where)
 
@@ -293,36 +253,40 @@ class _FileFinder:
         return found[0] if found else str(self.root / stems[0])
 
 
-def _kinetics(row: _Row, files: _FileFinder) -> LabelledVideo:
-    name = str(_cell(row, "youtube_id"))
+def _kinetics(row: Row, files: _FileFinder) -> LabelledVideo:
+    name = str(filled_cell(row, "youtube_id"))
     stems = [name]
     if row.values.get("time_start") not in (None, ""):
         start, end = (int(_seconds(row, column)) for column in ("time_start", "time_end"))
         stems = [f"{name}_{start:06d}_{end:06d}", name]
-    return LabelledVideo(files(*stems), (str(_cell(row, "label")),), row.where)
+    label = str(filled_cell(row, "label"))
+    return LabelledVideo(files(*stems), (label,), row.where, keep_together=(f"youtube_id={name}",))
 
 
-def _ssv2(row: _Row, files: _FileFinder) -> LabelledVideo:
-    label = str(_cell(row, "template")).replace("[", "").replace("]", "")
-    return LabelledVideo(files(str(_cell(row, "id"))), (label,), row.where)
+def _ssv2(row: Row, files: _FileFinder) -> LabelledVideo:
+    label = str(filled_cell(row, "template")).replace("[", "").replace("]", "")
+    return LabelledVideo(files(str(filled_cell(row, "id"))), (label,), row.where)
 
 
-def _epic(row: _Row, files: _FileFinder) -> LabelledVideo:
+def _epic(row: Row, files: _FileFinder) -> LabelledVideo:
     part = {"start": _seconds(row, "start_timestamp"), "end": _seconds(row, "stop_timestamp")}
     if part["end"] <= part["start"]:
         raise AnnotationError(f"{row.where}: the action ends at {part['end']} s and begins at {part['start']} s.")
     labels = []
     for group, size in EPIC_GROUPS.items():
-        number = str(_cell(row, f"{group}_class"))
+        number = str(filled_cell(row, f"{group}_class"))
         if not number.isdigit() or int(number) >= size:
             raise AnnotationError(f"{row.where}: {group}_class {number!r} is not a whole number from 0 to {size - 1}.")
         labels.append(number)
-    return LabelledVideo({"path": files(str(_cell(row, "video_id"))), **part}, tuple(labels), row.where)
+    return LabelledVideo({"path": files(str(filled_cell(row, "video_id"))), **part}, tuple(labels), row.where)
 
 
-def _seconds(row: _Row, name: str) -> float:
+_READERS: dict[str, Callable[[Row, _FileFinder], LabelledVideo]] = {"kinetics": _kinetics, "ssv2": _ssv2, "epic": _epic}
+
+
+def _seconds(row: Row, name: str) -> float:
     """12.5, or hours, minutes and seconds as 00:01:02.50."""
-    value = _cell(row, name)
+    value = filled_cell(row, name)
     try:
         seconds = 0.0
         for part in str(value).split(":"):
@@ -340,7 +304,7 @@ def _present(videos: list[LabelledVideo], source: Path, missing_videos: str) -> 
     for one in videos:
         path = one.video["path"] if isinstance(one.video, dict) else one.video
         if path not in there:
-            there[path] = path.lower().startswith(("http://", "https://")) or os.path.isfile(path)
+            there[path] = path.lower().startswith(_ADDRESSES) or os.path.isfile(path)
         if not there[path]:
             missing.append(f"{one.where}: there is no file {path}")
     if missing and (missing_videos == "error" or len(missing) == len(videos)):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import csv
+import itertools
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +19,11 @@ import numpy as np
 import torch
 
 from .annotations import ONE_GROUP, AnnotationError, LabelledVideo
+from .stratification import choose_units
 
 
 IGNORED = -100
+_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,14 @@ class LabelMap:
     `groups`: names by group, such as {"noun": (...), "verb": (...)}; one classification is the group "".
     `has_several`: whether a video has any number of the labels instead of one per group.
     `is_regression`: whether the outputs are values themselves and no scores of labels.
+    `has_positions`: whether a number that is no name stands for the label at that place of its group, as
+    EPIC-Kitchens has it. Never so where a name of the group is a number, or where the order is that of sorted names.
     """
 
     groups: Mapping[str, Sequence[str]]
     has_several: bool = False
     is_regression: bool = False
+    has_positions: bool = True
 
     @classmethod
     def of(
@@ -51,7 +59,8 @@ class LabelMap:
                 )
             for group, label in zip(groups, one.labels, strict=True):
                 names[group].add(label)
-        label_map = cls({group: tuple(sorted(group_names)) for group, group_names in names.items()}, has_several)
+        ordered = {group: tuple(sorted(group_names)) for group, group_names in names.items()}
+        label_map = cls(ordered, has_several, has_positions=False)
         for group, found in label_map.groups.items():
             if len(found) < 2:
                 of = f" of {group!r}" if group else ""
@@ -135,8 +144,7 @@ class LabelMap:
     def encode(self, one: LabelledVideo) -> torch.Tensor:
         """int64 () for one label, (groups,) for groups, float32 (num_labels,) of 0 and 1 for several labels.
 
-        A number that is no name counts as the place of the label in its group, as EPIC-Kitchens has it. Raises
-        AnnotationError for what is neither.
+        Raises AnnotationError for a label that is not among the names; see `has_positions` for numbers.
         """
         if self.has_several:
             target = torch.zeros(len(self.names))
@@ -146,6 +154,14 @@ class LabelMap:
             raise AnnotationError(f"{one.where}: {len(one.labels)} labels where {len(self.groups)} is expected.")
         indices = [self._index(group, label, one.where) for group, label in enumerate(one.labels)]
         return torch.tensor(indices if self.is_grouped else indices[0])
+
+    def numbers(self, one: LabelledVideo) -> list[int]:
+        """The places of a video's labels in the whole output. Raises AnnotationError as `encode` does."""
+        encoded = self.encode(one)
+        if self.has_several:
+            return encoded.nonzero().flatten().tolist()
+        starts = itertools.accumulate(self.sizes[:-1], initial=0)
+        return [start + index for start, index in zip(starts, encoded.reshape(-1).tolist(), strict=True)]
 
     def ignored(self) -> torch.Tensor:
         """The labels, as `encode` gives them, of a video that is not to count."""
@@ -166,14 +182,28 @@ class LabelMap:
                 found.append((name, float(part[index])) if with_scores else name)
         return found
 
+    @cached_property
+    def _positions(self) -> list[dict[str, int]]:
+        """Per group: the numbers that stand for places."""
+        return [
+            {}
+            if not self.has_positions or any(_NUMBER.fullmatch(name) for name in names)
+            else {str(index): index for index in range(len(names))}
+            for names in self.groups.values()
+        ]
+
     def _index(self, group: int, label: str, where: str) -> int:
         indices = self._indices[group]
         if label in indices:
+            if len(indices) < self.sizes[group] and list(self.groups.values())[group].count(label) > 1:
+                raise AnnotationError(f"{where}: the model has several labels {label!r}: give each a name of its own.")
             return indices[label]
-        if label.isdigit() and int(label) < len(indices):
-            return int(label)
+        if label in self._positions[group]:
+            return self._positions[group][label]
+        kind = f" {list(self.groups)[group]}s" if self.is_grouped else ""
         raise AnnotationError(
-            f"{where}: the label {label!r} is not among the {len(indices)} of the model: {', '.join(list(indices)[:5])}"
+            f"{where}: the label {label!r} is not among the {len(indices)}{kind} of the model: "
+            f"{', '.join(list(indices)[:5])}"
             f"{', ...' * (len(indices) > 5)}."
         )
 
@@ -191,39 +221,121 @@ def _ordered_names(stored: Any, path: Path) -> tuple[str, ...]:
 
 
 def split_videos(
-    videos: Sequence[LabelledVideo], fraction: float, seed: int = 0
+    videos: Sequence[LabelledVideo],
+    fraction: float,
+    seed: int = 0,
+    *,
+    groups: Sequence[str] = (ONE_GROUP,),
+    allow_missing_labels: bool = False,
 ) -> tuple[list[LabelledVideo], list[LabelledVideo]]:
     """
-    Training and validation, the same for the same seed: of every class `fraction`, at least one video on either side.
+    Return training and validation videos, the same for the same seed.
 
-    Videos with several labels are stratified by the whole of their labels as far as these repeat. Parts of one file
-    stay together if that leaves both sides every class. Raises AnnotationError for a class with a single video.
+    Videos of one file, such as its parts, stay together, and so do videos that share a value of `keep_together`. Within
+    that, validation has about `fraction` of the videos of every class, and both sides have every class.
+
+    Args:
+        videos: what to split.
+        fraction: the share for validation, between 0 and 1.
+        seed: of the choice.
+        groups: the groups of labels, where a video has one label of each.
+        allow_missing_labels: keep a class that cannot be on both sides in training.
+
+    Raises AnnotationError for a class that cannot be on both sides.
     """
     if not 0 < fraction < 1:
         raise AnnotationError(f"The share of the validation split must be between 0 and 1, got {fraction}.")
-    generator = np.random.default_rng(seed)
-    by_labels: dict[tuple[str, ...], list[int]] = {}
-    for index, one in enumerate(videos):
-        by_labels.setdefault(one.labels, []).append(index)
-    validation: set[int] = set()
-    leftovers: list[int] = []
-    for labels, indices in sorted(by_labels.items()):
-        if len(indices) == 1:
-            if len(labels) == 1:
-                raise AnnotationError(
-                    f"{videos[indices[0]].where}: the class {labels[0]!r} has a single video, too few for training and "
-                    "validation: add videos, leave the class out, or give a validation set."
-                )
-            leftovers += indices
-            continue
-        count = min(max(1, round(fraction * len(indices))), len(indices) - 1)
-        validation.update(generator.permutation(indices)[:count].tolist())
-    if leftovers:
-        validation.update(generator.permutation(leftovers)[: round(fraction * len(leftovers))].tolist())
+    if not videos:
+        raise AnnotationError("There are no videos to split into training and validation.")
+    units = _units(videos)
+    counts = [
+        Counter(label for index in unit for label in _positioned(videos[index], len(groups) > 1)) for unit in units
+    ]
+    totals: Counter[tuple[int, str]] = Counter()
+    num_units: Counter[tuple[int, str]] = Counter()
+    for unit_counts in counts:
+        totals.update(unit_counts)
+        num_units.update(unit_counts.keys())
+    names = sorted(totals, key=lambda name: (num_units[name], name))
+    if num_units[names[0]] == 1 and not allow_missing_labels:
+        raise AnnotationError(_undivided(videos, units, names[0], groups))
+    targets = {name: min(max(1, round(fraction * totals[name])), totals[name] - 1) for name in names}
+
+    def choose(num_missing: int) -> set[int] | None:
+        return choose_units(counts, targets, names[num_missing:], np.random.default_rng(seed))
+
+    chosen = choose(0)
+    if not chosen and allow_missing_labels:
+        # As few as possible of the rarest classes in training only: the more of them, the easier.
+        chosen = choose(bisect.bisect_left(range(len(names)), True, key=lambda num_missing: bool(choose(num_missing))))
+    if not chosen:
+        raise AnnotationError(
+            f"No division of the {len(videos)} videos was found that gives training and validation all {len(names)} "
+            f"classes: they belong to {len(units)} files or groups that each stay together. Group by something else, "
+            "leave rare classes out, or give a validation set."
+        )
+    validation = {index for unit in chosen for index in units[unit]}
     return (
         [one for index, one in enumerate(videos) if index not in validation],
         [one for index, one in enumerate(videos) if index in validation],
     )
+
+
+def _positioned(one: LabelledVideo, is_grouped: bool) -> set[tuple[int, str]]:
+    """The labels of a video, each with the number of its group."""
+    return {(place if is_grouped else 0, label) for place, label in enumerate(one.labels)}
+
+
+def _units(videos: Sequence[LabelledVideo]) -> list[list[int]]:
+    """The indices of the videos that stay together, in the order of the first of each."""
+    parents = list(range(len(videos)))
+
+    def root(index: int) -> int:
+        while parents[index] != index:
+            parents[index] = index = parents[parents[index]]
+        return index
+
+    first: dict[Hashable, int] = {}
+    for index, one in enumerate(videos):
+        for key in one.unit_keys():
+            ends = root(index), root(first.setdefault(key, index))
+            parents[max(ends)] = min(ends)
+    units: dict[int, list[int]] = {}
+    for index in range(len(videos)):
+        units.setdefault(root(index), []).append(index)
+    return list(units.values())
+
+
+def _undivided(
+    videos: Sequence[LabelledVideo], units: list[list[int]], name: tuple[int, str], groups: Sequence[str]
+) -> str:
+    """Why a class of a single unit cannot be on both sides."""
+    place, label = name
+    is_grouped = len(groups) > 1
+    unit = next(unit for unit in units if any(name in _positioned(videos[index], is_grouped) for index in unit))
+    holding = [videos[index] for index in unit if name in _positioned(videos[index], is_grouped)]
+    kind = f"the {groups[place]}" if is_grouped else "the class"
+    what = "a single video, too few for training and validation"
+    if len(holding) > 1:
+        shared = sorted(set.intersection(*(set(one.keep_together) for one in holding)))
+        of = f" ({', '.join(shared)})" if shared else ""
+        what = f"{len(holding)} videos, which all belong together{of} and cannot be divided"
+    return (
+        f"{holding[0].where}: {kind} {label!r} has {what}: add videos, leave the class out, give a validation "
+        "set, or set allow_missing_labels."
+    )
+
+
+def shared_units(
+    train: Sequence[LabelledVideo], validation: Sequence[LabelledVideo]
+) -> list[tuple[LabelledVideo, LabelledVideo]]:
+    """The validation videos that are of a file or group of the training videos, each after the first such video."""
+    first: dict[Hashable, LabelledVideo] = {}
+    for one in train:
+        for key in one.unit_keys():
+            first.setdefault(key, one)
+    found = ((next((first[key] for key in one.unit_keys() if key in first), None), one) for one in validation)
+    return [(there, one) for there, one in found if there is not None]
 
 
 def check_splits(
@@ -245,20 +357,21 @@ def check_splits(
             label_map.encode(one)
     if validation is None:
         return []
-    places: dict[str, str] = {}
+    places: dict[int, str] = {}
     for one in train:
-        for label in one.labels:
-            places.setdefault(label, one.where)
-    known = {label for one in validation for label in one.labels}
-    missing = [label for label in places if label not in known]
+        for number in label_map.numbers(one):
+            places.setdefault(number, one.where)
+    known = {number for one in validation for number in label_map.numbers(one)}
+    names = label_map.names
+    missing = {names[number]: where for number, where in places.items() if number not in known}
     if missing and not allow_missing_labels:
-        shown = ", ".join(f"{label!r} ({places[label]})" for label in missing[:5])
+        shown = ", ".join(f"{label!r} ({where})" for label, where in list(missing.items())[:5])
         raise AnnotationError(
             f"{len(missing)} of the {len(places)} classes of the training split have no video in the validation split "
             f"({validation[0].where} and on): {shown}{', ...' * (len(missing) > 5)}. Their accuracy could not be "
             "measured; add videos, or set allow_missing_labels."
         )
-    return missing
+    return list(missing)
 
 
 def class_weights(targets: Sequence[torch.Tensor], label_map: LabelMap) -> torch.Tensor:
