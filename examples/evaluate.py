@@ -4,9 +4,9 @@ Scores a ViViT on labelled videos with the paper's views: 4 clips x 3 crops of e
     python examples/evaluate.py --model my_vivit --data videos/test --num_clips 4 --num_crops 3 --output_dir scores
     torchrun --nproc_per_node 8 examples/evaluate.py ...     any number of processes, the same scores
 
---data is a folder of class folders, or a CSV or JSON file (see finetune.py). The output folder gets results.json with
-the scores and the views that they come from, predictions.parquet with every probability, per_class.csv, and
-confusion_matrix.png.
+--data is a folder of class folders, or a CSV or JSON file (see finetune.py), whose column of splits --split chooses
+from. The output folder gets results.json with the scores and the views that they come from, predictions.parquet with
+every probability, per_class.csv, and confusion_matrix.png.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import csv
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--video_column_name", help="of a file")
     parser.add_argument("--label_column_name", help="of a file; several as noun,verb")
     parser.add_argument("--label_separator", help="between several labels of a video")
+    parser.add_argument(
+        "--split_column", default="auto", help="of a file (default: split, subset, ...); none: ignore it"
+    )
+    parser.add_argument("--split", choices=["train", "validation", "test"], help="of a file with a column of splits")
     parser.add_argument("--missing_videos", default="error", choices=["error", "skip"])
     parser.add_argument("--num_clips", type=int, default=4, help="per video")
     parser.add_argument("--num_crops", type=int, default=3, choices=[1, 3], help="per clip")
@@ -66,7 +71,11 @@ def main(argv: list[str] | None = None) -> None:
             label_columns=columns,
             label_separator=args.label_separator,
             missing_videos=args.missing_videos,
+            split_column=args.split_column,
+            choose_splits=partial(choose_split, args.split),
         )
+        if args.split is not None and data.videos[0].split is None:
+            raise AnnotationError(f"{args.data} has no column of splits: leave --split {args.split} out.")
         config = ViViTForVideoClassification.config_class.from_pretrained(args.model)
         label_map = LabelMap.from_config(config)
         if label_map.is_regression:
@@ -106,6 +115,16 @@ def main(argv: list[str] | None = None) -> None:
     state.destroy_process_group()
 
 
+def choose_split(wanted: str | None, where: str, counts: dict[str, int]) -> list[str]:
+    """The split to score: the one that is wanted, or the only one that there is."""
+    listed = ", ".join(f"{count} {split}" for split, count in counts.items())
+    if wanted is None and len(counts) > 1:
+        raise AnnotationError(f"{where}: there are {listed} rows: choose --split, or --split_column none for all.")
+    if wanted is not None and wanted not in counts:
+        raise AnnotationError(f"{where}: there are no {wanted} rows, only {listed}.")
+    return [wanted] if wanted is not None else list(counts)
+
+
 def write_results(
     args: argparse.Namespace,
     data: Annotations,
@@ -126,6 +145,7 @@ def write_results(
         "eval_samples": int(readable.sum()),
         "eval_damaged_files": int((~readable).sum()),
         "model": args.model,
+        "split": data.videos[0].split,
         "dtype": args.dtype,
         "num_processes": num_processes,
     }

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import datasets  # type: ignore[import-untyped]
+import pyarrow  # type: ignore[import-untyped]
+import pyarrow.compute  # type: ignore[import-untyped]
 
-from .annotations import LABEL_COLUMNS, VIDEO_COLUMNS, AnnotationError, LabelledVideo
+from .annotation_rows import SPLIT_COLUMNS, AnnotationError, ChooseSplits, find_split_column, kept_splits, split_name
+from .annotations import LABEL_COLUMNS, VIDEO_COLUMNS, LabelledVideo
+
+
+def label_columns_of(dataset: Any, name: str, given: Sequence[str] | None = None) -> list[str]:
+    """The columns of labels: those that are given, or the first of `LABEL_COLUMNS`, or the only `ClassLabel`.
+
+    Raises AnnotationError if a column is not there.
+    """
+    columns = _columns(dataset)
+    if not given and not set(columns) & set(LABEL_COLUMNS):
+        listing = [column for column in columns if class_names(dataset, column) is not None]
+        listing = [column for column in listing if column.lower() not in SPLIT_COLUMNS]
+        given = listing if len(listing) == 1 else None
+    return [_column(name, columns, one, LABEL_COLUMNS, "of labels") for one in (given or (None,))]
 
 
 def hub_videos(
-    dataset: Any, name: str, *, video_column: str | None = None, label_columns: Sequence[str] | None = None
+    dataset: Any,
+    name: str,
+    *,
+    video_column: str | None = None,
+    label_columns: Sequence[str] | None = None,
+    group_column: str | None = None,
+    split_column: str = "auto",
+    choose_splits: ChooseSplits | None = None,
 ) -> list[LabelledVideo] | StreamedVideos:
     """
     The videos of one split.
@@ -21,9 +45,11 @@ def hub_videos(
         dataset: a `datasets.Dataset`, or an `IterableDataset` for a stream. The column of videos is of type `Video`
             (which is not decoded by `datasets`), or has paths or URLs.
         name: what error messages call it.
-        video_column, label_columns: by default the first that there is of `VIDEO_COLUMNS` and `LABEL_COLUMNS`.
+        video_column, label_columns: by default the first of `VIDEO_COLUMNS`, and see `label_columns_of`.
+        group_column, split_column, choose_splits: as for `read_videos`; not for streams.
 
     Raises:
+<<<<<<< HEAD
         AnnotationError: if a column is not there, a label is missing, or a stream is split among processes already.
     """
     if getattr(dataset, "_distributed", None) is not None:
@@ -32,22 +58,84 @@ def hub_videos(
             "again: give the whole of it."
         )
     columns = list(dataset.features or dataset.column_names or next(iter(dataset)))
+=======
+        AnnotationError: if a column is not there, a label is missing, or a stream has a column of splits or groups.
+    """
+    columns = _columns(dataset)
+>>>>>>> d875c82 (Honour split columns and ClassLabel columns in finetune and evaluate)
     video_column = _column(name, columns, video_column, ("video", *VIDEO_COLUMNS), "of videos")
-    label_columns = [
-        _column(name, columns, given, LABEL_COLUMNS, "of labels")
-        for given in label_columns or [None]  # type: ignore
-    ]
+    label_columns = label_columns_of(dataset, name, label_columns)
+    if split_column not in ("auto", "none"):
+        _column(name, columns, split_column, (), "of splits")
+    splits_from = find_split_column(name, columns, split_column, (video_column, *label_columns, group_column))
+    if group_column is not None:
+        _column(name, columns, group_column, (), "of groups")
     features = dataset.features or {}
     if isinstance(features.get(video_column), datasets.Video):
         dataset = dataset.cast_column(video_column, datasets.Video(decode=False))
     read = partial(_labels, features=features, columns=label_columns)
     if isinstance(dataset, datasets.IterableDataset):
+        for what, column in (("group_column", group_column), ("split_column", splits_from)):
+            if column is not None:
+                raise AnnotationError(
+                    f"{name}: a stream cannot be divided by its column {column!r}: leave --streaming out"
+                    + (", or set split_column to none to ignore the column." if what == "split_column" else ".")
+                )
         return StreamedVideos(dataset, name, video_column, read)
-    rows = dataset.select_columns(label_columns)
-    return [
-        LabelledVideo(partial(_video, dataset, index, video_column), read(row, where := f"{name}[{index}]"), where)
-        for index, row in enumerate(rows)
-    ]
+    splits: Sequence[str | None] = [None] * len(dataset)
+    if splits_from is not None:
+        values = _texts(dataset, splits_from)
+        splits = [split_name(value, splits_from, f"{name}[{index}]") for index, value in enumerate(values)]
+    kept = kept_splits(f"{name}, column {splits_from!r}", splits, choose_splits)
+    units: list[tuple[str, ...]] = [()] * len(dataset)
+    if group_column is not None:
+        values = _texts(dataset, group_column)
+        if any(value in (None, "") for value in values):
+            index = next(index for index, value in enumerate(values) if value in (None, ""))
+            raise AnnotationError(f"{name}[{index}]: {group_column!r} is empty.")
+        units = [(f"{group_column}={value}",) for value in values]
+    files = _files(dataset, video_column)
+    videos = []
+    for index, row in enumerate(dataset.select_columns(label_columns)):
+        if splits[index] in kept:
+            where = f"{name}[{index}]"
+            video = partial(_video, dataset, index, video_column)
+            videos.append(LabelledVideo(video, read(row, where), where, units[index], splits[index], files[index]))
+    return videos
+
+
+def _texts(dataset: datasets.Dataset, column: str) -> list[Any]:
+    """The values of a column, those of a `ClassLabel` by their names."""
+    feature = dataset.features[column]
+    values = dataset[column][:]
+    if not isinstance(feature, datasets.ClassLabel):
+        return values
+    return [None if value in (None, -1) else feature.int2str(value) for value in values]
+
+
+def _files(dataset: datasets.Dataset, column: str) -> list[str | None]:
+    """What tells the file of each row apart: its path, or for videos inside of the data set a digest of their bytes.
+
+    The digest is only made where several rows have as many bytes; the others are files of their own, None.
+    """
+    files: list[str | None] = []
+    rows_by_size: dict[int, list[int]] = {}
+    arrow = dataset.select_columns([column]).with_format("arrow")
+    for table in arrow.iter(batch_size=256):
+        values = table.column(0).combine_chunks()
+        if not pyarrow.types.is_struct(values.type):
+            files += values.to_pylist()
+            continue
+        sizes = pyarrow.compute.binary_length(values.field("bytes")).to_pylist()
+        for path, size in zip(values.field("path").to_pylist(), sizes, strict=True):
+            if size is not None:
+                rows_by_size.setdefault(size, []).append(len(files))
+            files.append(path if size is None else None)
+    for rows in rows_by_size.values():
+        if len(rows) > 1:
+            for row in rows:
+                files[row] = hashlib.sha256(_video(dataset, row, column)["bytes"]).hexdigest()
+    return files
 
 
 def unlabelled_videos(
@@ -82,6 +170,10 @@ def class_names(dataset: Any, column: str) -> list[str] | None:
     feature = (dataset.features or {}).get(column)
     feature = getattr(feature, "feature", feature)
     return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+
+
+def _columns(dataset: Any) -> list[str]:
+    return list(dataset.features or dataset.column_names or next(iter(dataset)))
 
 
 def _column(name: str, columns: list[str], given: str | None, candidates: Sequence[str], what: str) -> str:
