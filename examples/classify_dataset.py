@@ -5,7 +5,8 @@ Classifies any number of videos, in shards: killed and started again, it goes on
     accelerate launch --num_processes 8 examples/classify_dataset.py ...     the shards are shared out
 
 --videos is a folder, or a text file with a path or URL per line. The output folder gets part-00000.parquet and so on,
-each with the columns index, video, labels and scores (the best first) and error; a part is there whole or not at all.
+each with the columns index, video (addresses without secrets), labels and scores (the best first) and error; a part is
+there whole or not at all.
 run.json holds what they were made from, and another run with other settings or videos is refused.
 """
 
@@ -28,6 +29,7 @@ from vivit_hf.dataset_scan import find_videos
 from vivit_hf.hub_datasets import unlabelled_videos
 from vivit_hf.inference import describe_views, predict_videos
 from vivit_hf.labels import LabelMap
+from vivit_hf.video_sources import source_name
 from vivit_hf.whole_files import written_whole
 
 
@@ -40,6 +42,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dataset_config_name", help="its configuration")
     parser.add_argument("--split", default="train", help="of the data set")
     parser.add_argument("--video_column_name", help="of the data set (default: video, path, ...)")
+    parser.add_argument(
+        "--allow_private_addresses", action="store_true", help="also download from this machine and the local network"
+    )
     parser.add_argument("--output_dir", required=True, type=Path)
     parser.add_argument("--shard_size", type=int, default=256, help="videos per part: what is lost at most")
     parser.add_argument("--top_k", type=int, default=5, help="labels per video (and per group of labels)")
@@ -125,7 +130,8 @@ def main(argv: list[str] | None = None) -> None:
     if mine:
         model = ViViTForVideoClassification.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
         model.to(state.device).eval()
-        processor = ViViTVideoProcessor.from_pretrained(args.model)
+        limits = {"allow_private_addresses": args.allow_private_addresses}
+        processor = ViViTVideoProcessor.from_pretrained(args.model, video_limits=limits)
         label_map = LabelMap.from_config(model.config)
         if state.is_main_process:
             print(f"views per video: {describe_views(processor, args.num_clips, args.num_crops)}", flush=True)
@@ -150,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
             rows.append(
                 {
                     "index": start + one.index,
-                    "video": names[start + one.index],
+                    "video": source_name(names[start + one.index]),
                     "labels": None if best is None else [label for label, _ in best],
                     "scores": None if best is None else [score for _, score in best],
                     "error": one.error,

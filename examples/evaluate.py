@@ -26,10 +26,11 @@ from rich.console import Console
 from rich.table import Table
 
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
-from vivit_hf.annotations import AnnotationError, Annotations, read_videos
+from vivit_hf.annotations import AnnotationError, Annotations, LabelledVideo, read_videos
 from vivit_hf.evaluation import AVERAGINGS, classification_metrics, confusion_matrix
 from vivit_hf.inference import VideoPrediction, describe_views, predict_videos
 from vivit_hf.labels import LabelMap
+from vivit_hf.video_sources import source_name
 from vivit_hf.visualization import draw_confusion_matrix
 from vivit_hf.whole_files import written_whole
 
@@ -48,6 +49,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--split", choices=["train", "validation", "test"], help="of a file with a column of splits")
     parser.add_argument("--missing_videos", default="error", choices=["error", "skip"])
+    parser.add_argument(
+        "--allow_private_addresses", action="store_true", help="also download from this machine and the local network"
+    )
     parser.add_argument("--num_clips", type=int, default=4, help="per video")
     parser.add_argument("--num_crops", type=int, default=3, choices=[1, 3], help="per clip")
     parser.add_argument("--averaging", default="probabilities", choices=AVERAGINGS, help="of the views of a video")
@@ -89,7 +93,8 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"{os.environ['WORLD_SIZE']} processes were started, but each is alone: add --use_cpu.")
     model = ViViTForVideoClassification.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     model.to(state.device).eval()
-    processor = ViViTVideoProcessor.from_pretrained(args.model)
+    limits = {"allow_private_addresses": args.allow_private_addresses}
+    processor = ViViTVideoProcessor.from_pretrained(args.model, video_limits=limits)
 
     # Every n-th video: long and short ones, and the classes of a sorted list, are spread evenly.
     mine = range(state.process_index, len(data.videos), state.num_processes)
@@ -189,7 +194,7 @@ def write_predictions(path: Path, data: Annotations, label_map: LabelMap, predic
     import pyarrow.parquet
 
     columns: dict[str, list[Any]] = {
-        "video": [one.where if callable(one.video) else str(one.video) for one in data.videos],
+        "video": [_shown(one) for one in data.videos],
         "labels": [list(one.labels) for one in data.videos],
         "predicted": [label_map.best(one.probabilities) for one in predictions],
         "probabilities": [None if one.probabilities is None else one.probabilities.tolist() for one in predictions],
@@ -198,6 +203,15 @@ def write_predictions(path: Path, data: Annotations, label_map: LabelMap, predic
     table = pyarrow.table(columns).replace_schema_metadata({"labels": json.dumps(label_map.names)})
     with written_whole(path) as unfinished:
         pyarrow.parquet.write_table(table, unfinished)
+
+
+def _shown(one: LabelledVideo) -> str:
+    """The place that a video was read from, or its path or address without secrets, with the part that it is."""
+    if callable(one.video):
+        return one.where
+    if isinstance(one.video, dict):
+        return str({**one.video, "path": source_name(one.video)})
+    return source_name(one.video)
 
 
 if __name__ == "__main__":

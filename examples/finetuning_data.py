@@ -25,6 +25,9 @@ class DataArguments:
     video_root: str | None = field(default=None, metadata={"help": "folder that paths in files start from"})
     annotation_format: str = field(default="auto", metadata={"help": f"of the files: {', '.join(FORMATS)}"})
     missing_videos: str = field(default="error", metadata={"help": "error, or skip for files that are not there"})
+    allow_private_addresses: bool = field(
+        default=False, metadata={"help": "videos may be downloaded from this machine and the local network"}
+    )
     dataset_name: str | None = field(default=None, metadata={"help": "a data set on the Hub, or a folder of one"})
     dataset_config_name: str | None = field(default=None, metadata={"help": "its configuration"})
     train_split_name: str = field(default="train", metadata={"help": "its split for training"})

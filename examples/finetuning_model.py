@@ -265,4 +265,5 @@ def _processor(config: Any, settings: dict[str, Any], data: DataArguments) -> Vi
             changes[name] = getattr(data, name)
     if data.frame_stride is not None:
         changes["frames_per_second"] = None
-    return ViViTVideoProcessor.from_dict({**processor.to_dict(), **changes})
+    limits = {"allow_private_addresses": data.allow_private_addresses}
+    return ViViTVideoProcessor.from_dict({**processor.to_dict(), **changes}, video_limits=limits)
