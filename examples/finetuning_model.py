@@ -209,8 +209,8 @@ def _check_freezing(
     is_random = is_new and model.vivit.temporal_encoder.layer[0].attention.o_proj.weight.any()
     if arguments.freeze == "all_but_head" and is_random:
         raise ValueError(
-            "--freeze all_but_head would freeze the temporal encoder, which is newly initialised. Use --freeze spatial, "
-            "or --num_temporal_layers 0 for the average over time."
+            "--freeze all_but_head would freeze the temporal encoder, which is newly initialised. Use --freeze "
+            "spatial, or --num_temporal_layers 0 for the average over time."
         )
 
 

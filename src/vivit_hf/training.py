@@ -83,8 +83,8 @@ def untrained_modules(model: Any) -> list[str]:
     peft's `modules_to_save` takes them.
 
     These are the embeddings if their position embeddings are the same at every time step, and the modules over time if
-    their LayerNorms still have their initial values. If they are frozen, or trained by low-rank updates alone, the model
-    cannot learn the order of frames.
+    their LayerNorms still have their initial values. If they are frozen, or trained by low-rank updates alone, the
+    model cannot learn the order of frames.
 
     Args:
         model: a `ViViTForVideoClassification`.
