@@ -286,9 +286,8 @@ def _from_hub(
         wanted = data.train_split_name if data.train_split_name not in splits else data.validation_split_name
         raise AnnotationError(f"{data.dataset_name} has no split {wanted!r}; there are: {known}.")
     if len(splits) > 1:
-        say(
-            f"{data.dataset_name} has the splits {known}; validation is {found[0] if found else 'taken from training'}."
-        )
+        used = f"{found[0]} is for validation" if found else "none of them is for validation"
+        say(f"{data.dataset_name} has the splits {known}: {used}, others than {data.train_split_name} are left out.")
     columns = label_columns_of(splits[data.train_split_name], data.dataset_name, _label_columns(data))
     videos, names = {}, [class_names(splits[data.train_split_name], column) for column in columns]
     for name in (data.train_split_name, *found):
@@ -299,16 +298,6 @@ def _from_hub(
                 dataset = dataset.take(limit)
             if name == data.train_split_name:
                 dataset = dataset.shuffle(seed=seed, buffer_size=data.shuffle_buffer_size)
-<<<<<<< HEAD
-        label = f"{data.dataset_name}/{name}"
-        videos[name] = hub_videos(dataset, label, video_column=data.video_column_name, label_columns=columns)
-        if names is None and (columns is None or len(columns) == 1):
-            names = class_names(dataset, columns[0] if columns else "label")
-    groups = tuple(columns) if columns and len(columns) > 1 else (ONE_GROUP,)
-    return videos[data.train_split_name], videos[found[0]] if found else None, groups, names
-=======
-            if distributed.is_initialized():
-                dataset = split_dataset_by_node(dataset, distributed.get_rank(), distributed.get_world_size())
         videos[name] = hub_videos(
             dataset,
             f"{data.dataset_name}/{name}",
@@ -323,4 +312,3 @@ def _from_hub(
     if validation is None and not isinstance(train, StreamedVideos):
         train, validation = _divided(train)
     return train, validation, groups, None if None in names else names
->>>>>>> d875c82 (Honour split columns and ClassLabel columns in finetune and evaluate)

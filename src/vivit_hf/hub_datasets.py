@@ -49,20 +49,15 @@ def hub_videos(
         group_column, split_column, choose_splits: as for `read_videos`; not for streams.
 
     Raises:
-<<<<<<< HEAD
-        AnnotationError: if a column is not there, a label is missing, or a stream is split among processes already.
+        AnnotationError: if a column is not there or a label is missing; for streams with a column of splits or groups,
+            and for those that are split among processes already.
     """
     if getattr(dataset, "_distributed", None) is not None:
         raise AnnotationError(
             f"{name}: the stream is split among processes already (split_dataset_by_node), and training splits it "
             "again: give the whole of it."
         )
-    columns = list(dataset.features or dataset.column_names or next(iter(dataset)))
-=======
-        AnnotationError: if a column is not there, a label is missing, or a stream has a column of splits or groups.
-    """
     columns = _columns(dataset)
->>>>>>> d875c82 (Honour split columns and ClassLabel columns in finetune and evaluate)
     video_column = _column(name, columns, video_column, ("video", *VIDEO_COLUMNS), "of videos")
     label_columns = label_columns_of(dataset, name, label_columns)
     if split_column not in ("auto", "none"):
