@@ -27,7 +27,7 @@ from rich.table import Table
 
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
 from vivit_hf.annotations import AnnotationError, Annotations, LabelledVideo, read_videos
-from vivit_hf.evaluation import AVERAGINGS, classification_metrics, confusion_matrix
+from vivit_hf.evaluation import AVERAGINGS, classification_metrics, confusion_matrix, describe_chance
 from vivit_hf.inference import VideoPrediction, describe_views, predict_videos
 from vivit_hf.labels import LabelMap
 from vivit_hf.video_sources import source_name
@@ -147,7 +147,6 @@ def write_results(
     results: dict[str, Any] = {
         **{f"eval_{name}": value for name, value in metrics.items()},
         "eval_protocol": views,
-        "eval_samples": int(readable.sum()),
         "eval_damaged_files": int((~readable).sum()),
         "model": args.model,
         "split": data.videos[0].split,
@@ -171,7 +170,10 @@ def write_results(
             table.add_row(row[0], str(row[1]), f"{row[2]:.3f}", row[3])
         console.print(table)
     for name, value in metrics.items():
-        console.print(f"{name}: {value:.4f}", highlight=False)
+        console.print(f"{name}: {value}" if name == "samples" else f"{name}: {value:.4f}", highlight=False)
+    near_chance = describe_chance(metrics)
+    if near_chance is not None:
+        console.print(near_chance, highlight=False, soft_wrap=True)
     console.print(f"views per video: {views}", highlight=False, soft_wrap=True)
     for one, video in zip(predictions, data.videos, strict=True):
         if one.error is not None:

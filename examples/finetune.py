@@ -12,15 +12,16 @@ is checked before a model is loaded. Run again after an interruption, it goes on
 """
 
 import argparse
-import dataclasses
+import difflib
 import importlib.util
 import itertools
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from finetuning_data import DataArguments, Splits, load_splits
@@ -30,6 +31,7 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 from vivit_hf import ViViTForVideoClassification, write_model_card
 from vivit_hf.annotations import AnnotationError
 from vivit_hf.augmentation import ClipAugmentation, names_with_sides
+from vivit_hf.evaluation import AVERAGINGS, describe_chance
 from vivit_hf.inference import describe_views
 from vivit_hf.labels import LabelMap, class_weights
 from vivit_hf.mixing import ClipCollator
@@ -82,7 +84,7 @@ class FineTuningArguments(TrainingArguments):
     dataloader_num_workers: int = field(
         default=min(8, os.cpu_count() or 1), metadata={"help": "processes that decode, per device"}
     )
-    report_to: str = field(
+    report_to: None | str | list[str] = field(  # noqa: RUF036 (the order that HfArgumentParser reads)
         default="tensorboard" if importlib.util.find_spec("tensorboard") else "none",
         metadata={"help": "tensorboard, wandb, all, none, ..."},
     )
@@ -97,7 +99,7 @@ def parse_arguments(argv: list[str]) -> Arguments:
     parser = HfArgumentParser(classes, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     given: dict[str, Any] = {}
     if argv and argv[0].endswith((".json", ".yaml", ".yml")):
-        given = read_settings(Path(argv[0]))
+        given = read_settings(Path(argv[0]), classes)
         argv = argv[1:]
     # What is on the command line, and nothing else.
     explicit = HfArgumentParser(classes, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -108,9 +110,6 @@ def parse_arguments(argv: list[str]) -> Arguments:
     if recipe is not None and recipe not in RECIPES:
         parser.error(f"--recipe {recipe}: there are {', '.join(RECIPES)}")
     settings = {**(RECIPES[recipe].arguments if recipe else {}), **given}
-    known = {one.name for kind in classes for one in dataclasses.fields(kind)}
-    if unknown := sorted(set(settings) - known):
-        parser.error(f"there are no arguments named {', '.join(unknown)}")
     if "output_dir" not in settings:
         parser.error("--output_dir is needed: the folder for checkpoints and results")
     arguments = parser.parse_dict(settings)
@@ -127,11 +126,12 @@ def parse_arguments(argv: list[str]) -> Arguments:
     return arguments
 
 
-def read_settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path, classes: Sequence[Any]) -> dict[str, Any]:
+    """Return the arguments in a YAML or JSON file, each of the type that it has on the command line."""
     if not path.is_file():
         raise AnnotationError(f"{path}: there is no such file of settings.")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
             settings = json.loads(text)
         else:
@@ -142,7 +142,46 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise AnnotationError(f"{path}: the settings cannot be read: {error}") from error
     if not isinstance(settings, dict):
         raise AnnotationError(f"{path}: expected names of arguments with their values.")
-    return settings
+    # The first action of a name: a second one is its negation, such as --no_average_tokens_across_devices.
+    actions = {action.dest: action for action in reversed(HfArgumentParser(classes)._actions) if action.dest != "help"}
+    kinds = {name: kind for one in classes for name, kind in get_type_hints(one).items()}
+    typed = {}
+    for name, value in settings.items():
+        if name not in actions:
+            near = "".join(f"; did you mean {one!r}?" for one in difflib.get_close_matches(str(name), actions, n=1))
+            raise AnnotationError(f"{path}: there is no argument {name!r}{near}")
+        try:
+            typed[name] = typed_value(value, actions[name], kinds[name])
+        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+            raise AnnotationError(f"{path}: {name}: {error}") from error
+    return typed
+
+
+def typed_value(value: Any, action: argparse.Action, kind: Any) -> Any:
+    """Convert a value of a settings file to the type of its argument; `kind` is the annotation of its field."""
+    parts = set(get_args(kind)) or {kind}
+    is_list = action.nargs in ("+", "*")
+    if value is None:
+        if type(None) in parts:
+            return None
+        raise ValueError("null is not possible here; leave the key out for the default")
+    if isinstance(value, dict):
+        if any(part is dict or get_origin(part) is dict for part in parts):
+            return value
+        raise ValueError(f"expected one value, got {value!r}")
+    if isinstance(value, list):
+        if not (is_list or any(part is list or get_origin(part) is list for part in parts)):
+            raise ValueError(f"expected one value, got the list {value!r}")
+        return [typed_value(one, argparse.Action([], "", type=action.type), str) for one in value]
+    convert = action.type or str
+    try:
+        converted = convert(str(value))  # as on the command line
+    except (ValueError, TypeError, argparse.ArgumentTypeError):
+        expected = "true or false" if bool in parts else getattr(convert, "__name__", str(convert))
+        raise ValueError(f"expected {expected}, got {value!r}") from None
+    if action.choices is not None and converted not in action.choices:
+        raise ValueError(f"expected one of {', '.join(map(str, action.choices))}, got {value!r}")
+    return [converted] if is_list else converted
 
 
 def say(training: TrainingArguments, text: str) -> None:
@@ -305,6 +344,10 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint = find_checkpoint(training)
         start = build_model(model_arguments, data, splits.label_map, lambda text: say(training, text))
         model, processor = start.model, start.processor
+        if splits.validation is not None:  # raises what the views would raise after training
+            processor.settings_with({"num_clips": data.num_clips, "num_crops": data.num_crops})
+        if training.averaging not in AVERAGINGS:
+            raise ValueError(f"--averaging {training.averaging}: expected one of {', '.join(AVERAGINGS)}.")
         splits.label_map = LabelMap.from_config(model.config)  # in the order of a classifier that goes on
         frozen = freeze(model, model_arguments.freeze) if not model_arguments.lora_rank else []
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -320,6 +363,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if training.do_train:
         result = trainer.train(resume_from_checkpoint=checkpoint)
+        save_model(trainer, start, is_lora=bool(model_arguments.lora_rank))  # before anything else can fail
         metrics = {**result.metrics, "train_damaged_files": len(trainer.all_damaged_files()["train"])}
         if isinstance(splits.train, list):
             metrics["train_samples"] = len(splits.train)
@@ -329,22 +373,33 @@ def main(argv: list[str] | None = None) -> None:
         results = trainer.evaluate(final_validation)
         results["eval_protocol"] = describe_views(processor, data.num_clips, data.num_crops, training.averaging)
         results["eval_damaged_files"] = len(trainer.all_damaged_files()["eval"])
-        if isinstance(splits.validation, list):
-            results["eval_samples"] = len(splits.validation)
         report_results(trainer, "eval", results)
+        near_chance = describe_chance({name.removeprefix("eval_"): value for name, value in results.items()})
+        if near_chance is not None:
+            say(training, near_chance)
     damaged = trainer.all_damaged_files()
     if training.do_train:
         trainer.save_state()
-        if not model_arguments.lora_rank:
-            trainer.save_model()  # in all processes: each may hold a part of it
-        elif training.should_save:
-            model.save_pretrained(Path(training.output_dir) / "adapter")
-            model.merge_and_unload().save_pretrained(training.output_dir)
         if training.should_save:
             finish(arguments, start, results, damaged, uploads)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def save_model(trainer: ClipTrainer, start: Start, is_lora: bool) -> None:
+    """Save model and processor; with LoRA the adapter too, merged into the model that is evaluated afterwards."""
+    folder = Path(trainer.args.output_dir)
+    if is_lora:
+        if trainer.args.should_save:
+            trainer.model.save_pretrained(folder / "adapter")
+        trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
+        if trainer.args.should_save:
+            trainer.model.save_pretrained(folder)
+    else:
+        trainer.save_model()  # in all processes: each may hold a part of it
+    if trainer.args.should_save:
+        start.processor.save_pretrained(folder)
 
 
 def finish(
@@ -354,7 +409,6 @@ def finish(
     _, data, _, training = arguments
     folder = Path(training.output_dir)
     model = ViViTForVideoClassification.from_pretrained(folder)
-    start.processor.save_pretrained(folder)
     (folder / "damaged_files.json").write_text(json.dumps(damaged, indent=2) + "\n", encoding="utf-8")
     if any(damaged.values()):
         counts = " and ".join(f"{len(files)} {split}" for split, files in damaged.items())

@@ -73,7 +73,8 @@ def test_scores_with_the_views_that_they_come_from(data, evaluated):
     assert results["eval_protocol"] == (
         "4 clips x 3 crops of 8 frames, stride 1, resized to short side 36, cropped to 32 x 32, probabilities averaged"
     )
-    assert (results["eval_samples"], results["eval_damaged_files"], results["eval_top5"]) == (11, 1, 1.0)
+    assert (results["eval_samples"], results["eval_damaged_files"]) == (11, 1) and "eval_top5" not in results
+    assert results["eval_majority_class_accuracy"] == pytest.approx(3 / 11) and "Near chance: top-1" in printed
     assert f"top1: {results['eval_top1']:.4f}" in printed and results["eval_protocol"] in printed
     assert "left out: " in printed and "up_left/001.mp4" in printed
 
@@ -168,7 +169,7 @@ def test_nouns_verbs_and_actions(data, tmp_path):
         for labels, predicted in zip(found["labels"], found["predicted"], strict=True)
     ]
     assert results["eval_top1"] == results["eval_action_top1"] == np.mean(both)
-    assert results["eval_verb_top5"] == 1.0 and results["eval_protocol"].endswith("logits averaged")
+    assert results["eval_action_top5"] <= 1.0 and results["eval_protocol"].endswith("logits averaged")
 
 
 # classify_dataset.py

@@ -30,11 +30,12 @@ def data(tmp_path_factory):
 
 def test_from_an_image_vit_to_a_model_that_classifies(data, tmp_path):
     """As a user would: a settings file, the command line, a folder of results."""
-    settings = settings_for(data, tmp_path / "out", num_clips=2, num_crops=3, mixup_alpha=0.2, horizontal_flip="auto")
-    settings |= {"report_to": "tensorboard", "save_batch_picture": str(tmp_path / "batch.png"), "learning_rate": 1.0}
+    settings = settings_for(data, tmp_path / "out", num_clips=1, num_crops=3, mixup_alpha=0.2)
+    settings |= {"report_to": "[tensorboard]", "save_batch_picture": str(tmp_path / "batch.png")}
+    settings |= {"learning_rate": "1e-3", "horizontal_flip": "auto"}
     text = "\n".join(f"{name}: {value}" for name, value in settings.items())
-    (tmp_path / "settings.yaml").write_text(text)
-    process = start([sys.executable, EXAMPLES / "finetune.py", tmp_path / "settings.yaml", "--learning_rate", "1e-3"])
+    (tmp_path / "settings.yaml").write_text(text + "\nresize: null\nclass_weights: no\n")
+    process = start([sys.executable, EXAMPLES / "finetune.py", tmp_path / "settings.yaml", "--num_clips", "2"])
     assert process.returncode == 0, process.stderr[-3000:]
     printed = process.stdout
     assert "16 videos to train on, 4 for validation, 4 classes" in printed
@@ -45,7 +46,9 @@ def test_from_an_image_vit_to_a_model_that_classifies(data, tmp_path):
     out = tmp_path / "out"
     results = json.loads((out / "all_results.json").read_text())
     assert json.loads((out / "eval_results.json").read_text())["eval_top1"] == results["eval_top1"]
-    assert 0 <= results["eval_top1"] <= 1 and results["eval_top5"] == 1.0
+    assert 0 <= results["eval_top1"] <= 1 and "eval_top5" not in results, "four classes cannot be wrong in five"
+    assert results["eval_majority_class_accuracy"] == 0.25 and 0 <= results["eval_balanced_accuracy"] <= 1
+    assert "Near chance: top-1 accuracy" in printed
     assert results["train_damaged_files"] == results["eval_damaged_files"] == 0
     assert results["eval_protocol"].startswith("2 clips x 3 crops of 4 frames, stride 2, ")
     assert (results["train_samples"], results["eval_samples"]) == (16, 4)
@@ -322,10 +325,6 @@ def test_settings_that_cannot_work(data, tmp_path, capsys):
             finetune.main(argv)
     errors = capsys.readouterr().err
     assert "there are k400-b, k400-b-fe" in errors and "no_such_thing" in errors and "--output_dir is needed" in errors
-    (tmp_path / "s.json").write_text('{"outputdir": "x", "output_dir": "y"}')
-    with pytest.raises(SystemExit):
-        finetune.main([str(tmp_path / "s.json")])
-    assert "there are no arguments named outputdir" in capsys.readouterr().err
 
 
 # Recipes

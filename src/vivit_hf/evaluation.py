@@ -1,4 +1,4 @@
-"""Scores of video classification: views averaged per video, top-1 and top-5, mean average precision, noun-verb actions.
+"""Scores of video classification: averaged views, top-1 and top-5, mean average precision, noun-verb actions, chance.
 
 A video's views are averaged as class probabilities ("probabilities", the softmax of each view) or before the softmax
 ("logits", as the paper's section 4 has it). Whatever the way, a score depends on the views: state them with it.
@@ -6,7 +6,8 @@ A video's views are averaged as class probabilities ("probabilities", the softma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from .labels import IGNORED, LabelMap
 AVERAGINGS = ("probabilities", "logits")
 _COLLAPSE = 0.95  # share of the predictions that are of one class
 _MIN_PREDICTIONS = 12  # among fewer it can be chance
+_SIGNIFICANCE = 0.05  # a score that chance reaches more often than this is near chance
 
 
 def average_views(logits: torch.Tensor, label_map: LabelMap, averaging: str = "probabilities") -> torch.Tensor:
@@ -56,39 +58,81 @@ def to_probabilities(logits: torch.Tensor, label_map: LabelMap) -> torch.Tensor:
 
 def classification_metrics(logits: np.ndarray, labels: np.ndarray, label_map: LabelMap) -> dict[str, float]:
     """
-    Fractions from 0 to 1.
+    Return the scores of predictions, fractions from 0 to 1, and the number of videos that they come from.
 
     Args:
         logits: (videos, num_labels).
         labels: as `LabelMap.encode` gives them; -100 does not count.
 
     Returns:
-        `top1` and `top5`; with groups these of each, such as `noun_top1`, and those of all together (`action_top1`,
-        from the product of the softmaxes; `top1` and `top5` are the same numbers); with several labels `map`, the mean
-        over the labels that occur. A video whose logits are not finite counts as wrong.
+        `top1`; `top5` if there are more than five classes; `balanced_accuracy`, the mean over the classes that occur of
+        the share of their videos that is right; `majority_class_accuracy`, the top-1 of always answering the most
+        frequent class; and `samples`, the number of videos that count. With groups, the scores of each, such as
+        `noun_top1`, and those of all together (`action_top1`, from the product of the softmaxes; `top1` and so on are
+        the same numbers). With several labels `map`, the mean over the labels that occur, and `samples`. A video whose
+        logits are not finite counts as wrong.
     """
     logits = np.asarray(logits, dtype=np.float64)
     labels = np.asarray(labels)
-    if label_map.has_several:
-        counted = (labels != IGNORED).all(axis=1)
-        return {"map": mean_average_precision(logits[counted], labels[counted])}
-    labels = labels.reshape(len(labels), -1)
+    labels = labels if label_map.has_several else labels.reshape(len(labels), -1)
     counted = (labels != IGNORED).all(axis=1)
     logits, labels = logits[counted], labels[counted]
+    samples = {"samples": int(counted.sum())}
+    if label_map.has_several:
+        return {"map": mean_average_precision(logits, labels), **samples}
     if not label_map.is_grouped:
-        return _top_k(ranks(logits, labels[:, 0]))
+        return {**_scores(ranks(logits, labels[:, 0]), labels[:, 0], logits.shape[1]), **samples}
     metrics: dict[str, float] = {}
     parts = np.split(logits, np.cumsum(label_map.sizes)[:-1], axis=1)
     for group, (name, part) in enumerate(zip(label_map.groups, parts, strict=True)):
-        metrics |= {f"{name}_{key}": value for key, value in _top_k(ranks(part, labels[:, group])).items()}
-    together = _top_k(joint_ranks(parts, labels))
-    return metrics | {f"action_{key}": value for key, value in together.items()} | together
+        scores = _scores(ranks(part, labels[:, group]), labels[:, group], part.shape[1])
+        metrics |= {f"{name}_{key}": value for key, value in scores.items()}
+    actions = np.ravel_multi_index(tuple(labels.T), label_map.sizes)
+    together = _scores(joint_ranks(parts, labels), actions, math.prod(label_map.sizes))
+    return metrics | {f"action_{key}": value for key, value in together.items()} | together | samples
 
 
-def _top_k(found: np.ndarray) -> dict[str, float]:
+def _scores(found: np.ndarray, labels: np.ndarray, num_classes: int) -> dict[str, float]:
+    """The scores of one label per video, from the ranks (videos,) of the right classes `labels` (videos,)."""
+    tops = (1, 5) if num_classes > 5 else (1,)  # among five classes, the best five are always right
     if len(found) == 0:
-        return {"top1": float("nan"), "top5": float("nan")}
-    return {f"top{k}": float((found < k).mean()) for k in (1, 5)}
+        names = [*(f"top{k}" for k in tops), "balanced_accuracy", "majority_class_accuracy"]
+        return dict.fromkeys(names, float("nan"))
+    _, classes, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    return {
+        **{f"top{k}": float((found < k).mean()) for k in tops},
+        "balanced_accuracy": float((np.bincount(classes, weights=found < 1) / counts).mean()),
+        "majority_class_accuracy": float(counts.max() / len(labels)),
+    }
+
+
+def is_near_chance(top1: float, majority_class_accuracy: float, samples: int) -> bool:
+    """
+    Return whether a top-1 accuracy could be chance: whether answers that are right as often as the most frequent class
+    occurs would score as much or more on so many videos in over 5 % of all cases (a one-sided binomial test).
+    """
+    if samples == 0 or majority_class_accuracy == 1:
+        return True
+    hits = round(top1 * samples)
+    logs = math.log(majority_class_accuracy), math.log1p(-majority_class_accuracy)
+    tail = 0.0
+    for k in range(hits, samples + 1):
+        ways = math.lgamma(samples + 1) - math.lgamma(k + 1) - math.lgamma(samples - k + 1)
+        tail += math.exp(ways + k * logs[0] + (samples - k) * logs[1])
+    return tail > _SIGNIFICANCE
+
+
+def describe_chance(metrics: Mapping[str, float]) -> str | None:
+    """Return a line that says that the scores of `classification_metrics` are near chance; None if they are not."""
+    if "top1" not in metrics or not is_near_chance(
+        metrics["top1"], metrics["majority_class_accuracy"], int(metrics["samples"])
+    ):
+        return None
+    return (
+        f"Near chance: top-1 accuracy {metrics['top1']:.1%} on {int(metrics['samples'])} videos is not reliably above "
+        f"the {metrics['majority_class_accuracy']:.1%} of always answering the most frequent class "
+        f"(balanced accuracy {metrics['balanced_accuracy']:.1%})."
+    )
 
 
 def ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:

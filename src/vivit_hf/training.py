@@ -395,6 +395,14 @@ class ClipTrainer(Trainer):
 
     # Evaluation
 
+    def evaluate(self, *arguments: Any, **settings: Any) -> dict[str, float]:
+        try:
+            return super().evaluate(*arguments, **settings)
+        except Exception:
+            if self.is_in_train:  # what has been learnt is worth more than its score
+                self._save_checkpoint(self.model, trial=None)
+            raise
+
     def evaluation_loop(self, dataloader: DataLoader, *arguments: Any, **settings: Any) -> EvalLoopOutput:
         # A run that is resumed behind an evaluation must not miss the random numbers that it drew.
         with torch.random.fork_rng():

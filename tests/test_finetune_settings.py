@@ -1,0 +1,98 @@
+"""Settings files of examples/finetune.py, and failures after training."""
+
+import finetune
+import pytest
+from finetune_runs import run, write_data
+from transformers import AutoImageProcessor
+
+from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate: fast", "learning_rate: expected float, got 'fast'"),
+        ("num_frames: 1e1", "num_frames: expected int, got '1e1'"),
+        ("num_frames: 16.5", "num_frames: expected int, got 16.5"),
+        ("num_frames: true", "num_frames: expected int, got True"),
+        ("bf16: perhaps", "bf16: expected true or false, got 'perhaps'"),
+        ("weight_decay: null", "weight_decay: null is not possible here"),
+        ("tubelet_size: [2, 16, 16]", r"tubelet_size: expected one value, got the list \[2, 16, 16\]"),
+        ("recipe: {name: small-data}", "recipe: expected one value, got {'name': 'small-data'}"),
+        ("lr_scheduler_type: cosin", "lr_scheduler_type: expected one of linear, cosine, .* got 'cosin'"),
+        ("learning_rates: 1", "there is no argument 'learning_rates'; did you mean 'learning_rate'?"),
+        ("outputdir: x", "there is no argument 'outputdir'; did you mean 'output_dir'?"),
+        ("zzzzzzzz: x", "there is no argument 'zzzzzzzz'$"),
+        ("- a\n- b", "expected names of arguments with their values"),
+    ],
+)
+def test_a_settings_file_that_cannot_be_meant_names_file_and_key(tmp_path, text, message):
+    (tmp_path / "settings.yaml").write_text(text)
+    with pytest.raises(SystemExit, match=f"settings.yaml: {message}"):
+        finetune.main([str(tmp_path / "settings.yaml"), "--output_dir", str(tmp_path / "out")])
+
+
+def test_values_of_a_settings_file_have_the_types_of_the_arguments(tmp_path):
+    (tmp_path / "settings.yaml").write_text(
+        "learning_rate: 1e-4\nnum_frames: '16'\nbf16: 'no'\nhorizontal_flip: yes\nuse_cpu: true\nresize: null\n"
+        "max_grad_norm: 1\nlr_scheduler_kwargs: {min_lr: 1e-5}\nreport_to: [none]\nlabel_names: labels\n"
+        "average_tokens_across_devices: false\nrecipe: small-data"
+    )
+    argv = [str(tmp_path / "settings.yaml"), "--output_dir", str(tmp_path / "out")]
+    model, data, augmentation, training = finetune.parse_arguments(argv)
+    assert (training.learning_rate, model.num_frames, training.bf16, data.resize) == (1e-4, 16, False, None)
+    assert type(training.max_grad_norm) is float and augmentation.horizontal_flip == "True"
+    assert training.label_names == ["labels"] and training.average_tokens_across_devices is False
+
+
+# What fails after training
+
+
+def test_views_that_the_processor_does_not_give_are_refused_before_training(data, tmp_path, monkeypatch):
+    run(data, tmp_path / "first", max_steps=1)
+    processor = ViViTVideoProcessor.from_pretrained(tmp_path / "first", frame_sampling="uniform")
+    processor.save_pretrained(tmp_path / "first")
+    monkeypatch.setattr(finetune.ClipTrainer, "train", lambda *_, **__: pytest.fail("it trains"))
+    given = {"model_name_or_path": tmp_path / "first", "num_frames": None}
+    for changes, message in (
+        ({"num_clips": 4}, "frame_sampling='uniform' spreads one clip over the whole video, got num_clips=4"),
+        ({"num_crops": 2}, "`num_crops` must be 1 or 3, got 2"),
+        ({"averaging": "votes"}, "--averaging votes: expected one of probabilities, logits"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run(data, tmp_path / "out", **given, **changes)
+
+
+@pytest.mark.parametrize("extra", [{}, {"lora_rank": 2}])
+@pytest.mark.parametrize("culprit", ["evaluate", "log_metrics"])
+def test_whatever_fails_after_training_the_model_is_saved(data, tmp_path, monkeypatch, culprit, extra):
+    def fail(self, *arguments, **settings):
+        if culprit == "evaluate" and self.is_in_train:
+            return {}
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(finetune.ClipTrainer, culprit, fail)
+    with pytest.raises(RuntimeError, match="no more"):
+        run(data, tmp_path, max_steps=1, **extra)
+    model, processor = (
+        ViViTForVideoClassification.from_pretrained(tmp_path),
+        AutoImageProcessor.from_pretrained(tmp_path),
+    )
+    assert model(**processor(str(data / "videos" / "test" / "up_left" / "000.mp4"))).logits.shape == (1, 4)
+
+
+def test_an_evaluation_that_fails_during_training_leaves_a_checkpoint(data, tmp_path, monkeypatch, capsys):
+    def fail(*arguments, **settings):
+        raise RuntimeError("no score")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.ClipTrainer, "_metrics", fail)
+        with pytest.raises(RuntimeError, match="no score"):
+            run(data, tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1)
+    run(data, tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1)
+    assert f"Going on from {tmp_path / 'checkpoint-1'}" in capsys.readouterr().out
