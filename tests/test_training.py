@@ -210,7 +210,7 @@ def test_evaluation_averages_views_and_counts_what_can_be_read(videos, tmp_path)
     expected = classification_metrics(np.stack([one.logits for one in good]), targets, LABELS)
     assert metrics["eval_top1"] == expected["top1"] and "eval_top5" not in metrics
     loss = -np.mean([np.log(one.probabilities[target]) for one, target in zip(good, targets, strict=True)])
-    assert metrics["eval_loss"] == pytest.approx(loss, abs=0.15), "a mean over batches, of which one has a gap"
+    assert metrics["eval_loss"] == pytest.approx(loss, abs=1e-5), "the mean over the videos that can be read"
 
 
 def test_a_second_set_is_not_taken_for_the_first(videos, tmp_path):
@@ -221,6 +221,28 @@ def test_a_second_set_is_not_taken_for_the_first(videos, tmp_path):
     other = VideoClips(videos[:5], trainer.processing_class, LABELS)
     assert trainer.evaluate(other)["eval_loss"] != trainer.evaluate()["eval_loss"]
     assert len(trainer.get_eval_dataloader(other).dataset) == 5
+
+
+def test_a_run_resumed_after_an_epoch_goes_on_to_the_bit_with_persistent_workers(videos, tmp_path):
+    """Stochastic depth draws from the random numbers that starting workers would draw from as well."""
+
+    def run(folder, resume=None):
+        config = tiny_config("factorised_encoder", **LABELS.config_fields(), drop_path_rate=0.5)
+        torch.manual_seed(0)
+        workers = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+        trainer = trainer_of(
+            videos[:8],
+            folder,
+            ViViTForVideoClassification(config),
+            **workers,
+            save_strategy="epoch",
+            max_steps=6,
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    whole = run(tmp_path / "whole")
+    assert run(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-4")) == whole and len(whole) == 6
 
 
 def test_layer_decay_reaches_the_optimiser(videos, tmp_path):

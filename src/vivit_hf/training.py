@@ -277,7 +277,10 @@ class ClipTrainer(Trainer):
                 rounds_per_step=self.args.gradient_accumulation_steps,
                 drop_last=self.args.dataloader_drop_last,
             )
-        return super().get_train_dataloader()
+        loader = super().get_train_dataloader()
+        # Starting workers would draw from torch's random numbers, which a resumed run does at other moments.
+        loader.base_dataloader.generator = torch.Generator()
+        return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
