@@ -132,6 +132,29 @@ def test_evaluation_has_views_and_damaged_files_do_not_count(files, processor):
     assert damaged["damaged_files"][0][0] == files[4].video
 
 
+PROCESSORS = {
+    "exact size": {"size": {"height": 24, "width": 40}, "do_center_crop": False},
+    "crop": {"size": {"shortest_edge": 36}, "crop_size": {"height": 24, "width": 40}},
+    "crop alone": {"do_resize": False, "crop_size": {"height": 24, "width": 40}},
+    "short side": {"size": {"shortest_edge": 20}, "do_center_crop": False},
+    "as it is": {"do_resize": False, "do_center_crop": False},
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("kind", [VideoClips, StreamedClips])
+def test_a_damaged_validation_file_raises_with_no_processor(files, name, kind):
+    processor = ViViTVideoProcessor(num_frames=4, frame_stride=2, **PROCESSORS[name])
+    data = kind([files[2], files[0], files[4]], processor, LABELS, num_clips=2)
+    batch = ClipCollator(LABELS)(list(data))
+    assert batch["pixel_values"].shape == (3, *processor(files[0].video, num_clips=2)["pixel_values"].shape)
+    assert batch["labels"].tolist() == [-100, 0, -100]
+    assert not batch["pixel_values"][[0, 2]].any() and batch["pixel_values"][1].any()
+    assert [file for file, _ in batch["damaged_files"]] == [files[2].video, files[4].video]
+    if "height" in str(PROCESSORS[name]):
+        assert next(iter(data))["pixel_values"].shape == (2, 4, 3, 24, 40), "without another clip as well"
+
+
 def test_the_order_of_an_epoch(files, processor):
     data = VideoClips(good(files), processor, LABELS, augmentation=AUGMENTATION)
     sampler = ClipSampler(data, seed=5)
@@ -152,6 +175,13 @@ def test_balanced_sampling_draws_classes_equally_often(files, processor):
         labels += [data.targets[index].item() for index in sampler]
     assert len(labels) == 2000
     assert np.mean(labels) == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_damaged_file_at_the_end_of_a_stream_is_named(files, processor):
+    for augmentation in (None, AUGMENTATION):
+        items = list(StreamedClips([files[0], files[2], files[4]], processor, LABELS, augmentation=augmentation))
+        assert [name for item in items for name, _ in item["damaged_files"]] == [files[2].video, files[4].video]
+        assert items[0]["labels"] == 0 and all(item["labels"] == -100 for item in items[1:])
 
 
 def test_streams_leave_damaged_files_out_and_name_them(files, processor):

@@ -73,6 +73,13 @@ def cutmix(
     return mixed, mixup(labels, labels, 1 - area)[0]
 
 
+def _of_one_size(clips: Sequence[torch.Tensor], labels: torch.Tensor) -> list[torch.Tensor]:
+    """Clips whose labels do not count are blank; they get the size of those that do."""
+    counts = (labels != IGNORED).reshape(len(labels), -1).all(dim=1).tolist()
+    size = next((clip.shape for clip, is_counted in zip(clips, counts, strict=True) if is_counted), clips[0].shape)
+    return [clip if is_counted else clip.new_zeros(size) for clip, is_counted in zip(clips, counts, strict=True)]
+
+
 class ClipCollator:
     """Puts the items of `VideoClips` together into a batch, and mixes it.
 
@@ -118,8 +125,8 @@ class ClipCollator:
         return bool(self.label_smoothing or self.mixup_alpha or self.cutmix_alpha) or self.class_weights is not None
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        clips = torch.stack([item["pixel_values"] for item in items])
         labels = torch.stack([item["labels"] for item in items])
+        clips = torch.stack(_of_one_size([item["pixel_values"] for item in items], labels))
         damaged = [file for item in items for file in item.get("damaged_files", ())]
         if clips.ndim == 6:  # views, for evaluation
             return {"pixel_values": clips, "labels": labels, "damaged_files": damaged}
