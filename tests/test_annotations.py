@@ -147,6 +147,10 @@ WRONG = {
     "label.csv": ("path,label\n1.mp4,run\n1.mp4, \n", r"label\.csv:3: 'label' is empty"),
     "cells.csv": ("path,label\n1.mp4,run,fast\n", r"cells\.csv:2: 3 cells, but the header has 2 columns"),
     "gone.csv": ("path,label\n1.mp4,run\nnope.mp4,run\n", r"gone\.csv:3: there is no file .*nope\.mp4"),
+    "ftp.csv": (
+        "path,label\n1.mp4,run\nftp://me:word@host/x.mp4?key=1,run\n",
+        r"ftp\.csv:3: there is no file ftp://\*\*\*@host/x\.mp4\?\*\*\*; of addresses, only http",
+    ),
     "quote.csv": ('path,label\n"1.mp4,run\n', r"quote\.csv:2"),
     "latin.csv": ("path,label\n1.mp4,caf\xe9\n".encode("latin-1"), r"latin\.csv:2: this is not UTF-8"),
     "bad.json": ('[\n{"path": "1.mp4", "label": "x"},\n{oops}]', r"bad\.json:3: this is not JSON"),

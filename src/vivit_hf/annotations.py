@@ -32,6 +32,7 @@ from .annotation_rows import (
     split_name,
 )
 from .dataset_scan import find_videos
+from .video_sources import source_name
 
 
 VIDEO_COLUMNS = ("path", "video", "file", "file_name", "filename", "video_path", "file_path", "filepath", "clip")
@@ -230,7 +231,7 @@ def _plain(
             raise AnnotationError(f"{row.where}: {name!r} is one of several groups of labels and has {len(several)}.")
         labels += [str(label).strip() for label in several]
     path = str(filled_cell(row, video_column))
-    video: Any = path if path.lower().startswith(_ADDRESSES) else str(root / path)
+    video: Any = path if "://" in path else str(root / path)
     part = {name: _seconds(row, name) for name in ("start", "end") if row.values.get(name) not in (None, "")}
     return LabelledVideo({"path": video, **part} if part else video, tuple(labels), row.where)
 
@@ -306,7 +307,8 @@ def _present(videos: list[LabelledVideo], source: Path, missing_videos: str) -> 
         if path not in there:
             there[path] = path.lower().startswith(_ADDRESSES) or os.path.isfile(path)
         if not there[path]:
-            missing.append(f"{one.where}: there is no file {path}")
+            reason = "; of addresses, only http:// and https:// are read" if "://" in path else ""
+            missing.append(f"{one.where}: there is no file {source_name(path)}{reason}")
     if missing and (missing_videos == "error" or len(missing) == len(videos)):
         more = f"\n... and {len(missing) - _MAX_SHOWN} more" if len(missing) > _MAX_SHOWN else ""
         raise AnnotationError(
