@@ -92,20 +92,20 @@ def test_videos_are_found_in_folders(tmp_path):
         find_videos(tmp_path / "nowhere")
 
 
-def waiting_for_the_pipe() -> list[psutil.Process]:
-    """The workers that are opening a pipe."""
-    return [process for process in psutil.Process().children(recursive=True) if _is_opening_a_pipe(process)]
+def waiting_for(pipe: Path) -> list[psutil.Process]:
+    """The workers that have opened a pipe."""
+    return [process for process in psutil.Process().children(recursive=True) if _has_opened(process, pipe)]
 
 
-def _is_opening_a_pipe(process: psutil.Process) -> bool:
+def _has_opened(process: psutil.Process, path: Path) -> bool:
     try:
-        return "wait_for_partner" in Path(f"/proc/{process.pid}/wchan").read_text()
+        return any(link.resolve() == path for link in Path(f"/proc/{process.pid}/fd").iterdir())
     except OSError:
         return False
 
 
 def test_a_worker_that_hangs_or_is_killed_costs_its_file_only(video, tmp_path):
-    # Opening a pipe that nobody writes to waits for ever.
+    # A pipe that nobody writes to is waited for.
     os.mkfifo(tmp_path / "pipe.mp4")
     start = time.monotonic()
     paths = [video, tmp_path / "pipe.mp4", video, video]
@@ -116,7 +116,7 @@ def test_a_worker_that_hangs_or_is_killed_costs_its_file_only(video, tmp_path):
     def kill_the_one_that_waits() -> None:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            for process in waiting_for_the_pipe():
+            for process in waiting_for(tmp_path / "pipe.mp4"):
                 process.send_signal(signal.SIGKILL)
                 return
             time.sleep(0.05)

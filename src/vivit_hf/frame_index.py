@@ -111,3 +111,10 @@ def index_packets(packets: Iterable[Any], codec: str, container: str) -> tuple[n
         keyframe_dts=keyframe_dts,
     )
     return sorted_pts, index
+
+
+def num_frames_on_the_way(index: PacketIndex, wanted: np.ndarray) -> int:
+    """The number of frames to decode for the frames `wanted` (sorted, unique): each from its keyframe, or the last."""
+    keyframes = index.keyframes[np.searchsorted(index.keyframes, wanted, side="right") - 1]
+    first = np.maximum(keyframes, np.concatenate([[0], wanted[:-1] + 1]))
+    return int((wanted - first + 1).sum())

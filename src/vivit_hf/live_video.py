@@ -7,6 +7,7 @@ frames that come faster than they are taken.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ import numpy as np
 
 from .frame_conversion import FrameConverter, FrameShape, FrameSize, FrameWindow
 from .frame_sampling import check_choice, check_positive_integer
-from .video_sources import VideoDecodingError, source_name
+from .video_container import open_container
+from .video_sources import VideoDecodingError, VideoLimits, is_pipe, open_pipe, source_name
 
 
 try:
@@ -29,6 +31,8 @@ except ImportError:
 POLICIES = ("drop_oldest", "wait")
 # Seconds that `close` waits for the thread. FFmpeg cannot be called back from a source that sends nothing.
 PATIENCE = 1.0
+# An address may lead to other addresses, as a playlist or RTSP does, but never to a file of this machine.
+_NETWORK_PROTOCOLS = "crypto,data,http,httpproxy,https,rtmp,rtmps,rtmpt,rtp,rtsp,rtsps,srt,srtp,tcp,tls,udp"
 # Seconds from one frame to the next beyond which the clock was set and nothing was waited for.
 LONGEST_GAP = 10.0
 
@@ -40,14 +44,16 @@ class LiveVideo:
     Args:
         source: what FFmpeg opens: "rtsp://...", "udp://...", "/dev/video0" with `format="v4l2"`; or a binary file that
             is read from where it stands, such as `sys.stdin.buffer`. Unlike `VideoReader` this opens what the address
-            says, so it must come from somebody you trust.
+            says, so it must come from somebody you trust. What the source sends cannot make it open files.
         format, options: for FFmpeg, as `av.open` takes them (`{"rtsp_transport": "tcp"}`, say).
         policy: what happens to frames that come faster than they are taken. "drop_oldest" forgets the oldest of those
             that wait, so that the newest is never late; `num_dropped` counts them. "wait" lets the source wait and
             loses nothing, which is right for pipes and files.
         queue_size: frames that may wait.
         size, window: as for `VideoReader.frames_at`; frames are scaled and cut in the thread that decodes.
-        timeout: seconds without anything from the network after which the source counts as broken.
+        timeout: seconds without anything from the network, or from a named pipe when it is opened, after which the
+            source counts as broken.
+        limits: `VideoLimits`, of which `max_pixels` and `max_streams` apply to live sources.
 
     `seconds` count from the first frame, by the source's own timestamps; where these go back or leap by more than ten
     seconds, as when a source begins again, time goes on by a frame. Packets that cannot be decoded are counted in
@@ -67,6 +73,7 @@ class LiveVideo:
         size: FrameSize | None = None,
         window: FrameWindow | None = None,
         timeout: float = 30.0,
+        limits: VideoLimits | None = None,
     ):
         if av is None:
             raise ImportError("Reading video needs PyAV: pip install av.")
@@ -79,15 +86,43 @@ class LiveVideo:
         self._changed = threading.Condition()
         self._error: Exception | None = None
         self._is_finished = self._is_closed = False
+        self._file: Any = None
+        limits = limits or VideoLimits()
         try:
-            self._container = av.open(source, mode="r", format=format, options=options or {}, timeout=timeout)
-        except (av.FFmpegError, OSError, ValueError) as error:
-            raise self._broken(error) from None  # FFmpeg's error quotes the address with its password
-        if not self._container.streams.video:
-            self._container.close()
-            raise self._broken("it has no video stream")
+            self._container = self._opened(source, limits, format=format, options=options, timeout=timeout)
+            streams = [stream for stream in self._container.streams.video if stream.codec_context is not None]
+            if not streams:
+                self._container.close()
+                raise self._broken("it has no video stream that can be decoded")
+        except BaseException:
+            self._close_file()
+            raise
+        self._stream = streams[0]
+        self._stream.codec_context.options = {"max_pixels": str(limits.max_pixels)}
         self._thread = threading.Thread(target=self._receive, name=f"frames of {self.name}", daemon=True)
         self._thread.start()
+
+    def _opened(
+        self, source: Any, limits: VideoLimits, *, format: str | None, timeout: float, options: dict[str, str] | None
+    ) -> Any:
+        try:
+            # Files are opened here: by a path, FFmpeg would let a playlist lead to other files. What is neither a file
+            # nor an address is a device of `format`.
+            is_named = isinstance(source, os.PathLike) or (isinstance(source, str) and "://" not in source)
+            if is_pipe(source):
+                source = self._file = open_pipe(source, timeout, "timeout")
+            elif is_named and (format is None or os.path.isfile(source)):
+                source = self._file = open(source, "rb")  # noqa: SIM115 (closed with the container)
+            protocols = _NETWORK_PROTOCOLS if isinstance(source, str) else "none"
+            return open_container(
+                source, limits, protocols=protocols, is_live=True, format=format, options=options, timeout=timeout
+            )
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise self._broken(error) from None  # FFmpeg's error quotes the address with its password
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
     def __enter__(self) -> LiveVideo:
         return self
@@ -133,12 +168,13 @@ class LiveVideo:
             self._error = error
         finally:
             self._container.close()
+            self._close_file()
             with self._changed:
                 self._is_finished = True
                 self._changed.notify_all()
 
     def _decode(self) -> None:
-        stream = self._container.streams.video[0]
+        stream = self._stream
         stream.thread_type = "SLICE"
         converter = FrameConverter(1)
         header = (stream.codec_context.height, stream.codec_context.width)

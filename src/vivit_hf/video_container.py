@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from .frame_index import SentPacket
 from .video_sources import (
     DecodingReport,
     VideoDecodingError,
@@ -24,8 +25,66 @@ except ImportError:
     av = None  # type: ignore[assignment]
 
 
+# FFmpeg opens a decoder for each stream to learn its properties, which takes memory for a whole picture, and a file can
+# list a thousand streams. The video is among the first; only these get a decoder that works.
+_NUM_PROBED_STREAMS = 4
+# Formats that do not list their streams in a header (MPEG-PS, FLV), and live sources, have few.
+_MAX_UNLISTED_STREAMS = 16
 # A demuxer that fails this often in a row will not find another packet.
 _MAX_DEMUX_ERRORS = 16
+
+
+def open_container(
+    source: Any,
+    limits: VideoLimits,
+    *,
+    protocols: str = "none",
+    is_live: bool = False,
+    options: dict[str, str] | None = None,
+    **settings: Any,
+) -> Any:
+    """
+    Open a source with FFmpeg, within `max_pixels` and `max_streams`; every container of this package is opened here.
+
+    Args:
+        protocols: those that the source may make FFmpeg open, separated by commas. By default none: a playlist must not
+            make it read other files.
+        is_live: the source can be opened only once.
+        options, settings: as for `av.open`.
+
+    Raises VideoLimitError for too many streams, and what `av.open` raises.
+    """
+    options = {"max_pixels": str(limits.max_pixels), "protocol_whitelist": protocols, **(options or {})}
+    settings = {"mode": "r", "metadata_errors": "replace", **settings}
+    no_decoder = {"skip_frame": "all", "max_pixels": "1"}
+    decoder: Any = {"skip_frame": "default", "max_pixels": options["max_pixels"]}
+    # One more than are allowed, so that it shows when there are more.
+    many, few = ({"max_streams": str(min(limits.max_streams, most) + 1)} for most in (1 << 20, _MAX_UNLISTED_STREAMS))
+    try:
+        if is_live:
+            return av.open(source, options={**few, **options}, **settings)
+        try:
+            container = av.open(
+                source,
+                options={**many, **options, **no_decoder},
+                stream_options=[decoder] * _NUM_PROBED_STREAMS,
+                **settings,
+            )
+        except ValueError as error:
+            if isinstance(error, av.FFmpegError):
+                raise
+            # The streams of this format are found only as it is read: they take no options.
+            source.seek(0)
+            container = av.open(source, options={**few, **options}, **settings)
+        if len(container.streams) <= limits.max_streams:
+            return container
+        container.close()
+        reason = ""
+    except MemoryError:
+        reason = ", or its header is too large for the memory"
+    reason = f"it has more than max_streams={limits.max_streams} streams{reason}"
+    name = source_name(source)
+    raise VideoLimitError(f"Cannot read {name}: {reason}.", source=name, reason=reason)
 
 
 class VideoContainer:
@@ -41,7 +100,8 @@ class VideoContainer:
         self._container: Any = None
         self._file: Any = None
         self._owns_file = False
-        self._num_demux_errors = 0
+        self._num_demux_errors = self._num_packets = self._num_pixels = 0
+        self._sent: list[SentPacket] = []
         self._lock = threading.RLock()
         self._turn = 0
         self._is_closed = False
@@ -63,6 +123,7 @@ class VideoContainer:
         if self._is_closed:
             raise ValueError(f"The reader of {self.name} is closed: open another one.")
         self._turn += 1
+        self._num_pixels = 0
         return self._turn
 
     def _check_turn(self, turn: int) -> None:
@@ -90,8 +151,13 @@ class VideoContainer:
     def _check_limit(self, name: str, value: float) -> None:
         limit = getattr(self.limits, name)
         if value > limit:
-            reason = f"{value:.10g} is more than {name}={limit:.10g}"
+            reason = f"{value:.12g} is more than {name}={limit:.12g}"
             raise VideoLimitError(f"Cannot read {self.name}: {reason}.", source=self.name, reason=reason)
+
+    def _check_pixels(self, num_frames: int) -> None:
+        """Refuses what is going to take too long, if the header tells the truth about the size of the frames."""
+        height, width = self._header_size
+        self._check_limit("max_decoded_pixels", self._num_pixels + num_frames * height * width)
 
     def _reopen(self) -> None:
         if self._container is not None:
@@ -100,13 +166,7 @@ class VideoContainer:
         if not self._file.read(1):
             raise self._error("it is empty")
         self._file.seek(0)
-        # The decoder checks each picture too: the header need not tell the truth.
-        options = {"max_pixels": str(self.limits.max_pixels)}
-        # No protocol is open to the demuxers: a playlist must not make the reader fetch other files.
-        sealed = {"protocol_whitelist": "none"}
-        self._container = av.open(
-            self._file, mode="r", options=options, container_options=sealed, metadata_errors="replace"
-        )
+        self._container = open_container(self._file, self.limits)
         streams = [stream for stream in self._container.streams.video if stream.codec_context is not None]
         # Music files carry their cover as a video stream of one picture.
         streams = [stream for stream in streams if not stream.disposition & Disposition.attached_pic]
@@ -116,7 +176,8 @@ class VideoContainer:
         context = self._stream.codec_context
         self._check_limit("max_pixels", context.width * context.height)
         self._check_limit("max_duration", (self._container.duration or 0) / av.time_base)
-        context.options = options
+        # The decoder checks each picture too: the header need not tell the truth.
+        context.options = {"max_pixels": str(self.limits.max_pixels)}
         context.thread_type = self._thread_type
         context.thread_count = self._num_threads
         self._codec = context.codec.canonical_name
@@ -136,3 +197,21 @@ class VideoContainer:
             except av.FFmpegError:
                 num_errors += 1
                 self._num_demux_errors += 1
+
+    def _frames(self, packets: Iterator[Any]) -> Iterator[Any]:
+        """Each frame that comes out of the decoder, on past the packets that it rejects; `_sent` keeps account."""
+        self._sent = []
+        context = self._stream.codec_context
+        for packet in packets:
+            is_rejected, frames = False, []
+            try:
+                frames = packet.decode()
+            except av.FFmpegError:
+                is_rejected = True
+            self._sent.append(SentPacket(packet.pts, packet.is_keyframe, is_rejected))
+            # A packet without a frame costs time as well.
+            self._num_pixels += context.height * context.width * max(1, len(frames))
+            self._check_limit("max_decoded_pixels", self._num_pixels)
+            yield from frames
+        with contextlib.suppress(av.FFmpegError):
+            yield from context.decode(None)

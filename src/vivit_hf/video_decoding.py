@@ -15,7 +15,6 @@ file, or in a `VideoLimitError` when it is larger than `VideoLimits` allows.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable, Generator, Iterator
 from itertools import chain
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from .frame_conversion import FrameConverter, FrameShape, FrameSize, FrameWindow
-from .frame_index import OutputIndex, PacketIndex, SentPacket, index_packets, tainted_timestamps
+from .frame_index import OutputIndex, PacketIndex, index_packets, num_frames_on_the_way, tainted_timestamps
 from .video_container import VideoContainer
 from .video_sources import DecodingReport, VideoLimits
 
@@ -84,7 +83,6 @@ class VideoReader(VideoContainer):
         super().__init__(source, limits or VideoLimits(), num_threads, thread_type)
         self._trusted: PacketIndex | None = None
         self._scanned_pts: np.ndarray | None = None
-        self._sent: list[SentPacket] = []
         try:
             with self._named_errors():
                 self._converter = FrameConverter(num_threads)
@@ -288,7 +286,7 @@ class VideoReader(VideoContainer):
 
     def _scan_packets(self) -> bool:
         """Builds the trusted index; False if the packets do not tell the frames."""
-        self._num_demux_errors = 0
+        self._num_demux_errors = self._num_packets = 0
         packets = self._counted(self._packets())
         self._scanned_pts, index = index_packets(packets, self._codec, self._container.format.name)
         if index is None or self._num_demux_errors:
@@ -298,8 +296,9 @@ class VideoReader(VideoContainer):
         return True
 
     def _counted(self, packets: Iterator[Any]) -> Iterator[Any]:
-        for count, packet in enumerate(packets, start=1):
-            self._check_limit("max_frames", count)
+        for packet in packets:
+            self._num_packets += 1
+            self._check_limit("max_frames", self._num_packets)
             yield packet
 
     def _set_timestamps(self, pts: np.ndarray | None, num_frames: int) -> None:
@@ -313,26 +312,13 @@ class VideoReader(VideoContainer):
 
     # Decoding
 
-    def _frames(self, packets: Iterator[Any]) -> Iterator[Any]:
-        """Each frame that comes out of the decoder, on past the packets that it rejects; `_sent` keeps account."""
-        self._sent = []
-        for packet in packets:
-            is_rejected, frames = False, []
-            try:
-                frames = packet.decode()
-            except av.FFmpegError:
-                is_rejected = True
-            self._sent.append(SentPacket(packet.pts, packet.is_keyframe, is_rejected))
-            yield from frames
-        with contextlib.suppress(av.FFmpegError):
-            yield from self._stream.codec_context.decode(None)
-
     def _read_trusted(self, index: PacketIndex, wanted: np.ndarray) -> Generator[Any, None, None]:
         """The frames `wanted` (sorted, unique); _IndexMismatchError once the decoder does not keep to the index."""
         frames: Iterator[Any] = iter(())
         first = expected = 0
         self._position, self._is_draining, self._sent = -1, False, []
         wanted_pts = set(index.pts[wanted].tolist())
+        self._check_pixels(num_frames_on_the_way(index, wanted))
         can_skip = self._container.format.name in _TIMED_CONTAINERS and self._codec in ("h264", "hevc")
 
         for target in wanted.tolist():
@@ -399,6 +385,7 @@ class VideoReader(VideoContainer):
     def _decode_index(self) -> None:
         """Builds the index by decoding the whole file once."""
         self._reopen()
+        self._check_pixels(self._num_packets)
         pts: list[int | None] = []
         flagged = []
         for frame in self._frames(self._packets()):
@@ -455,6 +442,7 @@ class VideoReader(VideoContainer):
         return self._arranged(frames, rows.reshape(-1)[places.reshape(-1)], indices)
 
     def _read_outputs(self, needed: np.ndarray) -> Generator[Any, None, None]:
+        self._check_pixels(int(needed[-1]) + 1)
         remaining = iter(needed.tolist())
         target = next(remaining)
         for output, frame in enumerate(self._frames(self._packets())):

@@ -8,11 +8,14 @@ pattern, and would follow the addresses in a playlist.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
+import select
+import stat
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -21,7 +24,11 @@ import numpy as np
 from .video_download import DownloadError, DownloadLimitError, download, redacted
 
 
+logger = logging.getLogger(__name__)
+
 _CHUNK_BYTES = 1 << 20
+# Seconds after which a pipe that nobody writes to is mentioned in the log.
+_QUIET_SECONDS = 3.0
 
 
 class VideoDecodingError(RuntimeError):
@@ -52,8 +59,11 @@ class VideoLimitError(VideoDecodingError):
 class VideoLimits:
     """What a file may be at most, so that a hostile or broken one cannot take the machine down.
 
-    `max_frames`; `max_pixels` of one frame; `max_duration` in seconds; `max_bytes` of a download or of a stream that
-    has to be copied; `download_timeout` in seconds for a whole download, redirects included.
+    `max_frames`; `max_pixels` of one frame; `max_decoded_pixels`, height x width of all frames that one call of a
+    reader decodes, on the way to those that it returns as well (the default: a million frames of 4096 x 2304);
+    `max_streams`, sound and subtitles among them; `max_duration` in seconds; `max_bytes` of a download or of a stream
+    that has to be copied; `download_timeout` in seconds for a whole download, redirects included, or for data from a
+    pipe.
 
     Addresses are downloaded from public IP addresses only, unless `allow_private_addresses` admits those of this
     machine and of the local network, too. That is up to the caller: processor files are not believed in it.
@@ -61,6 +71,8 @@ class VideoLimits:
 
     max_frames: int = 1_000_000
     max_pixels: int = 8192 * 4320
+    max_decoded_pixels: int = 1_000_000 * 4096 * 2304
+    max_streams: int = 128
     max_duration: float = 24 * 3600.0
     max_bytes: int = 4 << 30
     download_timeout: float = 300.0
@@ -128,23 +140,95 @@ def part_of_video(timestamps: np.ndarray, source: Any) -> tuple[int, int]:
     return int(first), int(total)
 
 
-def _copy_bounded(read: Callable[[int], bytes], name: str, limits: VideoLimits) -> BinaryIO:
-    """Copies a stream into a temporary file, within `max_bytes` and `download_timeout`."""
-    file = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
+def _bounded(read: Callable[[int], bytes], name: str, limits: VideoLimits) -> Iterator[bytes]:
+    """The chunks of a stream, within `max_bytes` and `download_timeout`."""
     deadline = time.monotonic() + limits.download_timeout
+    num_bytes = 0
+    while chunk := read(_CHUNK_BYTES):
+        num_bytes += len(chunk)
+        if num_bytes > limits.max_bytes:
+            reason = f"it has more than max_bytes={limits.max_bytes} bytes"
+            raise VideoLimitError(f"Cannot read {name}: {reason}.", source=name, reason=reason)
+        if time.monotonic() > deadline:
+            reason = f"it took longer than download_timeout={limits.download_timeout} seconds"
+            raise VideoLimitError(f"Cannot read {name}: {reason}.", source=name, reason=reason)
+        yield chunk
+
+
+def _copy_bounded(read: Callable[[int], bytes], name: str, limits: VideoLimits) -> BinaryIO:
+    """Copies a stream into a temporary file, within its limits."""
+    file = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
     try:
-        while chunk := read(_CHUNK_BYTES):
+        for chunk in _bounded(read, name, limits):
             file.write(chunk)
-            if file.tell() > limits.max_bytes:
-                reason = f"it has more than max_bytes={limits.max_bytes} bytes"
-                raise VideoLimitError(f"Cannot read {name}: {reason}.", source=name, reason=reason)
-            if time.monotonic() > deadline:
-                reason = f"it took longer than download_timeout={limits.download_timeout} seconds"
-                raise VideoLimitError(f"Cannot read {name}: {reason}.", source=name, reason=reason)
     except BaseException:
         file.close()
         raise
     return file
+
+
+def read_stream(file: Any, limits: VideoLimits | None = None) -> bytearray:
+    """
+    Read a binary file to its end, such as `sys.stdin.buffer`, which can be read only once.
+
+    Raises VideoLimitError for more than `max_bytes` or longer than `download_timeout`, VideoDecodingError for what
+    cannot be read or held in memory.
+    """
+    name, data = source_name(file), bytearray()
+    try:
+        for chunk in _bounded(getattr(file, "read1", file.read), name, limits or VideoLimits()):
+            data += chunk
+    except (OSError, MemoryError) as error:
+        reason = f"{type(error).__name__}: {error or 'it does not fit into memory'}"
+        raise VideoDecodingError(f"Cannot read {name}: {reason}.", source=name, reason=reason) from error
+    return data
+
+
+def is_pipe(path: Any) -> bool:
+    """Whether `path` is a named pipe."""
+    if not isinstance(path, (str, os.PathLike)):
+        return False
+    try:
+        return stat.S_ISFIFO(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def _wait_for_data(descriptor: int, name: str, timeout: float, limit: str) -> None:
+    quiet = min(_QUIET_SECONDS, timeout)
+    if select.select([descriptor], [], [], quiet)[0]:
+        return
+    logger.warning(f"Waiting for data from the pipe {name}, for at most {timeout:g} seconds.")
+    if not select.select([descriptor], [], [], timeout - quiet)[0]:
+        reason = f"nothing was written to this pipe for {limit}={timeout:g} seconds"
+        raise VideoLimitError(f"Cannot read {name}: {reason}.", source=name, reason=reason)
+
+
+def open_pipe(path: str | os.PathLike[str], timeout: float, limit: str) -> io.BufferedReader:
+    """
+    Open a named pipe once there is something to read; a plain `open` waits for a writer without end.
+
+    Raises VideoLimitError after `timeout` seconds without data; `limit` is what the caller calls this number.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        _wait_for_data(descriptor, source_name(path), timeout, limit)
+        os.set_blocking(descriptor, True)
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _copy_pipe(path: str | os.PathLike[str], limits: VideoLimits) -> BinaryIO:
+    name, timeout = source_name(path), limits.download_timeout
+    with open_pipe(path, timeout, "download_timeout") as pipe:
+
+        def read(num_bytes: int) -> bytes:
+            _wait_for_data(pipe.fileno(), name, timeout, "download_timeout")
+            return pipe.read1(num_bytes)
+
+        return _copy_bounded(read, name, limits)
 
 
 def _download(address: str, limits: VideoLimits) -> BinaryIO:
@@ -179,10 +263,16 @@ def open_source(source: Any, limits: VideoLimits) -> tuple[BinaryIO, bool]:
         reason, name = "of addresses, only http:// and https:// are read; download it first", redacted(source)
         raise VideoDecodingError(f"Cannot read {name}: {reason}.", source=name, reason=reason)
     if isinstance(source, (str, os.PathLike)):
-        file = open(source, "rb")  # noqa: SIM115 (the caller closes it)
+        if is_pipe(source):
+            return _copy_pipe(source, limits), True
+        try:
+            file = open(source, "rb")  # noqa: SIM115 (the caller closes it)
+        except ValueError as error:
+            name = source_name(source)
+            raise VideoDecodingError(f"Cannot read {name!r}: {error}.", source=name, reason=str(error)) from error
         if file.seekable():
             return file, True
-        with file:  # a pipe that has a name
+        with file:  # a terminal or another device
             return _copy_bounded(file.read1, source_name(source), limits), True
     if not hasattr(source, "read"):
         raise TypeError(
