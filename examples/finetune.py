@@ -279,6 +279,7 @@ def make_trainer(arguments: Arguments, splits: Splits, model: Any, processor: An
     )
     training.label_smoothing_factor = 0.0  # done by the collator, in the soft labels
     training.label_names = ["labels"]
+    training.dataloader_pin_memory &= training.device.type != "cpu"  # else torch warns that there is nothing to pin for
     training.dataloader_persistent_workers = training.dataloader_num_workers > 0
     if splits.validation is None:
         training.eval_strategy, training.do_eval = "no", False
@@ -302,7 +303,9 @@ def picture_first_batch(trainer: ClipTrainer, training: FineTuningArguments) -> 
     with torch.random.fork_rng():
         batch = next(iter(trainer.get_train_dataloader()))
     if training.process_index == 0:
-        picture = draw_batch(batch["pixel_values"], batch["labels"], trainer.processing_class, trainer.label_map)
+        picture = draw_batch(
+            batch["pixel_values"], batch["labels"], trainer.processing_class, trainer.label_map, batch["files"]
+        )
         picture.save(training.save_batch_picture)
         say(training, f"The first batch as the model sees it: {training.save_batch_picture}")
 

@@ -1,6 +1,8 @@
 """The model of `finetune.py`: a ViViT, a preset, or an image ViT that becomes a ViViT; with its processor."""
 
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,13 +154,26 @@ def _from_vivit(
     if has_same:  # its classifier goes on, in its order
         say(f"{source}: the same {old.num_labels} classes, and so the same classifier")
         fields = {"problem_type": fields["problem_type"]}
-    model = ViViTForVideoClassification.from_pretrained(source, **settings, **fields)
+    with _without_load_report():
+        model = ViViTForVideoClassification.from_pretrained(source, **settings, **fields)
     if not has_same:
         with torch.no_grad():
             torch.nn.init.normal_(model.classifier.weight, std=model.config.initializer_range)
             torch.nn.init.zeros_(model.classifier.bias)
         say(f"{source}: a new classifier for {len(label_map.names)} classes")
     return model
+
+
+@contextlib.contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Leave out transformers' report on keys: the classifier is new on purpose, and anything else is an error."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _from_image(
@@ -169,7 +184,10 @@ def _from_image(
     label_map: LabelMap,
     say: Callable[[str], None],
 ) -> ViViTForVideoClassification:
-    vit = AutoModel.from_pretrained(source, dtype=torch.float32)
+    with _without_load_report():
+        vit, keys = AutoModel.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(name for name in keys["missing_keys"] if not name.startswith("pooler.")):
+        raise ValueError(f"{source} lacks {len(missing)} weights of its model: {', '.join(missing[:5])}.")
     structure = {"attention_type": "factorised_encoder", **structure}
     config = config_from_vit(vit.config, **{**structure, **sizes, **label_map.config_fields()})
     model = ViViTForVideoClassification(config)

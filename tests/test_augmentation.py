@@ -15,6 +15,7 @@ from vivit_hf.augmentation import (
     names_with_sides,
     rand_augment,
 )
+from vivit_hf.recipes import RECIPES
 
 
 @pytest.fixture(scope="module")
@@ -221,3 +222,13 @@ def test_what_is_no_clip_is_an_error(clip):
 def test_names_with_sides_are_found():
     sided = ["turn left", "Right_hand", "moving-clockwise", "anticlockwise", "counter-clockwise", "up_left", "TurnLeft"]
     assert names_with_sides([*sided, "bright light", "copyright", "leftover", "upright", "wrighting"]) == sided
+
+
+def test_small_data_leaves_clips_recognisable():
+    """Never is more than a third of a clip the grey that fills what comes from outside of it."""
+    arguments = RECIPES["small-data"].arguments
+    layers, magnitude = arguments["rand_augment_layers"], arguments["rand_augment_magnitude"]
+    clip = np.full((2, 64, 64, 3), (200, 30, 90), np.uint8)
+    clips = [rand_augment(clip, layers, magnitude, np.random.default_rng(seed)) for seed in range(100)]
+    shares = [(one == 128).all(axis=-1).mean() for one in clips]
+    assert 0.1 < max(shares) < 1 / 3

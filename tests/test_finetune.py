@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import re
 import shutil
 import sys
@@ -14,7 +15,8 @@ from finetune_runs import EXAMPLES, losses, run, settings_for, start, to_argv, w
 from hub_server import HubServer
 from moving_shapes import MOTIONS
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForVideoClassification
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, AutoModelForVideoClassification, ViTForImageClassification
 
 from vivit_hf import ViViTForVideoClassification
 from vivit_hf.recipes import RECIPES
@@ -38,6 +40,7 @@ def test_from_an_image_vit_to_a_model_that_classifies(data, tmp_path):
     process = start([sys.executable, EXAMPLES / "finetune.py", tmp_path / "settings.yaml", "--num_clips", "2"])
     assert process.returncode == 0, process.stderr[-3000:]
     printed = process.stdout
+    assert "LOAD REPORT" not in process.stderr and "pin_memory" not in process.stderr
     assert "16 videos to train on, 4 for validation, 4 classes" in printed
     assert "Training on 1 process(es), device type cpu" in printed
     assert "No horizontal flips: 4 class names speak of a side or a turn (down_left, down_right" in printed
@@ -137,6 +140,27 @@ def test_a_model_can_be_evaluated_only(data, tmp_path):
     assert results["eval_loss"] == pytest.approx(trained["eval_loss"], abs=1e-6)
     assert results["eval_top1"] == trained["eval_top1"] and "train_loss" not in results
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_classifier_that_is_new_on_purpose_is_not_reported(data, tmp_path, caplog):
+    ViTForImageClassification.from_pretrained(data / "vit", num_labels=7).save_pretrained(tmp_path / "classifier")
+    shutil.copytree(data / "videos" / "train" / "up_left", tmp_path / "few" / "up_left")
+    shutil.copytree(data / "videos" / "train" / "up_right", tmp_path / "few" / "up_right")
+    loading = logging.getLogger("transformers.modeling_utils")
+    caplog.clear()
+    loading.addHandler(caplog.handler)
+    try:
+        run(data, tmp_path / "four", model_name_or_path=tmp_path / "classifier", max_steps=1)
+        given = {"model_name_or_path": tmp_path / "four", "train_dir": tmp_path / "few", "validation_dir": None}
+        run(data, tmp_path / "two", **given, max_steps=1)
+    finally:
+        loading.removeHandler(caplog.handler)
+    assert "LOAD REPORT" not in caplog.text
+    weights = load_file(tmp_path / "classifier" / "model.safetensors")
+    lacking = {name: value for name, value in weights.items() if ".layernorm_after." not in name}
+    save_file(lacking, tmp_path / "classifier" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match=r"lacks 2 weights of its model: .*layernorm_after"):
+        run(data, tmp_path / "lacking", model_name_or_path=tmp_path / "classifier")
 
 
 def test_a_preset_starts_from_nothing(data, tmp_path, capsys):

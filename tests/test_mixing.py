@@ -110,6 +110,13 @@ def test_several_labels_are_smoothed_between_yes_and_no():
     assert labels.tolist() == [pytest.approx([0.9, 0.1]), pytest.approx([0.9, 0.9])]
 
 
+def test_a_batch_names_what_its_clips_are_from():
+    named = [{**item, "file": f"{index}.mp4"} for index, item in enumerate(items(3))]
+    assert ClipCollator(LABELS)(named)["files"] == ["0.mp4", "1.mp4", "2.mp4"]
+    mixed = ClipCollator(LABELS, mixup_alpha=0.3)(named)["files"]
+    assert mixed == ["0.mp4 + 2.mp4", "1.mp4 + 1.mp4", "2.mp4 + 0.mp4"]
+
+
 def test_damaged_files_are_gathered():
     batch = ClipCollator(LABELS)(items(2, damaged_files=[("a.mp4", "cut off")]))
     assert batch["damaged_files"] == [("a.mp4", "cut off")] * 2

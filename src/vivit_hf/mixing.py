@@ -92,7 +92,8 @@ class ClipCollator:
         seed: of what is random.
 
     A batch has `pixel_values` (batch, frames, channels, height, width), `labels` as the model takes them, and
-    `damaged_files`, a list of (file, reason). Items with views, which are for evaluation, are left as they are:
+    `damaged_files`, a list of (file, reason), and `files`, the name of each video, or "one + other" where clips are
+    mixed. Items with views, which are for evaluation, are left as they are:
     `pixel_values` (batch, views, frames, channels, height, width) and labels from `LabelMap.encode`.
     """
 
@@ -128,15 +129,17 @@ class ClipCollator:
         labels = torch.stack([item["labels"] for item in items])
         clips = torch.stack(_of_one_size([item["pixel_values"] for item in items], labels))
         damaged = [file for item in items for file in item.get("damaged_files", ())]
+        files = [item.get("file", "") for item in items]
         if clips.ndim == 6:  # views, for evaluation
             return {"pixel_values": clips, "labels": labels, "damaged_files": damaged}
         if self.is_soft:
             labels = self._soft(labels)
         if (self.mixup_alpha or self.cutmix_alpha) and len(items) > 1:
             clips, labels = self._mixed(clips, labels, items)
+            files = [f"{one} + {other}" for one, other in zip(files, reversed(files), strict=True)]
         if self.class_weights is not None:
             labels = labels * self.class_weights
-        return {"pixel_values": clips, "labels": labels, "damaged_files": damaged}
+        return {"pixel_values": clips, "labels": labels, "damaged_files": damaged, "files": files}
 
     def _soft(self, labels: torch.Tensor) -> torch.Tensor:
         if self.label_map.has_several:  # each label is a classification of its own, between two classes

@@ -132,8 +132,8 @@ _ALL = (
             "image_size": 224,
             "horizontal_flip": "auto",
             "scale_jitter": "0.9,1.33",
-            "rand_augment_layers": 2,
-            "rand_augment_magnitude": 10,
+            "rand_augment_layers": 1,  # two at full scale leave clips that people cannot recognise
+            "rand_augment_magnitude": 4,
             "drop_path_rate": 0.2,
             "label_smoothing_factor": 0.1,
             "mixup_alpha": 0.3,

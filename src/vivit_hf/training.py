@@ -323,6 +323,7 @@ class ClipTrainer(Trainer):
         inputs = dict(inputs)
         known = self.damaged_files["train" if self.model.training else "eval"]
         damaged = inputs.pop("damaged_files", ())
+        inputs.pop("files", None)
         for file, reason in damaged:
             if file not in known:
                 known[file] = reason

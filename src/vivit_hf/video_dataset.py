@@ -71,7 +71,8 @@ class VideoClips(Dataset):
 
     With an augmentation (training) an item is a random clip, `pixel_values` (frames, channels, height, width); without
     one (evaluation) it has all views of its video, (views, frames, channels, height, width). Besides there are
-    `labels` (see `LabelMap.encode`), `index`, `epoch`, and `damaged_files`, a list of (file, reason).
+    `labels` (see `LabelMap.encode`), `index`, `epoch`, `damaged_files`, a list of (file, reason), and in training
+    `file`, the name of the video.
 
     A file that cannot be read is replaced in training by another video, chosen by (seed, epoch, index), and in
     evaluation by zeros with labels that do not count; either way it is named in `damaged_files`.
@@ -132,6 +133,7 @@ class VideoClips(Dataset):
             return {
                 "pixel_values": clip,
                 "labels": self.targets[chosen],
+                "file": _name_of(one),
                 "index": index,
                 "epoch": epoch,
                 "damaged_files": damaged,
@@ -237,7 +239,7 @@ class StreamedClips(IterableDataset):
             if self.augmentation is not None and readable:
                 key = (_REPLACEMENT, self.seed, item["epoch"], item["index"])
                 chosen = readable[int(np.random.default_rng(key).integers(len(readable)))]
-                item["pixel_values"], item["labels"] = chosen["pixel_values"], chosen["labels"]
+                item |= {name: chosen[name] for name in ("pixel_values", "labels", "file")}
             else:
                 item["pixel_values"], item["labels"] = self._make.empty(), self.label_map.ignored()
         return items
@@ -248,7 +250,7 @@ class StreamedClips(IterableDataset):
         item |= {"index": one.place, "epoch": one.epoch}
         if one.video is None:
             return item
-        item["labels"] = self.label_map.encode(one.video)
+        item["labels"], item["file"] = self.label_map.encode(one.video), _name_of(one.video)
         try:
             if self.augmentation is None:
                 item["pixel_values"] = self._make.views(one.video.source())
@@ -260,11 +262,14 @@ class StreamedClips(IterableDataset):
         return item
 
 
-def _damage(one: LabelledVideo, error: Exception) -> tuple[str, str]:
+def _name_of(one: LabelledVideo) -> str:
     name = one.where if callable(one.video) else source_name(one.video)
-    if "***" in name:  # two addresses may differ only in what is not shown
-        name = f"{one.where}: {name}"
-    return name, getattr(error, "reason", None) or str(error)
+    # Two addresses may differ only in what is not shown.
+    return f"{one.where}: {name}" if "***" in name else name
+
+
+def _damage(one: LabelledVideo, error: Exception) -> tuple[str, str]:
+    return _name_of(one), getattr(error, "reason", None) or str(error)
 
 
 class ClipSampler(Sampler):

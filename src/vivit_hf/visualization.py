@@ -24,15 +24,17 @@ def draw_batch(
     labels: torch.Tensor,
     processor: ViViTVideoProcessor,
     label_map: LabelMap,
+    files: Sequence[str] | None = None,
     max_clips: int = 8,
     max_frames: int = 8,
 ) -> Image.Image:
     """
-    A batch as a grid, one clip per row and its frames from left to right, with the labels above each.
+    A batch as a grid, one clip per row and its frames from left to right, with label and file name above each.
 
     Args:
         pixel_values: (batch, frames, channels, height, width), as the model gets them.
         labels: as the model gets them: numbers, or probabilities as mixup and label smoothing make them.
+        files: what each clip is from.
     """
     clips = pixel_values[:max_clips].detach().float().cpu()
     shown = np.unique(np.linspace(0, clips.shape[1] - 1, min(max_frames, clips.shape[1])).round().astype(int))
@@ -43,7 +45,12 @@ def draw_batch(
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default()
     for row, (clip, label) in enumerate(zip(images, labels.cpu(), strict=False)):
         top = row * row_height
-        draw.text((_MARGIN, top + 2), describe_label(label, label_map), fill="black", font=font)
+        title = describe_label(label, label_map)
+        if files is not None:
+            title += f" ({' + '.join(os.path.basename(name) for name in files[row].split(' + '))})"
+        # A file name need not be valid Unicode.
+        title = title.encode("utf-8", "backslashreplace").decode()
+        draw.text((_MARGIN, top + 2), title, fill="black", font=font)
         for place, frame in enumerate(clip):
             canvas.paste(Image.fromarray(frame), (_MARGIN + place * (width + 2), top + _LINE + _MARGIN))
     return canvas
