@@ -345,7 +345,8 @@ def main(argv: list[str] | None = None) -> None:
         if not isinstance(splits.train, list) and training.max_steps <= 0:
             raise ValueError("A streamed data set has no length: give --max_steps.")
         checkpoint = find_checkpoint(training)
-        start = build_model(model_arguments, data, splits.label_map, lambda text: say(training, text))
+        recipe = RECIPES[training.recipe] if training.recipe else None
+        start = build_model(model_arguments, data, splits.label_map, lambda text: say(training, text), recipe)
         model, processor = start.model, start.processor
         if splits.validation is not None:  # raises what the views would raise after training
             processor.settings_with({"num_clips": data.num_clips, "num_crops": data.num_crops})

@@ -63,9 +63,15 @@ class DataArguments:
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "use only so many videos, of all classes"})
     max_eval_samples: int | None = field(default=None, metadata={"help": "use only so many videos, of all classes"})
-    frame_stride: int | None = field(default=None, metadata={"help": "between the frames of a clip (default: 2)"})
+    frame_stride: int | None = field(
+        default=None, metadata={"help": "between the frames of a clip (default: that of a ViViT, the recipe's, or 2)"}
+    )
     frames_per_second: float | None = field(default=None, metadata={"help": "instead of a stride"})
-    resize: int | None = field(default=None, metadata={"help": "short side before the crop (default: 256 for 224)"})
+    resize: int | None = field(default=None, metadata={"help": "short side before the crop, in pixels"})
+    resize_ratio: float | None = field(
+        default=None,
+        metadata={"help": "the same as a multiple of the crop (default: the start's or the recipe's, or 256 / 224)"},
+    )
     num_clips: int = field(default=1, metadata={"help": "views of the final evaluation; the paper has 4"})
     num_crops: int = field(default=1, metadata={"help": "1 or 3; the paper has 3"})
 

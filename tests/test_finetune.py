@@ -366,7 +366,8 @@ OFFICIAL = {
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_recipes_are_the_official_ones(name):
-    given = RECIPES[name].arguments
+    given = {**RECIPES[name].arguments, **RECIPES[name].model}
+    given["resize"] = given["resize_ratio"] * given["image_size"]
     keys = "learning_rate num_train_epochs frame_stride resize image_size drop_path_rate label_smoothing_factor"
     keys += " mixup_alpha rand_augment_layers rand_augment_magnitude"
     colours = (given.get("colour_jitter"), given.get("colour_drop"))

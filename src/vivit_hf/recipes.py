@@ -1,6 +1,7 @@
 """The official training recipes by name (google-research/scenic projects/vivit, configs), and one for small data.
 
-A recipe is a set of arguments of `examples/finetune.py`; what is given explicitly beats it. Learning rates are for
+A recipe is a set of arguments of `examples/finetune.py`, which explicit ones override. Its settings of the model and of
+clips are for a model that starts from an image ViT: a ViViT keeps its own. Learning rates are for
 `REFERENCE_BATCH_SIZE` clips per step and are scaled to the real batch (linear rule, Goyal et al., 2017).
 """
 
@@ -22,17 +23,21 @@ _OFFICIAL: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "lr_scheduler_type": "cosine",
     "per_device_train_batch_size": 64,
-    "embedding_type": "tubelet",
-    "tubelet_init": "central_frame",
-    "num_frames": 32,
-    "resize": 256,
-    "image_size": 224,
     "horizontal_flip": "auto",
     "scale_jitter": "0.9,1.33",
     "num_clips": 4,
     "num_crops": 3,
 }
-_KINETICS = {"num_train_epochs": 30, "frame_stride": 2, "colour_jitter": 0.8, "colour_drop": 0.1}
+# The short side of a frame is relative to the crop, so that it fits whatever --image_size is given.
+_OFFICIAL_MODEL: dict[str, Any] = {
+    "embedding_type": "tubelet",
+    "tubelet_init": "central_frame",
+    "num_frames": 32,
+    "frame_stride": 2,
+    "image_size": 224,
+    "resize_ratio": 256 / 224,
+}
+_KINETICS = {"num_train_epochs": 30, "colour_jitter": 0.8, "colour_drop": 0.1}
 _BASE = {"model_name_or_path": "google/vit-base-patch16-224-in21k"}
 _LARGE = {"model_name_or_path": "google/vit-large-patch16-224-in21k"}
 _FACTORISED = {"attention_type": "factorised_encoder", "num_temporal_layers": 4}
@@ -40,55 +45,68 @@ _FACTORISED = {"attention_type": "factorised_encoder", "num_temporal_layers": 4}
 
 @dataclass(frozen=True)
 class Recipe:
-    """`arguments` of `examples/finetune.py`, with `learning_rate` for `REFERENCE_BATCH_SIZE` clips per step."""
+    """Arguments of `examples/finetune.py`.
+
+    `arguments` always apply; `learning_rate` among them is for `REFERENCE_BATCH_SIZE` clips per step. Those in `model`
+    (structure, frames, sizes) apply where the model that training starts from leaves them open.
+    """
 
     name: str
     description: str
     arguments: Mapping[str, Any]
+    model: Mapping[str, Any]
 
     def learning_rate(self, batch_size: int) -> float:
         """For steps of `batch_size` clips, over all devices and accumulated batches."""
         return float(self.arguments["learning_rate"]) * batch_size / REFERENCE_BATCH_SIZE
 
 
-def _official(name: str, description: str, *parts: Mapping[str, Any], **arguments: Any) -> Recipe:
+def _official(
+    name: str, description: str, model: Mapping[str, Any], *parts: Mapping[str, Any], **arguments: Any
+) -> Recipe:
     merged = dict(_OFFICIAL)
     for part in (*parts, arguments):
         merged.update(part)
     merged["warmup_steps"] = _WARMUP_EPOCHS / merged["num_train_epochs"]  # below 1: a share of all steps
-    return Recipe(name, description, merged)
+    return Recipe(name, description, merged, {**_OFFICIAL_MODEL, **model})
 
 
 _ALL = (
     _official(
-        "k400-b", "Kinetics-400, B/16x2, Model 1", _KINETICS, _BASE, attention_type="spatio_temporal", learning_rate=0.1
+        "k400-b",
+        "Kinetics-400, B/16x2, Model 1",
+        {"attention_type": "spatio_temporal"},
+        *(_KINETICS, _BASE),
+        learning_rate=0.1,
     ),
     _official(
-        "k400-b-fe", "Kinetics-400, B/16x2 factorised encoder", _KINETICS, _BASE, _FACTORISED, learning_rate=0.05
+        "k400-b-fe",
+        "Kinetics-400, B/16x2 factorised encoder",
+        _FACTORISED,
+        *(_KINETICS, _BASE),
+        learning_rate=0.05,
     ),
     _official(
         "k400-l-fe",
         "Kinetics-400, L/16x2 factorised encoder",
-        *(_KINETICS, _LARGE, _FACTORISED),
-        num_temporal_layers=24,
+        {**_FACTORISED, "num_temporal_layers": 24},
+        *(_KINETICS, _LARGE),
         learning_rate=0.1,
     ),
     _official(
         "k600-l-fe",
         "Kinetics-600, L/16x2 factorised encoder",
-        *(_KINETICS, _LARGE, _FACTORISED),
-        num_temporal_layers=24,
+        {**_FACTORISED, "num_temporal_layers": 24},
+        *(_KINETICS, _LARGE),
         learning_rate=0.05,
     ),
     _official(
         "ssv2-l-fe",
         "Something-Something v2, L/16x2 factorised encoder",
-        *(_LARGE, _FACTORISED),
+        {**_FACTORISED, "frame_stride": 1, "image_size": 256, "resize_ratio": 288 / 256},
+        _LARGE,
         learning_rate=0.4,
         num_train_epochs=35,
-        frame_stride=1,
-        resize=288,
-        image_size=256,
         drop_path_rate=0.3,
         label_smoothing_factor=0.3,
         mixup_alpha=0.3,
@@ -98,10 +116,10 @@ _ALL = (
     _official(
         "epic-l-fe",
         "EPIC-Kitchens-100, L/16x2 factorised encoder",
-        *(_LARGE, _FACTORISED),
+        {**_FACTORISED, "frame_stride": 1},
+        _LARGE,
         learning_rate=0.5,
         num_train_epochs=50,
-        frame_stride=1,
         drop_path_rate=0.2,
         label_smoothing_factor=0.2,
         mixup_alpha=0.1,
@@ -116,7 +134,6 @@ _ALL = (
         "a few hundred clips and one GPU",
         {
             **_BASE,
-            **_FACTORISED,
             "optim": "adamw_torch",
             "learning_rate": 4e-4,
             "weight_decay": 0.05,
@@ -126,10 +143,6 @@ _ALL = (
             "num_train_epochs": 30,
             "per_device_train_batch_size": 8,
             "layer_decay": 0.75,
-            "num_frames": 32,
-            "frame_stride": 2,
-            "resize": 256,
-            "image_size": 224,
             "horizontal_flip": "auto",
             "scale_jitter": "0.9,1.33",
             "rand_augment_layers": 1,  # two at full scale leave clips that people cannot recognise
@@ -140,6 +153,7 @@ _ALL = (
             "num_clips": 4,
             "num_crops": 3,
         },
+        {**_OFFICIAL_MODEL, **_FACTORISED},
     ),
 )
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
