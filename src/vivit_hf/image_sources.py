@@ -310,7 +310,10 @@ def _timm_heads(
     stated = num_heads or model_args.get("num_heads")
     heads = stated or _TIMM_HEADS.get(hidden, hidden // 64)
     if not heads or hidden % heads or (not stated and hidden not in _TIMM_HEADS and hidden % 64):
-        raise ConversionError(f"{path} is {hidden} wide, which says nothing about its heads; give --num-heads.")
+        raise ConversionError(
+            f"{path} is {hidden} wide, which says nothing about its heads: convert it with `python "
+            f"conversion/convert_vit_checkpoint.py --source {path} --num-heads N --output DIR`."
+        )
     return heads, [] if stated else [f"{heads} heads, as timm has for this width (else give --num-heads)"]
 
 
