@@ -79,7 +79,7 @@ def test_speed_benchmark_runs_on_tiny_sizes(tmp_path):
 
 
 def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path):
-    for script in ("run.py", "streaming.py", "video.py", "conversion.py", "finetuning.py"):
+    for script in ("run.py", "streaming.py", "video.py", "conversion.py", "finetuning.py", "training_step.py"):
         needed = ["--output", tmp_path] if script == "finetuning.py" else []
         process = start(script, *needed, "--json", tmp_path / "nowhere" / "rows.json")
         assert process.returncode == 2 and "rows.json' cannot be written" in process.stderr, script
@@ -90,6 +90,15 @@ def test_the_streaming_benchmark_runs_on_a_tiny_model(tmp_path):
     assert process.returncode == 0, process.stderr[-3000:]
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["unit"] for row in rows] == ["x", "x", "x", "MB"] and all(row["target"] is None for row in rows)
+
+
+def test_a_step_of_fine_tuning_is_measured_against_one_by_hand(tmp_path):
+    options = ["--smoke", "--rounds", 1, "--steps", 2, "--json", tmp_path / "rows.json"]
+    process = start("training_step.py", *options)
+    assert process.returncode == 0, process.stderr[-3000:]
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row["value"] > 0.3 and row["target"] is None
+    assert re.search(r"CPU seconds per step: finetune.py \d\.\d{3}, by hand \d\.\d{3}", process.stdout)
 
 
 def test_compiled_models_are_measured_against_the_eager_ones(tmp_path):

@@ -11,7 +11,7 @@ from tiny_models import ATTENTION_TYPES, tiny_config
 from transformers import TrainingArguments
 from video_files import moving_frames, write_video
 
-from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
+from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor, training
 from vivit_hf.annotations import LabelledVideo
 from vivit_hf.augmentation import ClipAugmentation
 from vivit_hf.evaluation import classification_metrics
@@ -196,6 +196,14 @@ def test_the_log_has_the_gradient_of_each_part_before_clipping(videos, tmp_path)
     parts = [entry[f"grad_norm/{part}"] for part in ("embeddings", "encoder", "temporal", "classifier")]
     assert np.sqrt(np.square(parts).sum()) == pytest.approx(entry["grad_norm"], rel=1e-3)
     assert entry["grad_norm"] > 0.01
+
+
+def test_gradient_norms_are_computed_for_the_log_alone(videos, tmp_path, monkeypatch):
+    steps = []
+    trainer = trainer_of(videos, tmp_path, max_steps=4, logging_steps=2)
+    monkeypatch.setattr(training, "gradient_norms", lambda _: steps.append(trainer.state.global_step + 1) or {})
+    trainer.train()
+    assert steps == [2, 4]
 
 
 def test_evaluation_averages_views_and_counts_what_can_be_read(videos, tmp_path):

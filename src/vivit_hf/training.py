@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 from transformers.utils import logging
 
 from .evaluation import average_views, classification_metrics, collapsed_class
@@ -371,15 +371,22 @@ class ClipTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: Any, *arguments: Any, **settings: Any) -> torch.Tensor:
         loss = super().training_step(model, inputs, *arguments, **settings)
-        if self.accelerator.sync_gradients:
+        if self.accelerator.sync_gradients and self._is_logged(self.state.global_step + 1):
             scaler = self.accelerator.scaler
             scale = 1.0 if scaler is None else scaler.get_scale()
             self._gradient_norms = {part: norm / scale for part, norm in gradient_norms(self.model).items()}
         return loss
 
+    def _is_logged(self, step: int) -> bool:
+        """Return whether the log gets an entry after this step; one per epoch can come after any."""
+        if self.args.logging_strategy != IntervalStrategy.STEPS:
+            return True
+        return step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
+
     def log(self, logs: dict[str, float], *arguments: Any, **settings: Any) -> None:
         if "loss" in logs:
             logs |= {f"grad_norm/{part}": norm.item() for part, norm in self._gradient_norms.items() if part != "total"}
+            self._gradient_norms = {}
             if self._seen:
                 predictions, targets = (torch.cat(list(part)).cpu().numpy() for part in zip(*self._seen, strict=True))
                 self._warn_of_collapse(predictions, targets, "the last training batches")
