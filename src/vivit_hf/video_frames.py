@@ -13,6 +13,8 @@ import numpy as np
 import PIL.Image
 import torch
 
+from .video_sources import is_video_source
+
 
 _CHANNELS = (1, 3, 4)
 _LAYOUTS = ("channels_last", "channels_first")
@@ -23,6 +25,25 @@ def is_frame(value: Any) -> bool:
     return isinstance(value, PIL.Image.Image) or (
         isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim in (2, 3)
     )
+
+
+def as_batch(videos: Any) -> Any:
+    """One video or many, as a sequence of videos."""
+    if is_video_source(videos):
+        return [videos]
+    if isinstance(videos, (np.ndarray, torch.Tensor)):
+        if videos.ndim in (4, 5):
+            return [videos] if videos.ndim == 4 else videos
+        raise ValueError(
+            f"An array with {videos.ndim} axes {tuple(videos.shape)} is not a video: 4 axes are (frames, height, "
+            "width, channels) or (frames, channels, height, width), 5 a batch of those. For a single image add the "
+            "first axis."
+        )
+    if not isinstance(videos, Sequence):
+        raise TypeError(f"Expected a video or a list of videos, got {type(videos)}.")
+    if len(videos) == 0:
+        raise ValueError("Expected at least one video or frame, got an empty list.")
+    return [videos] if is_frame(videos[0]) else videos
 
 
 def num_frames_of(video: Any) -> int:

@@ -43,8 +43,8 @@ from .frame_sampling import (
 from .processing_parameters import validated_parameters, with_added_limits, without_permissions
 from .video_decoding import VideoReader
 from .video_frames import (
+    as_batch,
     empty_floats,
-    is_frame,
     num_frames_of,
     rescale_and_normalize,
     resize_frames,
@@ -255,7 +255,7 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
         reports: list[DecodingReport | None] = []
         kept: list[int] = []
         frame_ids: list[np.ndarray] = []
-        for place, video in enumerate(_as_batch(videos)):
+        for place, video in enumerate(as_batch(videos)):
             try:
                 clips, indices, report = self._clips(video, call)
             except VideoDecodingError as error:
@@ -390,25 +390,6 @@ def _generator(generator: np.random.Generator | int | None) -> np.random.Generat
     # torch's seed is the one that `set_seed` sets and that differs between data loader workers.
     seed = int(torch.randint(2**63 - 1, ()).item()) if generator is None else generator
     return np.random.default_rng(seed)
-
-
-def _as_batch(videos: Any) -> Any:
-    """One video or many, as a sequence of videos."""
-    if is_video_source(videos):
-        return [videos]
-    if isinstance(videos, (np.ndarray, torch.Tensor)):
-        if videos.ndim in (4, 5):
-            return [videos] if videos.ndim == 4 else videos
-        raise ValueError(
-            f"An array with {videos.ndim} axes {tuple(videos.shape)} is not a video: 4 axes are (frames, height, "
-            "width, channels) or (frames, channels, height, width), 5 a batch of those. For a single image add the "
-            "first axis."
-        )
-    if not isinstance(videos, Sequence):
-        raise TypeError(f"Expected a video or a list of videos, got {type(videos)}.")
-    if len(videos) == 0:
-        raise ValueError("Expected at least one video or frame, got an empty list.")
-    return [videos] if is_frame(videos[0]) else videos
 
 
 def _choose_clips(timestamps: np.ndarray, call: SimpleNamespace) -> np.ndarray:
