@@ -106,6 +106,8 @@ def load_splits(data: DataArguments, seed: int, say: Callable[[str], None]) -> S
             raise AnnotationError(
                 "A stream does not tell its labels beforehand: give --labels_file (its label column is no ClassLabel)."
             )
+        count = "none" if validation is None else "one"
+        say(f"A stream to train on, {count} for validation, {len(known.names)} classes")
         return Splits(train, validation, known)
     if not train:
         raise AnnotationError("The training split is empty.")
@@ -173,8 +175,7 @@ def _some(
     """`count` of the videos, in their order: of every class if there are enough, and of each about its share."""
     if count is None or count >= len(videos):
         return videos
-    if count < 1:
-        raise AnnotationError(f"--max_train_samples and --max_eval_samples must be at least 1, got {count}.")
+    _checked_limit(count)
     order = np.random.default_rng(seed).permutation(len(videos)).tolist()
     totals = Counter(one.labels for one in videos)
     seen: set[int] = set()
@@ -225,6 +226,12 @@ def _validation_splits(where: str, counts: dict[str, int]) -> list[str]:
             f"{where}: there are only training rows, and this file is for validation. --split_column none uses them."
         )
     return used
+
+
+def _checked_limit(count: int) -> int:
+    if count < 1:
+        raise AnnotationError(f"--max_train_samples and --max_eval_samples must be at least 1, got {count}.")
+    return count
 
 
 def _label_columns(data: DataArguments) -> list[str] | None:
@@ -301,7 +308,7 @@ def _from_hub(
         if isinstance(dataset, IterableDataset):
             limit = data.max_train_samples if name == data.train_split_name else data.max_eval_samples
             if limit is not None:
-                dataset = dataset.take(limit)
+                dataset = dataset.take(_checked_limit(limit))
             if name == data.train_split_name:
                 dataset = dataset.shuffle(seed=seed, buffer_size=data.shuffle_buffer_size)
         videos[name] = hub_videos(

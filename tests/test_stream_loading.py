@@ -9,6 +9,8 @@ import torch
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from finetune_runs import start
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 from stream_runs import LABELS, ShuffledVideos, run, trainer_of, videos_of, write_videos
 
 from vivit_hf.annotations import AnnotationError
@@ -318,6 +320,43 @@ class Names(torch.utils.data.IterableDataset):
 
     def __iter__(self):
         return (one.video for one in self.videos)
+
+
+class HubFiles(MemoryFileSystem):
+    protocol = "hf"
+    store, pseudo_dirs = {}, [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + path.removeprefix("hf://").strip("/")
+
+
+def test_videos_that_are_left_on_the_hub_are_read(folder, tmp_path, monkeypatch):
+    """A folder of videos is streamed as addresses; of other protocols in a data set none is opened."""
+    monkeypatch.setitem(_registry, "hf", HubFiles)
+    address = "hf://datasets/someone/videos@1234/train/dark"
+    HubFiles().pipe(f"{address}/00.mp4", (folder / "00.mp4").read_bytes())
+    names = [f"{address}/00.mp4", f"{address}/gone.mp4", "memory://00.mp4", "simplecache::hf://datasets/a/b.mp4"]
+    rows = {"video": [{"path": name, "bytes": None} for name in names], "label": ["dark"] * 4}
+    videos = hub_videos(Dataset.from_dict(rows).to_iterable_dataset(), "hub")
+    clips = StreamedClips(videos, trainer_of(folder, tmp_path).processing_class, LABELS)
+    found = list(clips)
+    assert [item["labels"].item() for item in found] == [0, IGNORED, IGNORED, IGNORED]
+    assert found[0]["pixel_values"].any() and not found[0]["damaged_files"]
+    damaged = [item["damaged_files"][0] for item in found[1:]]
+    assert [name for name, _ in damaged] == names[1:]
+    assert "cannot be downloaded (FileNotFoundError" in damaged[0][1] and "only http" in damaged[1][1]
+
+
+def test_damaged_files_of_one_name_are_told_apart(folder, tmp_path):
+    rows = {"video": [{"path": "0.mp4", "bytes": content} for content in (b"one", b"two")], "label": ["dark"] * 2}
+    clips = StreamedClips(
+        hub_videos(Dataset.from_dict(rows).to_iterable_dataset(), "packed"),
+        trainer_of(folder, tmp_path).processing_class,
+        LABELS,
+    )
+    names = [name for item in clips for name, _ in item["damaged_files"]]
+    assert len(set(names)) == 2 and all(name.startswith("0.mp4 (SHA-256 ") for name in names)
 
 
 def test_a_stream_that_is_split_already_is_refused():

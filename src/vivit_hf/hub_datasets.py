@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import datasets  # type: ignore[import-untyped]
+import fsspec  # type: ignore[import-untyped]
 import pyarrow  # type: ignore[import-untyped]
 import pyarrow.compute  # type: ignore[import-untyped]
 
 from .annotation_rows import SPLIT_COLUMNS, AnnotationError, ChooseSplits, find_split_column, kept_splits, split_name
 from .annotations import LABEL_COLUMNS, VIDEO_COLUMNS, LabelledVideo
+from .video_sources import VideoDecodingError
+
+
+# A file of a data set that is streamed, or a file in an archive of one; nothing else that fsspec could open.
+_ON_THE_HUB = re.compile(r"((zip|tar)://[^:]*::)?hf://[^:]+$")
 
 
 def label_columns_of(dataset: Any, name: str, given: Sequence[str] | None = None) -> list[str]:
@@ -157,7 +164,11 @@ class StreamedVideos:
         for index, batch in enumerate(self.dataset.iter(batch_size=1)):
             row = {column: values[0] for column, values in batch.items()}
             where = f"{self.name}[{index}]"
-            yield LabelledVideo(row[self.video_column], self._read(row, where), where)
+            video = row[self.video_column]
+            address = video.get("path") if isinstance(video, dict) and video.get("bytes") is None else video
+            if isinstance(address, str) and _ON_THE_HUB.match(address):
+                video, where = partial(_from_the_hub, address), address
+            yield LabelledVideo(video, self._read(row, where), where)
 
 
 def class_names(dataset: Any, column: str) -> list[str] | None:
@@ -193,6 +204,15 @@ def _labels(row: dict[str, Any], where: str, *, features: Any, columns: Sequence
     if not labels:
         raise AnnotationError(f"{where}: {', '.join(columns)} is empty.")
     return tuple(labels)
+
+
+def _from_the_hub(address: str) -> dict[str, Any]:
+    try:
+        with fsspec.open(address, "rb") as file:
+            return {"path": address, "bytes": file.read()}
+    except Exception as error:  # of the network, the Hub or an archive, none of which has a common class
+        reason = f"it cannot be downloaded ({type(error).__name__}: {error})"
+        raise VideoDecodingError(f"Cannot read {address}: {reason}.", source=address, reason=reason) from error
 
 
 def _video(dataset: datasets.Dataset, index: int, column: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -264,6 +265,9 @@ class StreamedClips(IterableDataset):
 
 def _name_of(one: LabelledVideo) -> str:
     name = one.where if callable(one.video) else source_name(one.video)
+    if isinstance(one.video, dict) and one.video.get("bytes") is not None:
+        # Of a file within a table there is a name without its folder, or none.
+        name += f" (SHA-256 {hashlib.sha256(one.video['bytes']).hexdigest()[:12]})"
     # Two addresses may differ only in what is not shown.
     return f"{one.where}: {name}" if "***" in name else name
 
