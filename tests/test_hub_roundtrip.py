@@ -11,6 +11,7 @@ import pytest
 import torch
 from hub_server import HubServer
 from huggingface_hub import ModelCard
+from python_without import python_without
 from transformers import ViTConfig, ViTModel
 from video_files import write_video
 
@@ -67,18 +68,7 @@ class Client:
         return self.run(step, [sys.executable], PYTHONPATH=os.pathsep.join([source, str(TESTS)]))
 
     def run_without(self, step, *missing):
-        """The same libraries but for the `missing` ones, linked into a folder that takes the place of site-packages."""
-        site = self.folder / f"site of {step}"
-        site.mkdir()
-        for library in {Path(module.__file__).parents[1] for module in (torch, np, sys.modules["transformers"])}:
-            for entry in library.iterdir():
-                name = entry.name.partition(".")[0].partition("-")[0]
-                if name not in missing and entry.suffix != ".pth" and not (site / entry.name).exists():
-                    (site / entry.name).symlink_to(entry)
-        # Neither PYTHONPATH nor site-packages, whose .pth files lead to packages that are installed for development.
-        program = f"import runpy, sys; sys.path.append({str(site)!r}); sys.argv.pop(0); "
-        program += "runpy.run_path(sys.argv[0], run_name='__main__')"
-        return self.run(step, [sys.executable, "-I", "-S", "-c", program])
+        return self.run(step, python_without(self.folder / f"site of {step}", *missing))
 
 
 @pytest.fixture(scope="module")
