@@ -4,6 +4,7 @@ Fine-tunes a ViViT on your videos, with transformers' Trainer.
     python examples/finetune.py --train_dir videos/train --validation_dir videos/test \\
         --model_name_or_path google/vit-base-patch16-224-in21k --recipe small-data --output_dir my_vivit
     python examples/finetune.py settings.yaml --learning_rate 1e-4      arguments from a file, the command line beats it
+    python examples/finetune.py --help-all                              all arguments, transformers' included
     torchrun --nproc_per_node 8 examples/finetune.py ...                several GPUs; on CPUs add --use_cpu
 
 Data are a folder of class folders (--train_dir), a CSV or JSON of paths and labels or the annotations of Kinetics,
@@ -12,6 +13,7 @@ is checked before a model is loaded. Run again after an interruption, it goes on
 """
 
 import argparse
+import copy
 import difflib
 import importlib.util
 import itertools
@@ -91,18 +93,55 @@ class FineTuningArguments(TrainingArguments):
 
 
 Arguments = tuple[ModelArguments, DataArguments, AugmentationArguments, FineTuningArguments]
+USAGE = "finetune.py [settings.yaml] --output_dir DIR [arguments]; --help-all lists transformers' too"
+# Of the Trainer's arguments, those that --help shows.
+_COMMON = (
+    "output_dir do_eval num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size "
+    "gradient_accumulation_steps learning_rate weight_decay warmup_steps lr_scheduler_type max_grad_norm optim "
+    "label_smoothing_factor seed bf16 gradient_checkpointing torch_compile use_cpu ddp_backend save_total_limit "
+    "load_best_model_at_end metric_for_best_model resume_from_checkpoint push_to_hub hub_model_id hub_private_repo"
+).split()
+
+
+def help_text(parser: HfArgumentParser, is_all: bool) -> str:
+    """Return our arguments in groups, and the most used of the Trainer's; with `is_all`, all of them."""
+    sections = {
+        "model": list(ModelArguments.__annotations__),
+        "data": list(DataArguments.__annotations__),
+        "augmentation": list(AugmentationArguments.__annotations__),
+        "training and evaluation": list(FineTuningArguments.__annotations__),
+        "of transformers' Trainer, the most used": [*_COMMON],
+    }
+    actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
+    if is_all:
+        shown = {name for names in sections.values() for name in names}
+        sections["the other arguments of transformers' Trainer"] = [name for name in actions if name not in shown][::-1]
+    formatter = argparse.RawDescriptionHelpFormatter("finetune.py", max_help_position=36, width=120)
+    formatter.add_text(f"usage: {USAGE}\n{__doc__}")
+    for title, names in sections.items():
+        formatter.start_section(title)
+        for name in names:
+            action = copy.copy(actions[name])
+            action.option_strings = action.option_strings[:1]  # the same with hyphens need not be shown
+            action.metavar = "VALUE"
+            formatter.add_argument(action)
+        formatter.end_section()
+    return formatter.format_help()
 
 
 def parse_arguments(argv: list[str]) -> Arguments:
     """From least to most important: the defaults, the recipe, the file, the command line."""
     classes = (ModelArguments, DataArguments, AugmentationArguments, FineTuningArguments)
-    parser = HfArgumentParser(classes, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = HfArgumentParser(classes, usage=USAGE)
+    if {"-h", "--help", "--help-all"} & set(argv):
+        print(help_text(parser, is_all="--help-all" in argv))
+        sys.exit()
     given: dict[str, Any] = {}
     if argv and argv[0].endswith((".json", ".yaml", ".yml")):
         given = read_settings(Path(argv[0]), classes)
         argv = argv[1:]
     # What is on the command line, and nothing else.
-    explicit = HfArgumentParser(classes, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    explicit = HfArgumentParser(classes, usage=USAGE)
     for action in explicit._actions:
         action.default, action.required = argparse.SUPPRESS, False
     given |= vars(explicit.parse_args(argv))

@@ -1,5 +1,7 @@
 """Settings files of examples/finetune.py, and failures after training."""
 
+import dataclasses
+
 import finetune
 import pytest
 from finetune_runs import run, write_data
@@ -48,6 +50,25 @@ def test_values_of_a_settings_file_have_the_types_of_the_arguments(tmp_path):
     assert (training.learning_rate, model.num_frames, training.bf16, data.resize) == (1e-4, 16, False, None)
     assert type(training.max_grad_norm) is float and augmentation.horizontal_flip == "True"
     assert training.label_names == ["labels"] and training.average_tokens_across_devices is False
+
+
+def test_the_help_has_our_arguments_first_and_all_of_them_on_demand(capsys):
+    texts = []
+    for option in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as ended:
+            finetune.main([option])
+        assert not ended.value.code
+        texts.append(capsys.readouterr().out)
+    short, everything = texts
+    ours = (finetune.ModelArguments, finetune.DataArguments, finetune.AugmentationArguments)
+    for name in [name for one in ours for name in one.__annotations__] + ["recipe", "learning_rate", "output_dir"]:
+        assert f"  --{name} " in short, name
+    assert "--help-all" in short and short.count("\n") < 200
+    places = [short.index(f"\n  --{name} ") for name in ("model_name_or_path", "train_dir", "recipe", "learning_rate")]
+    assert places == sorted(places)
+    for field in dataclasses.fields(finetune.FineTuningArguments):
+        assert not field.init or f"  --{field.name}" in everything, field.name
+    assert "--torch_empty_cache_steps" in everything and "--torch_empty_cache_steps" not in short
 
 
 # What fails after training
