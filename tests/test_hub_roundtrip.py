@@ -33,6 +33,9 @@ CODE = {
     *(
         "video_processing_vivit.py",
         "processing_parameters.py",
+        "processor_files.py",
+        "limits_vivit.py",
+        "model_files.py",
         "video_container.py",
         "video_decoding.py",
         "video_frames.py",
@@ -112,7 +115,8 @@ def elsewhere(hub, client, card):
 def test_a_push_leaves_weights_configuration_processor_code_and_card(hub, pushed):
     repository = hub.repositories[NAME]
     files = repository.files
-    rest = {".gitattributes", "README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
+    rest = {".gitattributes", "README.md", "config.json", "model.safetensors"}
+    rest |= {"preprocessor_config.json", "video_preprocessor_config.json"}
     assert set(files) == rest | CODE
     source = Path(vivit_hf.__file__).parent
     assert all(files[name] == (source / name).read_bytes() for name in CODE)

@@ -1,7 +1,9 @@
 """Configuration of ViViT (Arnab et al., "ViViT: A Video Vision Transformer", ICCV 2021, arXiv:2103.15691)."""
 
 import difflib
+import math
 from collections.abc import Sequence
+from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import PretrainedConfig
@@ -9,6 +11,8 @@ from transformers.activations import ACT2FN
 
 from .auto_class import AutoClassMixin
 from .frame_sampling import sample_frames_uniformly
+from .limits_vivit import LARGEST_SCALE, LIMITS, MOST_PARAMETERS, check_clip, check_labels, check_limit
+from .model_files import named_json_errors
 
 
 ATTENTION_TYPES = (
@@ -20,6 +24,7 @@ ATTENTION_TYPES = (
 EMBEDDING_TYPES = ("tubelet", "uniform_frame_sampling")
 ATTENTION_ORDERS = ("space_time", "time_space")
 POOLINGS = ("cls", "mean", "max", "sum")
+DTYPES = ("float32", "float16", "bfloat16", "float64")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
 # US spellings, and the names in google-research/scenic projects/vivit, are read and stored in the paper's form.
@@ -176,22 +181,20 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
             self.num_sampled_frames = max(1, self.num_frames // 2) if isinstance(self.num_frames, int) else None
         if self.pooling is None:
             self.pooling = "mean" if self.is_token_grid else "cls"
+        if kwargs.get("num_labels") is not None:
+            _check_whole_number("num_labels", kwargs["num_labels"], 0)
         if self.id2label is None and self.label2id is not None:
-            self.id2label = {int(index): label for label, index in self.label2id.items()}
-        if isinstance(self.id2label, (list, tuple)):
-            self.id2label = dict(enumerate(self.id2label))
+            if not isinstance(self.label2id, dict):
+                raise ValueError(f"`label2id` must map names to numbers, got {type(self.label2id).__name__}.")
+            self.id2label = {str(index): label for label, index in self.label2id.items()}
         if self.id2label is not None:
-            if sorted(map(int, self.id2label)) != list(range(len(self.id2label))):
-                raise ValueError(
-                    f"`id2label` must name the outputs from 0 to {len(self.id2label) - 1}, got numbers "
-                    f"{list(self.id2label)[:8]}."
-                )
+            self.id2label = check_labels(self.id2label)
             num_labels = kwargs.pop("num_labels", None)
             if num_labels not in (None, len(self.id2label)):
                 raise ValueError(
                     f"`num_labels={num_labels}` contradicts a label map of {len(self.id2label)} labels; give one."
                 )
-            self.label2id = {label: int(index) for index, label in self.id2label.items()}
+            self.label2id = {label: index for index, label in self.id2label.items()}
         elif self.label_groups is not None:
             self._check_label_groups()
             kwargs.setdefault("num_labels", sum(self.label_groups.values()))
@@ -240,6 +243,7 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
         self._check_numbers()
         self._check_sizes()
         self._check_label_groups()
+        check_limit("parameters", self._num_parameters(), MOST_PARAMETERS)
         heads = [("num_attention_heads", self.num_attention_heads)]
         if self.temporal_num_attention_heads is not None:
             heads.append(("temporal_num_attention_heads", self.temporal_num_attention_heads))
@@ -286,8 +290,8 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
                 raise ValueError(f"`{name}={value!r}` is not a probability; expected 0 <= {name} < 1.")
         for name in ("layer_norm_eps", "initializer_range"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-                raise ValueError(f"`{name}={value!r}` must be a number above 0.")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LARGEST_SCALE:
+                raise ValueError(f"`{name}={value!r}` must be a number above 0 and at most {LARGEST_SCALE:g}.")
         if not isinstance(self.qkv_bias, bool):
             raise ValueError(f"`qkv_bias={self.qkv_bias!r}` must be True or False.")
 
@@ -301,6 +305,8 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
         for name, value in (("image_size", self.frame_size), ("tubelet_size", self.tubelet_size)):
             for side in value:
                 _check_whole_number(name, side, 1)
+        check_limit("image_size", max(self.frame_size))
+        check_clip("`num_frames` and `image_size`", self.num_frames, *self.frame_size, self.num_channels)
         if self.embedding_type == "uniform_frame_sampling":
             if self.tubelet_size[0] != 1:
                 raise ValueError(
@@ -325,6 +331,19 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
                     f"{clip} in {axis}: {patch} > {side}. Use a smaller tubelet or a larger clip."
                 )
 
+    def _num_parameters(self) -> int:
+        """Parameters of a model with this configuration, but for biases and LayerNorms."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        time, height, width = self.grid_size
+        attentions = 2 if self.attention_type == "factorised_self_attention" else 1
+        layers = self.num_hidden_layers * hidden * (4 * attentions * hidden + 2 * inner)
+        if self.attention_type == "factorised_encoder":
+            inner = self.temporal_intermediate_size or inner
+            layers += self.num_temporal_layers * hidden * (4 * hidden + 2 * inner)
+        embeddings = hidden * (math.prod(self.tubelet_size) * self.num_channels + time * height * width)
+        features = self.representation_size or 0
+        return layers + embeddings + hidden * features + (features or hidden) * self.num_labels
+
     def _check_label_groups(self) -> None:
         if self.label_groups is None:
             return
@@ -334,8 +353,10 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
                 f"`label_groups={groups!r}` must name at least two groups of labels and their sizes, for example "
                 "{'noun': 300, 'verb': 97}; leave it out for one classification."
             )
+        check_limit("label_groups", len(groups))
         for name, size in groups.items():
             _check_whole_number(f"label_groups[{name!r}]", size, 1)
+        check_limit("num_labels", sum(groups.values()))
         if self.id2label is not None and len(self.id2label) != sum(groups.values()):
             raise ValueError(
                 f"`label_groups={groups}` are {sum(groups.values())} labels, but there are {len(self.id2label)} "
@@ -373,7 +394,8 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        with named_json_errors(pretrained_model_name_or_path, "config.json"):
+            config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if not config_dict:  # transformers would take every default
             raise OSError(f"{pretrained_model_name_or_path} has no config.json with anything in it.")
         return cls.translate(config_dict, pretrained_model_name_or_path), kwargs
@@ -390,7 +412,18 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
             raise ValueError(
                 f"{source} has a {type(config_dict).__name__} as its configuration, expected a JSON object."
             )
-        model_type = config_dict.get("model_type") or cls.model_type
+        for name in ("dtype", "torch_dtype"):
+            if config_dict.get(name) is not None and str(config_dict[name]).removeprefix("torch.") not in DTYPES:
+                raise ValueError(f"`{name}={config_dict[name]!r}` is not known. Expected one of {', '.join(DTYPES)}.")
+        for name in ("id2label", "label2id"):
+            if isinstance(config_dict.get(name), (dict, list)):
+                check_limit("num_labels", len(config_dict[name]))
+        quantization = config_dict.get("quantization_config")
+        if isinstance(quantization, (str, int, float, list)):
+            raise ValueError(f"`quantization_config` must be a JSON object, got {type(quantization).__name__}.")
+        if not isinstance(config_dict.get("transformers_weights"), (str, NoneType)):
+            raise ValueError(f"`transformers_weights={config_dict['transformers_weights']!r}` must name a file.")
+        model_type = config_dict.get("model_type", cls.model_type)
         if model_type == "vivit":
             known = {name: config_dict[name] for name in _TRANSFORMERS_VIVIT_FIELDS if name in config_dict}
             known.setdefault("hidden_act", "gelu_fast")
@@ -400,7 +433,8 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
                 f"{source} holds a model of type {model_type!r}, not a ViViT ({cls.model_type!r}, or transformers' "
                 "'vivit'). An image model must be converted first: see `conversion/` in the repository of vivit_hf."
             )
-        return config_dict
+        # How to compute is for the user to say, not for a file.
+        return {name: value for name, value in config_dict.items() if name != "attn_implementation"}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -422,13 +456,15 @@ def _unknown_word(name: str, value: Any, allowed: tuple[str, ...]) -> str:
 def _check_whole_number(name: str, value: Any, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"`{name}={value!r}` must be a whole number of at least {minimum}.")
+    if name in LIMITS:
+        check_limit(name, value)
 
 
 def _settle_labels(config_dict: dict[str, Any], overrides: dict[str, Any]) -> None:
     """Lets new labels replace the stored ones as a whole: half of an old map beside a new one names classes wrongly."""
     stored = config_dict.get("id2label")
     new_maps = overrides.get("id2label") is not None or overrides.get("label2id") is not None
-    new_count = stored is not None and overrides.get("num_labels") not in (None, len(stored))
+    new_count = isinstance(stored, (dict, list)) and overrides.get("num_labels") not in (None, len(stored))
     groups = overrides.get("label_groups")
     new_groups = groups is not None and groups != config_dict.get("label_groups")
     if new_maps or new_count or new_groups:

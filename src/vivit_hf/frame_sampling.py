@@ -40,6 +40,7 @@ SHORT_VIDEO_POLICIES = ("repeat_last", "loop", "error")
 CLIP_STARTS = ("centre", "random")
 # Times of frames are multiples of a clock tick as floats: a microsecond keeps 3 * (1 / 3) on the right side of 1.
 TIME_TOLERANCE = 1e-6
+_LARGEST = float(np.finfo(np.float64).max)
 
 
 def check_positive_integer(name: str, value: int) -> int:
@@ -48,9 +49,12 @@ def check_positive_integer(name: str, value: int) -> int:
     return int(value)
 
 
-def check_positive_number(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 < value < float("inf"):
-        raise ValueError(f"`{name}` must be a positive number, got {value!r}.")
+def check_positive_number(name: str, value: float, least: float = 0.0, most: float = _LARGEST) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not (0 < value <= most):
+        upper = "" if most == _LARGEST else f" of at most {most:g}"
+        raise ValueError(f"`{name}` must be a positive number{upper}, got {value!r}.")
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least:g}, got {value!r}.")
     return float(value)
 
 

@@ -6,6 +6,7 @@ reads when it resumes or goes back to the best model.
 """
 
 import copy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -13,6 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_vivit import ViViTConfig
+from .limits_vivit import MOST_NEW_PARAMETERS
+from .model_files import check_weight_indices, check_weights, named_json_errors
 
 
 _Base: Any = PreTrainedModel if TYPE_CHECKING else object  # a mixin, but of what a type checker should know
@@ -74,11 +77,13 @@ class CheckpointLoadingMixin(_Base):
 
         Raises:
             ValueError: if a key of the checkpoint has no place in the model, or a parameter of the model other than
-                the classifier is not in the checkpoint.
+                the classifier is not in the checkpoint; for files that are damaged, that could only be read by running
+                code in them, or that name files outside of their folder.
         """
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         try:
-            raw, _ = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
+            with named_json_errors(pretrained_model_name_or_path, "config.json"):
+                raw, _ = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
         except (OSError, TypeError):
             raw = {}
         if not raw:  # a state dict, an adapter, or nothing at all: transformers knows what to do or what to say
@@ -102,14 +107,20 @@ class CheckpointLoadingMixin(_Base):
         if raw.get("model_type") == "vivit":
             kwargs["key_mapping"] = {**TRANSFORMERS_VIVIT_NAMES, **(kwargs.get("key_mapping") or {})}
         new_head = target.num_labels != stored.num_labels
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *model_args,
-            config=as_stored,
-            ignore_mismatched_sizes=True,  # what does not match is an error below, together with the rest
-            output_loading_info=True,
-            **kwargs,
-        )
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        check_weight_indices(folder)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *model_args,
+                config=as_stored,
+                ignore_mismatched_sizes=True,  # what does not match is an error below, together with the rest
+                output_loading_info=True,
+                **kwargs,
+            )
+        except Exception:
+            check_weights(folder)  # if they are the cause, its error names the file
+            raise
         _account_for_keys(model, info, pretrained_model_name_or_path, ignore_mismatched_sizes)
         vars(model).pop("_weight_conversions", None)  # transformers would rename back to the foreign names on saving
         if not new_head and _names_other_classes(stored, target) and hasattr(model, "classifier"):
@@ -117,6 +128,18 @@ class CheckpointLoadingMixin(_Base):
         if same_patches and any(getattr(target, name) != getattr(stored, name) for name in _SIZES):
             model.resize_position_embeddings(**{name: getattr(target, name) for name in _SIZES})
         return (model, info) if output_loading_info else model
+
+    def _move_missing_keys_from_meta_to_device(self, missing_keys: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, but only so much memory is taken for parameters that no file holds."""
+        shapes = {name: parameter for name, parameter in self.named_parameters() if name in set(missing_keys)}
+        count = sum(parameter.numel() for parameter in shapes.values())
+        if count > MOST_NEW_PARAMETERS:
+            raise ValueError(
+                f"The configuration asks for {count:,} parameters that are not in the checkpoint in this shape, such "
+                f"as {min(shapes)}; the limit is {MOST_NEW_PARAMETERS:,} (see SECURITY.md). It belongs to another "
+                "checkpoint, or is damaged."
+            )
+        super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
 
 
 def _target_config(config: Any, raw: dict[str, Any], kwargs: dict[str, Any]) -> ViViTConfig:

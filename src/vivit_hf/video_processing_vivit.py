@@ -9,14 +9,10 @@ Training, evaluation and serving share this one path and one stored configuratio
 
 from __future__ import annotations
 
-import copy
 import difflib
 import inspect
-import json
-import os
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,7 +36,8 @@ from .frame_sampling import (
     sample_uniform_clip,
     window_around,
 )
-from .processing_parameters import validated_parameters, with_added_limits, without_permissions
+from .processing_parameters import validated_parameters, with_added_limits
+from .processor_files import SERVICE_KEYS, ProcessorFilesMixin
 from .video_decoding import VideoReader
 from .video_frames import (
     as_batch,
@@ -56,11 +53,6 @@ from .video_sources import DecodingReport, VideoDecodingError, VideoLimits, is_v
 logger = logging.get_logger(__name__)
 
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
-# What transformers writes into processor files besides the parameters.
-_SERVICE_KEYS = {"auto_map", "image_processor_type", "feature_extractor_type", "processor_class", "_processor_class"}
-_MODEL_ARGUMENTS = {"dtype", "torch_dtype", "code_revision", "device_map"}  # pipelines pass them to processors, too
-# transformers' VivitImageProcessor where its files leave a parameter out: [-1, 1], and then normalised once more.
-_NATIVE_VIVIT_DEFAULTS = {"rescale_factor": 1 / 127.5, "offset": True, "do_normalize": True}
 
 
 class VideoFeatures(BatchFeature):
@@ -85,7 +77,7 @@ class VideoFeatures(BatchFeature):
         self.num_views, self.reports, self.kept, self.frame_ids = state["views"]
 
 
-class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
+class ViViTVideoProcessor(AutoClassMixin, ProcessorFilesMixin, BaseImageProcessor):
     """Turns videos into the `pixel_values` of a ViViT model.
 
     The defaults are the official evaluation recipe for Kinetics seen through one view: 32 frames, every second one,
@@ -157,52 +149,17 @@ class ViViTVideoProcessor(AutoClassMixin, BaseImageProcessor):
         **kwargs: Any,
     ):
         values = {name: value for name, value in locals().items() if name in _PARAMETERS}
-        _check_names(kwargs, _SERVICE_KEYS)
+        _check_names(kwargs, SERVICE_KEYS)
         super().__init__(**kwargs)
         values["size"] = {"shortest_edge": 256} if size is None else size
         values["crop_size"] = {"height": 224, "width": 224} if crop_size is None else crop_size
         for name, value in validated_parameters(values).items():
             setattr(self, name, value)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Every parameter, None included, as it is written to preprocessor_config.json."""
-        values = {**copy.deepcopy(self.__dict__), "image_processor_type": type(self).__name__}
-        return {**values, "video_limits": without_permissions(self.video_limits)}
-
     @classmethod
-    def from_json_file(cls, json_file: str | os.PathLike) -> Any:
-        """`from_dict` for a file such as preprocessor_config.json."""
-        return cls.from_dict(json.loads(Path(json_file).read_text(encoding="utf-8")))
-
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """As everywhere in transformers; warns of stored views, of which its pipelines score the first alone."""
-        if self.num_clips * self.num_crops > 1:
-            logger.warning(
-                f"This processor gives num_clips={self.num_clips} x num_crops={self.num_crops} views of every video. "
-                "Pipelines of transformers take one: pass views to calls instead, or score with `predict_videos`."
-            )
-        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
-
-    @classmethod
-    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """A processor from preprocessor_config.json, with `kwargs` in place of what is stored; warns of other keys."""
-        return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
-        limits = without_permissions(image_processor_dict.get("video_limits"))
-        stored = {**image_processor_dict, "video_limits": limits}
-        if stored.get("image_processor_type") in ("VivitImageProcessor", "VivitImageProcessorFast"):
-            stored = {**_NATIVE_VIVIT_DEFAULTS, **stored}
-            logger.warning(
-                "This is a configuration of transformers' VivitImageProcessor. It is followed as it stands; with "
-                "`offset` and `do_normalize` both set, values are not in the [-1, 1] of the official models."
-            )
-        stored |= with_added_limits({name: kwargs.pop(name) for name in list(kwargs) if name in _PARAMETERS}, limits)
-        unknown = sorted(set(stored) - set(_PARAMETERS) - _SERVICE_KEYS)
-        if not return_unused_kwargs:
-            unknown += sorted(set(kwargs) - _MODEL_ARGUMENTS)
-        if unknown:
-            logger.warning(f"Not a parameter of {cls.__name__}, and left out: {', '.join(unknown)}.")
-        processor = cls(**{name: value for name, value in stored.items() if name not in unknown})
-        return (processor, kwargs) if return_unused_kwargs else processor
+    def parameter_names(cls) -> tuple[str, ...]:
+        """The parameters of the constructor, which are those that are stored."""
+        return _PARAMETERS
 
     def __call__(
         self,

@@ -1,0 +1,83 @@
+"""
+The largest sizes that a configuration may have.
+
+A `config.json` or `preprocessor_config.json` may come from a stranger, so sizes are compared with these before memory
+or time is spent on them. They are far above what any model in the literature has.
+"""
+
+from typing import Any
+
+
+LIMITS: dict[str, int] = {
+    "num_frames": 65_536,
+    "num_sampled_frames": 65_536,
+    "image_size": 16_384,  # pixels, of each side
+    "size": 16_384,
+    "crop_size": 16_384,
+    "num_channels": 1_024,
+    "hidden_size": 65_536,
+    "num_hidden_layers": 1_000,
+    "num_temporal_layers": 1_000,
+    "num_attention_heads": 4_096,
+    "temporal_num_attention_heads": 4_096,
+    "intermediate_size": 1_048_576,
+    "temporal_intermediate_size": 1_048_576,
+    "representation_size": 1_048_576,
+    "num_labels": 262_144,
+    "label_groups": 1_024,  # groups
+    "frame_stride": 1_000_000,
+    "num_clips": 1_000,
+    "num_threads": 256,
+}
+# The largest vision transformer that has been described has 22 billion parameters.
+MOST_PARAMETERS = 30_000_000_000
+# Parameters that a checkpoint does not hold and that loading therefore makes anew: a classifier, position embeddings.
+MOST_NEW_PARAMETERS = 150_000_000
+# frames x height x width x channels of one clip: 4 GiB in float32, for example 1,588 RGB frames of 475 x 475 pixels.
+MOST_CLIP_VALUES = 1 << 30
+MOST_LABEL_CHARACTERS = 4_096
+# `frames_per_second`: from a frame in eleven days to a high-speed camera.
+RATES = (1e-6, 1_000.0)
+# Scales, such as `initializer_range`, `layer_norm_eps` and `rescale_factor`.
+LARGEST_SCALE = 1e6
+
+
+def check_limit(name: str, value: int, limit: int | None = None) -> None:
+    """ValueError if a size is above its limit, by default `LIMITS[name]`."""
+    most = LIMITS[name] if limit is None else limit
+    if value > most:
+        raise ValueError(f"`{name}={value:,}` is too large; the limit is {most:,} (see SECURITY.md).")
+
+
+def check_clip(name: str, num_frames: int, height: int, width: int, channels: int = 3) -> None:
+    """ValueError if one clip has more values than `MOST_CLIP_VALUES`; `name` are the fields that give its size."""
+    values = num_frames * height * width * channels
+    if values > MOST_CLIP_VALUES:
+        raise ValueError(
+            f"{name} give a clip of {num_frames} frames of {height} x {width} pixels in {channels} channels, "
+            f"{values:,} values; the limit is {MOST_CLIP_VALUES:,} (see SECURITY.md)."
+        )
+
+
+def check_labels(id2label: Any) -> dict[int, str]:
+    """A stored or given `id2label` (a mapping, or a list) as numbers from 0 and names; ValueError for anything else."""
+    if isinstance(id2label, (list, tuple)):
+        id2label = dict(enumerate(id2label))
+    if not isinstance(id2label, dict):
+        raise ValueError(f"`id2label` must map numbers to names, got {type(id2label).__name__}.")
+    check_limit("num_labels", len(id2label))
+    labels: dict[int, str] = {}
+    for index, label in id2label.items():
+        if isinstance(index, bool) or not str(index).isdecimal() or len(str(index)) > 9:
+            raise ValueError(f"`id2label` must map numbers to names, got the number {str(index)[:40]!r}.")
+        if not isinstance(label, str) or len(label) > MOST_LABEL_CHARACTERS:
+            got = f"one of {len(label):,} characters" if isinstance(label, str) else repr(label)[:40]
+            raise ValueError(
+                f"`id2label[{index}]` must be a name of at most {MOST_LABEL_CHARACTERS:,} characters, got {got}."
+            )
+        labels[int(index)] = label
+    if sorted(labels) != list(range(len(labels))):
+        raise ValueError(
+            f"`id2label` must name the outputs from 0 to {len(labels) - 1}, got numbers {list(id2label)[:8]}."
+        )
+    return labels
