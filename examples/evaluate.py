@@ -27,12 +27,13 @@ from rich.table import Table
 
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
 from vivit_hf.annotations import AnnotationError, Annotations, LabelledVideo, read_videos
+from vivit_hf.cli_tools import as_cell
 from vivit_hf.evaluation import AVERAGINGS, classification_metrics, confusion_matrix, describe_chance
 from vivit_hf.inference import VideoPrediction, describe_views, predict_videos
 from vivit_hf.labels import LabelMap
 from vivit_hf.video_sources import source_name
 from vivit_hf.visualization import draw_confusion_matrix
-from vivit_hf.whole_files import written_whole
+from vivit_hf.whole_files import as_utf8, written_whole
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -160,14 +161,15 @@ def write_results(
     console = Console(width=None if sys.stdout.isatty() else 120)
     if not label_map.has_several and not label_map.is_grouped:
         matrix = confusion_matrix(logits, targets[readable])
-        rows = per_class(matrix, label_map.names)
+        names = [as_utf8(name) for name in label_map.names]
+        rows = per_class(matrix, names)
         with (args.output_dir / "per_class.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("class", "videos", "accuracy", "most often taken for"), *rows])
         title = f"top-1 {metrics['top1']:.1%}: {views}"
-        draw_confusion_matrix(matrix, label_map.names, args.output_dir / "confusion_matrix.png", title)
+        draw_confusion_matrix(matrix, names, args.output_dir / "confusion_matrix.png", title)
         table = Table("class", "videos", "accuracy", "most often taken for", title="per class, the worst first")
         for row in sorted(rows, key=lambda row: row[2])[:20]:
-            table.add_row(row[0], str(row[1]), f"{row[2]:.3f}", row[3])
+            table.add_row(as_cell(row[0]), str(row[1]), f"{row[2]:.3f}", as_cell(row[3]))
         console.print(table)
     for name, value in metrics.items():
         console.print(f"{name}: {value}" if name == "samples" else f"{name}: {value:.4f}", highlight=False)
@@ -177,7 +179,7 @@ def write_results(
     console.print(f"views per video: {views}", highlight=False, soft_wrap=True)
     for one, video in zip(predictions, data.videos, strict=True):
         if one.error is not None:
-            console.print(f"left out: {video.where}: {one.error}", highlight=False, soft_wrap=True)
+            console.print(as_cell(f"left out: {video.where}: {one.error}"), soft_wrap=True)
 
 
 def per_class(matrix: np.ndarray, names: list[str]) -> list[tuple[str, int, float, str]]:
@@ -196,11 +198,14 @@ def write_predictions(path: Path, data: Annotations, label_map: LabelMap, predic
     import pyarrow.parquet
 
     columns: dict[str, list[Any]] = {
-        "video": [_shown(one) for one in data.videos],
-        "labels": [list(one.labels) for one in data.videos],
-        "predicted": [label_map.best(one.probabilities) for one in predictions],
+        "video": [as_utf8(_shown(one)) for one in data.videos],
+        "labels": [[as_utf8(label) for label in one.labels] for one in data.videos],
+        "predicted": [
+            None if one.error is not None else [as_utf8(label) for label in label_map.best(one.probabilities)]
+            for one in predictions
+        ],
         "probabilities": [None if one.probabilities is None else one.probabilities.tolist() for one in predictions],
-        "error": [one.error for one in predictions],
+        "error": [None if one.error is None else as_utf8(one.error) for one in predictions],
     }
     table = pyarrow.table(columns).replace_schema_metadata({"labels": json.dumps(label_map.names)})
     with written_whole(path) as unfinished:

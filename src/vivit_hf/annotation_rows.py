@@ -13,6 +13,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from .dataset_scan import VIDEO_EXTENSIONS
+from .whole_files import as_utf8
 
 
 SPLIT_COLUMNS = ("split", "subset", "partition")
@@ -42,15 +43,15 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise AnnotationError(f"{path}:{line}: this is not UTF-8 text ({error.reason}).") from None
-    suffix = path.suffix.lower()
+    suffix, name = path.suffix.lower(), as_utf8(path)
     if suffix == ".json":
-        rows = list(_json_rows(path, text))
+        rows = list(_json_rows(name, text))
     elif suffix in (".jsonl", ".ndjson"):
         lines = enumerate(text.split("\n"), 1)
-        rows = [Row(_object(path, number, line), f"{path}:{number}") for number, line in lines if line.strip()]
+        rows = [Row(_object(name, number, line), f"{name}:{number}") for number, line in lines if line.strip()]
     elif suffix in (".csv", ".tsv", ".txt"):
         is_list = _listed_path(next((line for line in text.split("\n") if line.strip()), ""))
-        rows = list(_list_rows(path, text) if is_list else _csv_rows(path, text))
+        rows = list(_list_rows(name, text) if is_list else _csv_rows(name, text))
     else:
         raise AnnotationError(
             f"{path}: annotations are read from .csv, .tsv, .txt, .json and .jsonl files, or a folder."
@@ -60,11 +61,11 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
     return rows, list(dict.fromkeys(name for row in rows for name in row.values))
 
 
-def _object(path: Path, line: int, text: str) -> dict[str, Any]:
+def _object(path: str, line: int, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise AnnotationError(f"{path}:{line}: this is not JSON ({error.msg}).") from None
+    except (ValueError, RecursionError) as error:
+        raise AnnotationError(f"{path}:{line}: this is not JSON ({getattr(error, 'msg', error)}).") from None
     return _checked_object(value, f"{path}:{line}")
 
 
@@ -74,7 +75,7 @@ def _checked_object(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def _json_rows(path: Path, text: str) -> Iterator[Row]:
+def _json_rows(path: str, text: str) -> Iterator[Row]:
     """The objects of a JSON list, one by one, so that each knows its line."""
     decoder, place, line = json.JSONDecoder(), 0, 1
 
@@ -97,15 +98,19 @@ def _json_rows(path: Path, text: str) -> Iterator[Row]:
             value, place = decoder.raw_decode(text, place)
         except json.JSONDecodeError as error:
             raise AnnotationError(f"{path}:{error.lineno}: this is not JSON ({error.msg}).") from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+            raise AnnotationError(f"{path}:{line}: this JSON cannot be read ({error}).") from None
         yield Row(_checked_object(value, f"{path}:{line}"), f"{path}:{line}")
 
 
-def _csv_rows(path: Path, text: str) -> Iterator[Row]:
+def _csv_rows(path: str, text: str) -> Iterator[Row]:
     header = text.split("\n", 1)[0]
     delimiter = max("\t,;", key=header.count)
     reader = csv.reader(io.StringIO(text), delimiter=delimiter)
     try:
         names = [name.strip() for name in next(reader, [])]
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise AnnotationError(f"{path}:1: there are several columns named {twice[0]!r}: rename all but one.")
         for cells in reader:
             if not any(cell.strip() for cell in cells):
                 continue
@@ -128,7 +133,7 @@ def _listed_path(line: str) -> tuple[str, str] | None:
     return (found[1], found[2]) if found and found[1].lower().endswith(_VIDEO_ENDINGS) else None
 
 
-def _list_rows(path: Path, text: str) -> Iterator[Row]:
+def _list_rows(path: str, text: str) -> Iterator[Row]:
     """Paths whose folder is the class; class numbers, where there are any, must belong to the folders one to one."""
     by_folder: dict[str, tuple[str, int]] = {}
     by_number: dict[str, tuple[str, int]] = {}

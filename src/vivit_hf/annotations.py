@@ -33,6 +33,7 @@ from .annotation_rows import (
 )
 from .dataset_scan import find_videos
 from .video_sources import source_name
+from .whole_files import as_utf8
 
 
 VIDEO_COLUMNS = ("path", "video", "file", "file_name", "filename", "video_path", "file_path", "filepath", "clip")
@@ -158,7 +159,7 @@ def read_videos(
         find_column(source, columns, group_column, (), "of groups")
     column = find_split_column(source, columns, split_column, used, rows)
     splits = [None if column is None else split_name(row.values.get(column), column, row.where) for row in rows]
-    kept = kept_splits(f"{source}, column {column!r}", splits, choose_splits)
+    kept = kept_splits(f"{as_utf8(source)}, column {column!r}", splits, choose_splits)
 
     files = None if kind == "plain" else _FileFinder(root)
     found = []
@@ -206,7 +207,7 @@ def _class_folders(folder: Path) -> list[LabelledVideo]:
         files = find_videos(entry)
         if not files:
             raise AnnotationError(f"{entry}: the folder of this class holds no video.")
-        videos += [LabelledVideo(str(path), (entry.name,), str(path)) for path in files]
+        videos += [LabelledVideo(str(path), (as_utf8(entry.name),), as_utf8(path)) for path in files]
     if not videos:
         raise AnnotationError(
             f"{folder}: there are no class folders with videos in it; expected {folder.name}/CLASS/VIDEO, or give an "
@@ -229,7 +230,7 @@ def _plain(
             several = value.split(label_separator)
         if len(several) > 1 and len(label_columns) > 1:
             raise AnnotationError(f"{row.where}: {name!r} is one of several groups of labels and has {len(several)}.")
-        labels += [str(label).strip() for label in several]
+        labels += [as_utf8(str(label).strip()) for label in several]
     path = str(filled_cell(row, video_column))
     video: Any = path if "://" in path else str(root / path)
     part = {name: _seconds(row, name) for name in ("start", "end") if row.values.get(name) not in (None, "")}
@@ -260,13 +261,13 @@ def _kinetics(row: Row, files: _FileFinder) -> LabelledVideo:
     if row.values.get("time_start") not in (None, ""):
         start, end = (int(_seconds(row, column)) for column in ("time_start", "time_end"))
         stems = [f"{name}_{start:06d}_{end:06d}", name]
-    label = str(filled_cell(row, "label"))
+    label = as_utf8(str(filled_cell(row, "label")))
     return LabelledVideo(files(*stems), (label,), row.where, keep_together=(f"youtube_id={name}",))
 
 
 def _ssv2(row: Row, files: _FileFinder) -> LabelledVideo:
     label = str(filled_cell(row, "template")).replace("[", "").replace("]", "")
-    return LabelledVideo(files(str(filled_cell(row, "id"))), (label,), row.where)
+    return LabelledVideo(files(str(filled_cell(row, "id"))), (as_utf8(label),), row.where)
 
 
 def _epic(row: Row, files: _FileFinder) -> LabelledVideo:

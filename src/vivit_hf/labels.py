@@ -91,12 +91,17 @@ class LabelMap:
         path = Path(path)
         if not path.is_file():
             raise AnnotationError(f"{path}: there is no such file of labels.")
-        text = path.read_text(encoding="utf-8-sig")
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise AnnotationError(f"{path}: this is not UTF-8 text ({error.reason}).") from None
         if path.suffix == ".json":
             try:
                 stored = json.loads(text)
             except json.JSONDecodeError as error:
                 raise AnnotationError(f"{path}:{error.lineno}: this is not JSON ({error.msg}).") from None
+            except (ValueError, RecursionError) as error:
+                raise AnnotationError(f"{path}: this JSON cannot be read ({error}).") from None
             if isinstance(stored, dict) and stored and all(isinstance(names, list) for names in stored.values()):
                 groups = {group: tuple(map(str, names)) for group, names in stored.items()}
             else:

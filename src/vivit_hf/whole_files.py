@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Writing files: whole or not at all, and text that UTF-8 can hold."""
 
 from __future__ import annotations
 
@@ -27,3 +27,8 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def as_utf8(text: str | os.PathLike[str]) -> str:
+    """The text with what UTF-8 cannot hold, such as the bytes of file names in other encodings, as `\\udce9`."""
+    return os.fspath(text).encode("utf-8", "backslashreplace").decode("utf-8")
