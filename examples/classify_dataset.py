@@ -5,9 +5,10 @@ Classifies any number of videos, in shards: killed and started again, it goes on
     accelerate launch --num_processes 8 examples/classify_dataset.py ...     the shards are shared out
 
 --videos is a folder, or a text file with a path or URL per line. The output folder gets part-00000.parquet and so on,
-each with the columns index, video (addresses without secrets), labels and scores (the best first) and error; a part is
-there whole or not at all.
-run.json holds what they were made from, and another run with other settings or videos is refused.
+each with the columns index, video (addresses without secrets, and names that are not UTF-8 with \\udcXX for each such
+byte), labels and scores (the best first) and error; a part is there whole or not at all. run.json holds what they were
+made from. Another model, trained on in place or not, other settings or other videos are refused: choose another folder,
+or --overwrite to delete the old answers and start anew.
 """
 
 import argparse
@@ -26,11 +27,12 @@ from datasets import load_dataset
 
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
 from vivit_hf.dataset_scan import find_videos
+from vivit_hf.fingerprints import hub_commit, model_fingerprint
 from vivit_hf.hub_datasets import unlabelled_videos
 from vivit_hf.inference import describe_views, predict_videos
 from vivit_hf.labels import LabelMap
 from vivit_hf.video_sources import source_name
-from vivit_hf.whole_files import written_whole
+from vivit_hf.whole_files import as_utf8, written_whole
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -46,6 +48,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--allow_private_addresses", action="store_true", help="also download from this machine and the local network"
     )
     parser.add_argument("--output_dir", required=True, type=Path)
+    parser.add_argument("--overwrite", action="store_true", help="delete the parts of another run in --output_dir")
     parser.add_argument("--shard_size", type=int, default=256, help="videos per part: what is lost at most")
     parser.add_argument("--top_k", type=int, default=5, help="labels per video (and per group of labels)")
     parser.add_argument("--num_clips", type=int, default=1)
@@ -69,29 +72,43 @@ def list_videos(args: argparse.Namespace) -> tuple[list[str], list[Any], str]:
         if source.is_dir():
             names = [str(path) for path in find_videos(source)]
         elif source.is_file():
-            lines = (line.strip() for line in source.read_text(encoding="utf-8").splitlines())
-            names = [line for line in lines if line]
+            text = source.read_text(encoding="utf-8", errors="surrogateescape")  # names of files need not be UTF-8
+            names = [line.strip() for line in text.split("\n") if line.strip()]
         else:
             raise SystemExit(f"--videos {source}: there is no such folder or file")
-        videos, digest = list(names), hashlib.sha256("\n".join(names).encode()).hexdigest()
+        videos, digest = list(names), hashlib.sha256("\n".join(names).encode("utf-8", "surrogatepass")).hexdigest()
     if not names:
         raise SystemExit(f"{args.dataset_name or args.videos}: there are no videos")
     return names, videos, digest
 
 
-def check_run(folder: Path, settings: dict[str, Any], is_main: bool) -> None:
-    """Writes what this run is made from, or refuses to go on with a run that was made from something else."""
+def check_run(folder: Path, settings: dict[str, Any], overwrite: bool, state: PartialState) -> None:
+    """Writes what this run is made from; another run in the folder is deleted if that is wished, or refused."""
     path = folder / "run.json"
-    if path.exists():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        changed = [name for name in settings if stored.get(name) != settings[name]]
-        if changed:
-            listed = ", ".join(f"{name} {stored.get(name)!r} -> {settings[name]!r}" for name in changed)
-            raise SystemExit(f"{folder} holds another run ({listed}): choose another --output_dir, or remove it.")
-    elif is_main:
+    parts = sorted(folder.glob("part-*.parquet"))
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    compared = [name for name in settings if name != "model"]  # its fingerprint tells more than its name
+    changed = [name for name in compared if stored is not None and stored.get(name) != settings[name]]
+    is_other = bool(changed) or (stored is None and bool(parts))
+    if is_other and not overwrite:
+        listed = ", ".join(f"{name} {shown((stored or {}).get(name))} -> {shown(settings[name])}" for name in changed)
+        raise SystemExit(
+            f"{as_utf8(folder)} holds another run ({listed or 'run.json is missing'}): choose another --output_dir, or "
+            "--overwrite to delete its answers and start anew."
+        )
+    state.wait_for_everyone()  # all have looked before anything is deleted or written
+    if state.is_main_process and (is_other or stored is None):
         folder.mkdir(parents=True, exist_ok=True)
+        for part in parts:
+            part.unlink()
         with written_whole(path) as unfinished:
             unfinished.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    state.wait_for_everyone()
+
+
+def shown(value: Any) -> str:
+    """A setting in an error message; of a digest its beginning."""
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) >= 40 else repr(value)
 
 
 def write_part(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -114,11 +131,19 @@ def main(argv: list[str] | None = None) -> None:
     state = PartialState(cpu=args.use_cpu)
     if int(os.environ.get("WORLD_SIZE", "1")) != state.num_processes:
         raise SystemExit(f"{os.environ['WORLD_SIZE']} processes were started, but each is alone: add --use_cpu.")
+    try:
+        commit = hub_commit(args.model)
+        revision = {} if commit is None else {"revision": commit}  # one for the whole run, whatever is pushed meanwhile
+        config = ViViTForVideoClassification.config_class.from_pretrained(args.model, **revision)
+        limits = {"allow_private_addresses": args.allow_private_addresses}
+        processor = ViViTVideoProcessor.from_pretrained(args.model, video_limits=limits, **revision)
+        fingerprint = model_fingerprint(args.model, config, processor, commit)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"classify_dataset.py: {error}") from error
     fixed = ("model", "shard_size", "top_k", "num_clips", "num_crops", "dtype")
     settings = {name: getattr(args, name) for name in fixed}
-    settings |= {"num_videos": len(videos), "videos_digest": digest}
-    check_run(args.output_dir, settings, state.is_main_process)
-    state.wait_for_everyone()
+    settings |= {"num_videos": len(videos), "videos_digest": digest, **fingerprint}
+    check_run(args.output_dir, settings, args.overwrite, state)
 
     starts = range(0, len(videos), args.shard_size)
     parts = {args.output_dir / f"part-{number:05d}.parquet": start for number, start in enumerate(starts)}
@@ -128,10 +153,8 @@ def main(argv: list[str] | None = None) -> None:
     if state.is_main_process:
         print(f"{len(videos)} videos in {len(parts)} parts, {len(parts) - len(waiting)} of them finished", flush=True)
     if mine:
-        model = ViViTForVideoClassification.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+        model = ViViTForVideoClassification.from_pretrained(args.model, dtype=getattr(torch, args.dtype), **revision)
         model.to(state.device).eval()
-        limits = {"allow_private_addresses": args.allow_private_addresses}
-        processor = ViViTVideoProcessor.from_pretrained(args.model, video_limits=limits)
         label_map = LabelMap.from_config(model.config)
         if state.is_main_process:
             print(f"views per video: {describe_views(processor, args.num_clips, args.num_crops)}", flush=True)
@@ -156,10 +179,10 @@ def main(argv: list[str] | None = None) -> None:
             rows.append(
                 {
                     "index": start + one.index,
-                    "video": source_name(names[start + one.index]),
-                    "labels": None if best is None else [label for label, _ in best],
+                    "video": as_utf8(source_name(names[start + one.index])),
+                    "labels": None if best is None else [as_utf8(label) for label, _ in best],
                     "scores": None if best is None else [score for _, score in best],
-                    "error": one.error,
+                    "error": None if one.error is None else as_utf8(one.error),
                 }
             )
         write_part(path, rows)

@@ -1,0 +1,65 @@
+"""Fingerprints of models: two are equal if they give the same answers on the same clips."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
+
+
+_CHUNK_BYTES = 1 << 22
+_NAMES_AND_VERSIONS = ("_name_or_path", "transformers_version")
+
+
+def hub_commit(model: str | os.PathLike[str]) -> str | None:
+    """Return the commit that a Hub id stands for now, or None for a folder. Raises OSError for what is neither."""
+    if os.path.isdir(model):
+        return None
+    return extract_commit_hash(cached_file(str(model), CONFIG_NAME), None)
+
+
+def model_fingerprint(
+    model: str | os.PathLike[str], config: Any, processor: Any, commit: str | None = None
+) -> dict[str, str]:
+    """
+    Return digests of a stored model's weights, configuration and processor.
+
+    Args:
+        model: a folder, whose weight files are read (a second per gigabyte or so), or a Hub id.
+        config: the configuration loaded from it.
+        processor: the processor that clips are made with.
+        commit: of a Hub id, the commit that it was loaded from; it stands for the weights.
+    """
+    return {
+        "weights": commit or _weights(Path(model)),
+        "config": _settings(config.to_dict()),
+        "processor": _settings(processor.to_dict()),
+    }
+
+
+def _weights(folder: Path) -> str:
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    weights = [
+        name
+        for name in names
+        if name.endswith((".safetensors", ".safetensors.index.json"))
+        or (name.startswith(("pytorch_model", "adapter_model")) and name.endswith((".bin", ".bin.index.json")))
+    ]
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        content = hashlib.sha256()
+        with (folder / name).open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                content.update(chunk)
+        digest.update(f"{name}\0{content.hexdigest()}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _settings(values: dict[str, Any]) -> str:
+    kept = {name: value for name, value in values.items() if name not in _NAMES_AND_VERSIONS}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
