@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from .frame_sampling import check_positive_number
 from .video_download import DownloadError, DownloadLimitError, download, redacted
 
 
@@ -79,8 +80,12 @@ class VideoLimits:
     allow_private_addresses: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.allow_private_addresses, bool):
-            raise ValueError(f"`allow_private_addresses` must be True or False, got {self.allow_private_addresses!r}.")
+        for name, value in vars(self).items():
+            if name == "allow_private_addresses":
+                if not isinstance(value, bool):
+                    raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+            else:
+                check_positive_number(name, value)
 
 
 @dataclass

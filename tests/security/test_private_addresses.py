@@ -77,12 +77,15 @@ def test_a_file_cannot_permit_them(address, stored, tmp_path):
     assert ViViTVideoProcessor.from_pretrained(tmp_path).video_limits in (None, {"max_frames": 99})
 
 
-def test_the_permission_is_true_or_false():
+def test_limits_are_numbers_and_the_permission_is_true_or_false():
     for value in ("yes", 1, None):
         with pytest.raises(ValueError, match="`allow_private_addresses` must be True or False"):
             ViViTVideoProcessor(video_limits={"allow_private_addresses": value})
     with pytest.raises(ValueError, match="`video_limits` must be a dictionary"):
         ViViTVideoProcessor(video_limits=["allow_private_addresses"])
+    for value in ("1", None, 0, -1, float("nan"), True, [1]):
+        with pytest.raises(ValueError, match="`max_bytes` must be"):
+            VideoLimits(max_bytes=value)
 
 
 @pytest.fixture(scope="module")
