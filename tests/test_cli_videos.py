@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from tiny_models import make_model, tiny_config
 from typer.testing import CliRunner
-from video_files import write_kind, write_video
+from video_files import damage_packet, write_kind, write_video
 
 from vivit_hf import ViViTVideoProcessor, demo_model_path
 from vivit_hf.cli import app
@@ -256,10 +256,52 @@ def test_the_demo_writes_videos_and_labels_them(tmp_path):
     assert run(*explain, cwd=tmp_path).returncode == 0 and (tmp_path / explain[-1]).exists()
 
 
+@pytest.fixture(scope="module")
+def one_frame_lost(tmp_path_factory):
+    path = write_video(tmp_path_factory.mktemp("lost") / "corrupted.mp4", num_frames=24, options={"bf": "0"})
+    damage_packet(path, 11)
+    return path
+
+
+def test_a_damaged_video_has_an_answer_with_a_warning_or_none_as_one_asks(one_frame_lost, tmp_path, caplog):
+    def invoke(command, *options):
+        caplog.clear()
+        output = ["--output", str(tmp_path / "x.png")] if command == "explain" else []
+        return CliRunner().invoke(app, [command, str(one_frame_lost), *output, *options])
+
+    for command in ("classify", "timeline", "explain"):
+        result = invoke(command)
+        assert result.exit_code == 0 and any(motion in result.stdout for motion in MOTIONS), (command, result.stderr)
+        assert "corrupted.mp4 is damaged: of the frames read from it, 1 are lost" in caplog.text
+        for choice in ("skip", "raise"):
+            result = invoke(command, "--on-error", choice)
+            assert result.exit_code == 1 and "is lost to damage" in result.output, (command, choice)
+        result = invoke(command, "--on-error", "repeat_last")
+        assert result.exit_code == 2 and "expected warn, skip or raise, got 'repeat_last'" in said(result.stderr)
+
+
+def test_the_first_damaged_video_ends_a_command_only_if_one_asks(one_frame_lost):
+    good = str(SAMPLES / "up_left.mp4")
+    arguments = ["classify", str(one_frame_lost), good, "--json", "--num-crops", "1", "--batch-size", "4", "--on-error"]
+    for choice, kinds in (("raise", ["error"]), ("skip", ["error", "predictions"]), ("warn", ["predictions"] * 2)):
+        result = CliRunner().invoke(app, [*arguments, choice])
+        found = [json.loads(line) for line in result.stdout.splitlines()]
+        assert [kind for row in found for kind in row if kind != "file"] == kinds
+        assert result.exit_code == (choice != "warn")
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["classify"], 2, "Missing argument"),
+        (["classify", "x.mp4", "--model", "my_vivit"], 2, "there is no folder 'my_vivit', and models of the Hub"),
+        (
+            ["inspect", "my_vivit"],
+            1,
+            "there is no folder 'my_vivit', and models of the Hub are named like 'owner/name'",
+        ),
+        (["inspect", "nowhere/at-all"], 1, "there is no folder 'nowhere/at-all', and the Hub cannot be asked"),
+        (["timeline", "x.mp4", "--on-error", "ignore"], 2, "expected warn, skip or raise, got 'ignore'"),
         (["classify", "x.mp4", "--num-crops", "2"], 2, "there are 1 or 3 crops, got 2"),
         (["classify", "x.mp4", "--dtype", "int8"], 2, "expected float32, bfloat16 or float16, got 'int8'"),
         (["classify", "x.mp4", "--device", "abacus"], 2, "'abacus' cannot be used here"),

@@ -10,12 +10,14 @@ from typing import Annotated
 import typer
 
 from .cli_models import inspect
+from .cli_output import EscapingGroup, escape_logs, say
 from .cli_scan import scan
 from .cli_videos import classify, demo, explain, timeline
 
 
 app = typer.Typer(
     name="vivit-hf",
+    cls=EscapingGroup,
     help="Video transformers (ViViT) for Hugging Face, on your own videos.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -50,9 +52,10 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file can have a name that the terminal cannot show
+    escape_logs()
     try:
         app()
     except OSError as error:  # those of videos and models are caught where they are read
         what = "Cannot write standard output" if error.filename is None else error.filename
-        typer.echo(f"{what}: {error.strerror or error}.", err=True)
+        say(f"{what}: {error.strerror or error}.")
         sys.exit(1)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Annotated, Any
 
 import typer
 from rich.table import Column, Table
 
-from .cli_tools import JsonOption, fail, output_console, quiet_libraries
+from .cli_output import as_cell, echo_json, fail, output_console, printable, quiet_libraries
+from .cli_tools import JsonOption, find_model
+
+
+def _first_line(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return first if isinstance(error, (OSError, ValueError)) and first else f"{type(error).__name__}: {first}"
 
 
 def inspect(
@@ -39,18 +44,19 @@ def inspect(
         config = ViViTConfig.from_preset(name)
     else:
         try:
-            config = ViViTConfig.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            fail(f"Cannot read the configuration of {name}: {str(error).strip().splitlines()[0]}")
+            where = find_model(name)
+            config = ViViTConfig.from_pretrained(name, **where)
+        except Exception as error:  # a damaged or hostile file can make the libraries trip over anything
+            fail(f"Cannot read the configuration of {name}: {_first_line(error)}")
         try:
-            processor = ViViTVideoProcessor.from_pretrained(name).to_dict()
-        except (OSError, ValueError) as error:
-            if isinstance(error, ValueError) or os.path.exists(os.path.join(name, "preprocessor_config.json")):
-                fail(f"Cannot read the processor of {name}: {str(error).strip().splitlines()[0]}")
+            processor = ViViTVideoProcessor.from_pretrained(name, **where).to_dict()
+        except Exception as error:
+            if not isinstance(error, OSError) or os.path.exists(os.path.join(name, "preprocessor_config.json")):
+                fail(f"Cannot read the processor of {name}: {_first_line(error)}")
             processor = None
     found = {"model": name, **describe_model(config), "processor": processor}
     if as_json:
-        typer.echo(json.dumps(found))
+        echo_json(found)
         return
 
     console = output_console()
@@ -81,10 +87,10 @@ def inspect(
         lines["processor"] = f"{processor['num_frames']} frames, {rate}, {processor['frame_sampling']} sampling"
     for key, value in lines.items():
         console.print(f"[bold]{key:<10}[/]", end="")
-        console.print(value, highlight=False, markup=False, soft_wrap=True)
+        console.print(printable(value), highlight=False, markup=False, soft_wrap=True)
     table = Table("part", Column("parameters (M)", justify="right"), Column("multiply-adds (G)", justify="right"))
     for part, counts in found["parts"].items():
-        table.add_row(part, f"{counts['parameters'] / 1e6:.2f}", f"{counts['multiply_adds'] / 1e9:.2f}")
+        table.add_row(as_cell(part), f"{counts['parameters'] / 1e6:.2f}", f"{counts['multiply_adds'] / 1e9:.2f}")
     table.add_section()
     table.add_row("all", f"{found['parameters'] / 1e6:.2f}", f"{found['multiply_adds'] / 1e9:.2f}")
     console.print(table)

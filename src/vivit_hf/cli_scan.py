@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .cli_tools import as_cell, fail, output_console
+from .cli_output import as_cell, fail, output_console, printable, say
 from .whole_files import written_whole
 
 
@@ -67,7 +66,7 @@ def scan(
         found = scan_files(paths, min_frames=min_frames, packets_only=fast, num_workers=workers, timeout=timeout)
         scans = _with_progress(found, len(paths))
     except KeyboardInterrupt:
-        typer.echo("Interrupted: nothing is written.", err=True)
+        say("Interrupted: nothing is written.")
         raise typer.Exit(130) from None
     except OSError as error:
         raise typer.BadParameter(f"{error.filename}: {error.strerror}", param_hint="FOLDER") from error
@@ -75,7 +74,7 @@ def scan(
         one.path = os.path.relpath(one.path, folder)
     scans.sort(key=lambda one: one.path)
 
-    lines = "".join(json.dumps(asdict(one)) + "\n" for one in scans)
+    lines = "".join(json.dumps(asdict(one), allow_nan=False) + "\n" for one in scans)
     if json_file == "-":
         typer.echo(lines, nl=False)
     else:
@@ -90,6 +89,8 @@ def scan(
 
 
 def _with_progress(scans: Iterable[VideoScan], total: int) -> list[VideoScan]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (
         TextColumn("scanning"),
         BarColumn(),
@@ -151,4 +152,4 @@ def _print_scans(scans: list[VideoScan], show_all: bool, min_frames: int) -> Non
     }.items():
         if values:
             summary.append(f"{name}: {min(values)} to {max(values)}, median {statistics.median(values):g}")
-    console.print("\n".join(summary), highlight=False, soft_wrap=True)
+    console.print(printable("\n".join(summary)), highlight=False, soft_wrap=True)

@@ -1,18 +1,22 @@
-"""What the commands share: how they print, which model they run, and which videos they are given."""
+"""What the commands share: their options, the model that they run, and the videos that they are given."""
 
 from __future__ import annotations
 
 import glob
 import os
+import re
 import sys
 from collections.abc import Sequence
 from itertools import chain
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
+from .cli_output import fail, quiet_libraries, say
+
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+HUB_TIMEOUT = 5.0  # seconds in which the Hub must answer whether it has a model
 
 ModelOption = Annotated[
     str | None,
@@ -29,33 +33,46 @@ PrivateAddressesOption = Annotated[
 ]
 
 
-def output_console() -> Console:
-    """Standard output; without a terminal lines are as long as they have to be, so that no name is cut."""
-    is_terminal = sys.stdout is not None and sys.stdout.isatty()
-    return Console() if is_terminal else Console(width=10_000)
+OnErrorOption = Annotated[
+    str,
+    typer.Option(
+        help="Of a damaged video: warn and put the frame before in the place of a lost one, skip the video, or raise, "
+        "which ends the command."
+    ),
+]
 
 
-def as_cell(text: str, style: str = "") -> Text:
-    """For a table: brackets and colons mean nothing, and nothing reaches the terminal as a command."""
-    printable = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
-    return Text(printable, style=style, overflow="fold")
+def check_on_error(on_error: str) -> None:
+    if on_error not in ("warn", "skip", "raise"):
+        raise typer.BadParameter(f"expected warn, skip or raise, got {on_error!r}", param_hint="--on-error")
 
 
-def say(text: str) -> None:
-    """A remark to whoever looks on; standard output stays for results."""
-    typer.echo(text, err=True)
+def find_model(name: str) -> dict[str, Any]:
+    """
+    What `from_pretrained` is to be told about a folder or Hub id: nothing, or to take the copy in the cache.
 
+    Raises OSError at once, with the reason, if there is no such folder and no such model on the Hub; transformers alone
+    would try every file several times.
+    """
+    if os.path.isdir(name):
+        return {}
+    nowhere = f"there is no folder {name!r}"
+    if not HUB_ID.fullmatch(name) or os.path.exists(name):
+        raise OSError(f"{nowhere}, and models of the Hub are named like 'owner/name'")
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import RepositoryNotFoundError
 
-def fail(text: str, code: int = 1) -> NoReturn:
-    say(text)
-    raise typer.Exit(code)
-
-
-def quiet_libraries() -> None:
-    """No progress bars of loading weights between the lines of a command."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    try:
+        HfApi().model_info(name, timeout=HUB_TIMEOUT)
+    except RepositoryNotFoundError as error:
+        raise OSError(f"{nowhere}, and the Hub has no public model of that name") from error
+    except Exception as error:  # of the HTTP client, which is another one in other versions of huggingface_hub
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            raise OSError(f"{nowhere}, and the Hub cannot be asked for a model of that name ({reason[0]})") from error
+        say(f"The Hub cannot be asked for {name} ({reason[0]}): this is the copy in the cache.")
+        return {"local_files_only": True}
+    return {}
 
 
 def load(
@@ -92,18 +109,19 @@ def load(
         raise typer.BadParameter(f"{device!r} cannot be used here: {reason}", param_hint="--device") from error
     if model in ViViTConfig.presets:
         raise typer.BadParameter(f"{model!r} is a preset without weights; `inspect` describes it", param_hint="--model")
-    if not os.path.isdir(model) and (model == "" or model.startswith((".", "/", "~")) or os.path.exists(model)):
-        raise typer.BadParameter(f"there is no folder {model!r}", param_hint="--model")
     try:
-        loaded = ViViTForVideoClassification.from_pretrained(model, dtype=getattr(torch, dtype))
+        where = find_model(model)
+        loaded = ViViTForVideoClassification.from_pretrained(model, dtype=getattr(torch, dtype), **where)
         limits = {"allow_private_addresses": allow_private_addresses}
-        processor = ViViTVideoProcessor.from_pretrained(model, video_limits=limits)
+        processor = ViViTVideoProcessor.from_pretrained(model, video_limits=limits, **where)
     except SafetensorError as error:
         fail(f"Cannot load the model {model}: its weights are damaged or not all there ({error}).", code=2)
     except OSError as error:
         fail(f"Cannot load the model {model}: {str(error).strip().splitlines()[0]}", code=2)
     except ValueError as error:
         fail(f"Cannot load the model {model}: {error}", code=2)
+    except Exception as error:  # whatever a damaged or hostile folder makes the libraries trip over
+        fail(f"Cannot load the model {model}: {type(error).__name__}: {error}", code=2)
     if needs_labels and not loaded.config.num_labels:
         fail(f"The model {model} has no classifier (num_labels is 0): choose one that was trained on labels.", code=2)
     clip, given = (loaded.config.num_frames, *loaded.config.frame_size), _clip_of(processor)

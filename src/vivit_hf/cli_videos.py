@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from .cli_output import as_cell, echo, echo_json, fail, output_console, say
 from .cli_tools import (
     DeviceOption,
     DtypeOption,
     JsonOption,
     ModelOption,
+    OnErrorOption,
     PrivateAddressesOption,
-    as_cell,
+    check_on_error,
     expand,
-    fail,
     load,
-    output_console,
-    say,
     standard_input,
 )
+
+
+if TYPE_CHECKING:
+    from .inference import VideoPrediction
 
 
 LIVE_SCHEMES = ("rtsp", "rtsps", "rtmp", "udp", "tcp", "srt")
@@ -49,6 +51,7 @@ def classify(
     num_crops: Annotated[int, typer.Option(min=1, max=3, help="Crops of each clip: 1 or 3.")] = 3,
     batch_size: Annotated[int, typer.Option(min=1, help="Clips that the model sees at a time.")] = 16,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode; 0: none besides this one.")] = 0,
+    on_error: OnErrorOption = "warn",
     allow_private_addresses: PrivateAddressesOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
@@ -57,8 +60,8 @@ def classify(
     """
     Label videos, with scores averaged over clips and crops.
 
-    What cannot be read is named with its reason, and the others go on. Exit code 0: every video has its labels; 1: at
-    least one has not; 2: wrong usage.
+    What cannot be read is named with its reason, and the others go on; with --on-error raise the first ends it. Exit
+    code 0: every video has its labels; 1: at least one has not; 2: wrong usage.
 
     With --json one line per video, in their order: {"file", "predictions": [{"label", "score"}]} or {"file", "error"};
     predictions of a model with several groups of labels have a "group", too. "file" is what was given, without the
@@ -72,27 +75,32 @@ def classify(
 
     if num_crops == 2:
         raise typer.BadParameter("there are 1 or 3 crops, got 2", param_hint="--num-crops")
+    check_on_error(on_error)
     files = expand(videos)
     if not files:
         raise typer.BadParameter(f"no video in {', '.join(videos)}", param_hint="VIDEO")
     # Read here: the processes that decode have no standard input.
     sources: list[Any] = [{"bytes": standard_input().read(), "path": "-"} if file == "-" else file for file in files]
     classifier, processor = load(model, device, dtype, allow_private_addresses=allow_private_addresses)
+    processor.on_error = "repeat_last" if on_error == "warn" else "raise"
     if processor.frame_sampling == "uniform":
         num_clips = 1  # one clip is spread over the whole video
     label_map = LabelMap.from_config(classifier.config)
-    found = predict_videos(
-        classifier,
-        processor,
-        sources,
-        num_clips=num_clips,
-        num_crops=num_crops,
-        batch_size=batch_size,
-        num_workers=workers,
-    )
+
+    def predict(videos: Sequence[Any]) -> Iterator[VideoPrediction]:
+        return predict_videos(
+            classifier,
+            processor,
+            videos,
+            num_clips=num_clips,
+            num_crops=num_crops,
+            batch_size=batch_size,
+            num_workers=workers,
+        )
+
     rows: list[dict[str, Any]] = []
     begin = time.perf_counter()
-    for prediction in _with_progress(found, len(files), not as_json):
+    for prediction in _with_progress(_predictions(predict, sources), len(files), not as_json):
         row: dict[str, Any] = {"file": source_name(files[prediction.index])}
         if prediction.error is not None or prediction.probabilities is None:
             row["error"] = prediction.error
@@ -100,16 +108,40 @@ def classify(
             row["predictions"] = _best(prediction.probabilities, label_map, top_k)
         rows.append(row)
         if as_json:
-            typer.echo(json.dumps(row))
+            echo_json(row)
+        if "error" in row and on_error == "raise":
+            break
     seconds = time.perf_counter() - begin
     num_failed = sum("error" in row for row in rows)
     if not as_json:
         _print_predictions(rows)
         views = describe_views(processor, num_clips, num_crops)
         rate = f"{len(rows)} videos in {seconds:.1f} s, {len(rows) / seconds:.1f} per second"
-        failed = f"; {num_failed} could not be read" if num_failed else ""
-        typer.echo(f"{rate}{failed}. Each: {views}.")
+        failed = f"; {num_failed} without labels" if num_failed else ""
+        echo(f"{rate}{failed}. Each: {views}.")
     raise typer.Exit(int(num_failed > 0))
+
+
+def _predictions(
+    predict: Callable[[Sequence[Any]], Iterator[VideoPrediction]], sources: Sequence[Any]
+) -> Iterator[VideoPrediction]:
+    """Those of all videos; one whose scores are NaN or infinite has this as its `error`, and the others go on."""
+    from .finite_outputs import NonFiniteError
+    from .inference import VideoPrediction
+
+    num_done = 0
+    try:
+        for prediction in predict(sources):
+            yield prediction
+            num_done += 1
+    except NonFiniteError:  # in a batch of videos: which of them is found by taking each alone
+        for index in range(num_done, len(sources)):
+            try:
+                yield replace(next(predict([sources[index]])), index=index)
+            except NonFiniteError as error:
+                yield VideoPrediction(index, error=str(error))
+    except ValueError as error:  # views that the processor does not give, clips that the model does not take
+        raise typer.BadParameter(str(error)) from error
 
 
 def _best(probabilities: Any, label_map: Any, top_k: int) -> list[dict[str, Any]]:
@@ -128,7 +160,7 @@ def _print_predictions(rows: list[dict[str, Any]]) -> None:
     table = Table("file", "label", Column("score", justify="right"))
     for row in rows:
         if "error" in row:
-            table.add_row(as_cell(row["file"]), as_cell("not read: ", "red") + as_cell(str(row["error"])), "")
+            table.add_row(as_cell(row["file"]), as_cell("no label: ", "red") + as_cell(str(row["error"])), "")
         for place, one in enumerate(row.get("predictions", ())):
             label = f"{one['group']}: {one['label']}" if "group" in one else one["label"]
             is_last = 0 < place == len(row["predictions"]) - 1  # no line between rows that are one line each
@@ -138,6 +170,8 @@ def _print_predictions(rows: list[dict[str, Any]]) -> None:
 
 
 def _with_progress(items: Iterator[Any], total: int, is_shown: bool) -> Iterator[Any]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (TextColumn("classifying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     is_hidden = not (is_shown and console.is_terminal and total > 1)
@@ -181,6 +215,7 @@ def timeline(
             show_default="wait for -, else drop_oldest",
         ),
     ] = None,
+    on_error: OnErrorOption = "warn",
     allow_private_addresses: PrivateAddressesOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
@@ -198,10 +233,12 @@ def timeline(
 
     Example: vivit-hf timeline match.mp4 --model my_vivit --hop 8
     """
+    from .finite_outputs import NonFiniteError
     from .timeline import Segment, merge_windows, stream_windows
     from .video_processing_vivit import reader_size
     from .video_sources import VideoDecodingError, source_name
 
+    check_on_error(on_error)
     is_live = live or video.split("://")[0].lower() in LIVE_SCHEMES
     for name, value in (("--format", source_format), ("--policy", policy)):
         if value is not None and not is_live:
@@ -225,7 +262,8 @@ def timeline(
                 policy=policy or ("wait" if video == "-" else "drop_oldest"),
                 size=reader_size(processor),
             )
-        found = stream_windows(classifier, processor, source, hop=hop)
+        on_lost = "repeat_last" if on_error == "warn" else "raise"
+        found = stream_windows(classifier, processor, source, hop=hop, on_lost=on_lost)
         segments = (
             _window_segments(found, classifier.config)
             if windows
@@ -234,15 +272,17 @@ def timeline(
         for one in _read(segments, source_name(video)):
             if as_json:
                 row = {"start": round(one.start, 3), "end": round(one.end, 3), "label": one.label}
-                typer.echo(json.dumps({**row, "score": round(one.score, 4)}))
+                echo_json({**row, "score": round(one.score, 4)})
                 sys.stdout.flush()
             elif is_live:
-                typer.echo(f"{one.start:10.2f} {one.end:10.2f}  {one.score:.3f}  {one.label}")
+                echo(f"{one.start:10.2f} {one.end:10.2f}  {one.score:.3f}  {one.label}")
                 sys.stdout.flush()
             else:
                 listed.append(one)
     except VideoDecodingError as error:
         fail(str(error))
+    except NonFiniteError as error:
+        fail(f"{source_name(video)}: {error}")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     except KeyboardInterrupt:
@@ -290,6 +330,7 @@ def explain(
     start: Annotated[float | None, typer.Option(min=0, help="Seconds where the part to look at begins.")] = None,
     end: Annotated[float | None, typer.Option(min=0, help="Seconds where it ends.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Labels to show.")] = 5,
+    on_error: OnErrorOption = "warn",
     allow_private_addresses: PrivateAddressesOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = "float32",
@@ -299,10 +340,12 @@ def explain(
 
     Example: vivit-hf explain holiday.mp4 --output holiday.png --method gradient
     """
+    from .finite_outputs import NonFiniteError
     from .labels import LabelMap
     from .overlays import METHODS, SUFFIXES, explain_clip, save_explanation
     from .video_sources import VideoDecodingError, source_name
 
+    check_on_error(on_error)
     if output.suffix.lower() not in SUFFIXES:
         raise typer.BadParameter(f"expected {', '.join(SUFFIXES)}, got {output.name!r}", param_hint="--output")
     if output.is_dir() or (os.path.exists(video) and output.exists() and os.path.samefile(video, output)):
@@ -325,12 +368,15 @@ def explain(
     part: dict[str, Any] = {"start": start, "end": end}
     part |= {"bytes": standard_input().read(), "path": "-"} if video == "-" else {"path": video}
     try:
-        pixel_values = processor(part, num_clips=1, num_crops=1)["pixel_values"]
+        on_lost = "repeat_last" if on_error == "warn" else "raise"
+        pixel_values = processor(part, num_clips=1, num_crops=1, on_error=on_lost)["pixel_values"]
         explanation = explain_clip(classifier, processor, pixel_values, method, index, top_k)
     except VideoDecodingError as error:
         fail(str(error))
     except OSError as error:
         fail(f"{error.filename or source_name(video)}: {error.strerror or error}")
+    except NonFiniteError as error:
+        fail(f"{source_name(video)}: {error}")
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     try:
@@ -338,8 +384,8 @@ def explain(
     except OSError as error:
         fail(f"Cannot write {output}: {error.strerror or error}.")
     for name, score in explanation.labels:
-        typer.echo(f"{score:.3f}  {name}")
-    typer.echo(f"Written: {output}")
+        echo(f"{score:.3f}  {name}")
+    echo(f"Written: {output}")
 
 
 def demo(
@@ -360,9 +406,7 @@ def demo(
             shutil.copyfile(sample, file)
     except OSError as error:
         raise typer.BadParameter(f"cannot write {str(output)!r}: {error.strerror}", param_hint="--output") from error
-    typer.echo(
-        f"{output}: {len(samples)} videos. In each a shape moves along a diagonal; in all.mp4 one after another."
-    )
+    echo(f"{output}: {len(samples)} videos. In each a shape moves along a diagonal; in all.mp4 one after another.")
     try:
         clips = [str(output / sample.name) for sample in samples if sample.name != "all.mp4"]
         classify(clips, top_k=2, num_clips=2, num_crops=1)
@@ -370,4 +414,4 @@ def demo(
         if ending.exit_code:
             raise
     folder = shlex.quote(f"./{output}" if str(output).startswith("-") else str(output))
-    typer.echo(f"\nvivit-hf timeline {folder}/all.mp4\nvivit-hf explain {folder}/up_left.mp4 --output what_it_saw.png")
+    echo(f"\nvivit-hf timeline {folder}/all.mp4\nvivit-hf explain {folder}/up_left.mp4 --output what_it_saw.png")

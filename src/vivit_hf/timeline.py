@@ -31,7 +31,7 @@ class Segment:
 
 
 def stream_windows(
-    model: Any, processor: ViViTVideoProcessor, source: Any, *, hop: int | None = None
+    model: Any, processor: ViViTVideoProcessor, source: Any, *, hop: int | None = None, on_lost: str = "repeat_last"
 ) -> Iterator[WindowPrediction]:
     """
     What the model says of every window of a video, in one pass.
@@ -40,6 +40,7 @@ def stream_windows(
         model, processor, hop: as for `StreamingClassifier`.
         source: a file as the processor takes it, with "start" and "end" if it is a part, or a `LiveVideo`, whose
             frames are classified as they come.
+        on_lost: for frames of a file that damage has taken: "repeat_last" for the last frame before, or "raise".
 
     The last window ends with the last frame, a whole hop or less after the one before. A video that is shorter than a
     window has one, filled as the processor's `short_video_policy` says.
@@ -64,7 +65,7 @@ def stream_windows(
         return np.searchsorted(timestamps, moments + TIME_TOLERANCE, side="right") - 1
 
     with VideoReader(source, limits=VideoLimits(**(processor.video_limits or {}))) as reader:
-        frames = reader.stream(choose, size=reader_size(processor))
+        frames = reader.stream(choose, size=reader_size(processor), on_lost=on_lost)
         while batch := list(islice(frames, BATCH)):
             yield from stream.push_sampled([frame for _, frame in batch], [seconds for seconds, _ in batch])
         yield from stream.last_window()

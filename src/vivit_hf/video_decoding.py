@@ -46,6 +46,11 @@ class _IndexMismatchError(Exception):
     """The decoder gave other frames than the packets promised."""
 
 
+def _check_on_lost(on_lost: str) -> None:
+    if on_lost not in ("raise", "repeat_last"):
+        raise ValueError(f"`on_lost` must be 'raise' or 'repeat_last', got {on_lost!r}.")
+
+
 class VideoReader(VideoContainer):
     """Exact random access to the frames of one video file.
 
@@ -140,8 +145,7 @@ class VideoReader(VideoContainer):
         A damaged file can turn out to have fewer frames than its packets promise; `choose` is then asked again, so
         that a clip is laid into the frames that are there.
         """
-        if on_lost not in ("raise", "repeat_last"):
-            raise ValueError(f"`on_lost` must be 'raise' or 'repeat_last', got {on_lost!r}.")
+        _check_on_lost(on_lost)
         with self._lock, self._named_errors():
             self._begin()
             indices = self._checked(choose(self.timestamps))
@@ -164,15 +168,19 @@ class VideoReader(VideoContainer):
             return self._arranged(frames, places, indices)
 
     def stream(
-        self, choose: Callable[[np.ndarray], Any], *, size: FrameSize | None = None, window: FrameWindow | None = None
+        self,
+        choose: Callable[[np.ndarray], Any],
+        *,
+        size: FrameSize | None = None,
+        window: FrameWindow | None = None,
+        on_lost: str = "repeat_last",
     ) -> Iterator[tuple[float, np.ndarray]]:
         """The frames at the indices that `choose` picks, given the `timestamps`, one after the other.
 
         For videos that are too long to be held: one pass, a frame in memory at a time. The indices must not decrease.
-        What damage has taken is the frame before, as with `on_lost="repeat_last"`.
 
         Args:
-            size, window: as for `frames_at`.
+            size, window, on_lost: as for `frames_at`, but damage does not raise unless asked to.
 
         Yields:
             The seconds at which a frame is shown, and the frame, uint8 RGB (height, width, 3).
@@ -181,7 +189,8 @@ class VideoReader(VideoContainer):
             IndexError, VideoDecodingError: as `frames_at`.
             RuntimeError: the reader was closed, or used for something else, before the end.
         """
-        frames = self._streamed(choose, (size, window))
+        _check_on_lost(on_lost)
+        frames = self._streamed(choose, (size, window), on_lost)
         with self._lock:
             turn = self._begin()
         while True:
@@ -193,7 +202,7 @@ class VideoReader(VideoContainer):
             yield item
 
     def _streamed(
-        self, choose: Callable[[np.ndarray], Any], shape: FrameShape
+        self, choose: Callable[[np.ndarray], Any], shape: FrameShape, on_lost: str
     ) -> Generator[tuple[float, np.ndarray], None, None]:
         with self._named_errors():
             indices = self._checked(choose(self.timestamps))
@@ -218,8 +227,7 @@ class VideoReader(VideoContainer):
             if len(outputs) == 0:
                 return
             needed = np.unique(outputs)
-            self.report.num_repeated_frames += int(np.sum(self._decoded.frame_of_output[outputs] != indices))
-            self.report.num_damaged_frames += int(self._decoded.damaged[needed].sum())
+            self._account_for(indices[self._decoded.frame_of_output[outputs] != indices], needed, on_lost)
             self._reopen()
             place = 0
             for output, frame in zip(needed, self._read_outputs(needed), strict=True):
@@ -417,21 +425,26 @@ class VideoReader(VideoContainer):
         self.report.num_lost_frames = self.num_frames - num_outputs
 
     def _read_decoded(self, indices: np.ndarray, shape: FrameShape, on_lost: str) -> np.ndarray:
-        decoded, report = self._decoded, self.report
+        decoded = self._decoded
         wanted, places = np.unique(indices, return_inverse=True)
         # For each frame the last output at or before it: the frame itself, unless that is lost.
         outputs = np.searchsorted(decoded.frame_of_output, wanted, side="right") - 1
-        lost = wanted[decoded.frame_of_output[outputs] != wanted]
-        num_recovered = len(decoded.frame_of_output)
+        needed, rows = np.unique(outputs, return_inverse=True)
+        self._account_for(wanted[decoded.frame_of_output[outputs] != wanted], needed, on_lost)
+        self._reopen()
+        frames = self._converted(self._read_outputs(needed), len(needed), shape)
+        return self._arranged(frames, rows.reshape(-1)[places.reshape(-1)], indices)
+
+    def _account_for(self, lost: np.ndarray, needed: np.ndarray, on_lost: str) -> None:
+        """Raises or reports the frames of a read that are lost, and the decoder's outputs for it that are damaged."""
+        decoded, report = self._decoded, self.report
         if len(lost) and on_lost == "raise":
+            num_recovered = len(decoded.frame_of_output)
             reason = (
                 f"frame {lost[0]} is lost to damage, {num_recovered} of {self.num_frames} frames can be recovered; "
             )
             reason += "'repeat_last' puts the frame before in its place"
             raise self._error(reason, num_recovered=num_recovered, num_frames=self.num_frames)
-        needed, rows = np.unique(outputs, return_inverse=True)
-        self._reopen()
-        frames = self._converted(self._read_outputs(needed), len(needed), shape)
         report.num_repeated_frames += len(lost)
         report.num_damaged_frames += int(decoded.damaged[needed].sum())
         if report.num_repeated_frames or report.num_damaged_frames:
@@ -439,7 +452,6 @@ class VideoReader(VideoContainer):
                 f"{self.name} is damaged: of the frames read from it, {report.num_repeated_frames} are lost and "
                 f"replaced by the one before, {report.num_damaged_frames} may show damage."
             )
-        return self._arranged(frames, rows.reshape(-1)[places.reshape(-1)], indices)
 
     def _read_outputs(self, needed: np.ndarray) -> Generator[Any, None, None]:
         self._check_pixels(int(needed[-1]) + 1)
