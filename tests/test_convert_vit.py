@@ -3,12 +3,14 @@
 import json
 import pickle
 import warnings
+from unittest.mock import Mock
 
 import convert_vit_checkpoint
 import numpy as np
 import pytest
 import torch
 from convert_vit_checkpoint import main
+from huggingface_hub.errors import EntryNotFoundError
 from image_conversion import EXECUTED, Attack, assert_refused, converter, difference, jax_arrays
 from safetensors.torch import load_file, save_file
 from test_image_initialisation import make_vit
@@ -378,15 +380,18 @@ def test_hub_ids_are_read_through_the_cache(tmp_path, folder, convert, monkeypat
     (folder / "preprocessor_config.json").write_text(json.dumps(SETTINGS))
     asked = []
 
-    def cached_file(source, name, **options):
+    def download(source, name):
         asked.append((source, name))
-        return str(folder / name) if (folder / name).exists() else None
+        if not (folder / name).exists():
+            raise EntryNotFoundError(name)
+        return str(folder / name)
 
     def from_pretrained(source, **options):
         return load(folder if source == "me/vit" else source, **options)
 
     load = ViTModel.from_pretrained
-    monkeypatch.setattr(weight_files, "cached_file", cached_file)
+    monkeypatch.setattr(weight_files, "hf_hub_download", download)
+    monkeypatch.setattr(weight_files, "HfApi", Mock())
     monkeypatch.setattr(ViTModel, "from_pretrained", from_pretrained)
     code, _, errors, _ = convert("me/vit")
     assert code == 0, errors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 import re
@@ -11,8 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers.utils import cached_file
+
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+_HUB_TIMEOUT = 5.0  # seconds
 
 
 class ConversionError(ValueError):
@@ -27,14 +33,45 @@ def read_json(path: str | Path) -> Any:
 
 
 def find_file(source: str, name: str) -> Path | None:
-    """A file of a folder or of a repository of the Hub; None where that has no such file."""
+    """
+    A file of a folder or of a repository of the Hub; None where that has no such file.
+
+    Raises ConversionError if there is neither, or if nobody can tell because the Hub does not answer: settings that are
+    only out of reach are not missing. Without the Hub, by choice (HF_HUB_OFFLINE) or not, the cache counts.
+    """
     if Path(source).is_dir():
         return path if (path := Path(source) / name).is_file() else None
+    nowhere = f"There is no folder {source} here"
+    if not _HUB_ID.fullmatch(source):
+        raise ConversionError(f"{nowhere}, and models of the Hub are named like owner/name.")
+    if (reason := _why_hub_is_silent(source, nowhere)) is not None:
+        cached = try_to_load_from_cache(source, name)
+        if isinstance(cached, str):
+            return Path(cached)
+        is_known = isinstance(try_to_load_from_cache(source, "config.json"), str)
+        if is_known and (cached is not None or constants.HF_HUB_OFFLINE):
+            return None
+        raise ConversionError(f"{nowhere}, and the Hub cannot be asked for {source}/{name}: {reason}")
     try:
-        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-    except OSError as error:
-        raise ConversionError(f"{source} is no folder here, and cannot be read from the Hub: {error}") from error
-    return Path(found) if found else None
+        return Path(hf_hub_download(source, name))
+    except LocalEntryNotFoundError as error:  # the connection broke
+        raise ConversionError(f"{source}/{name} cannot be had from the Hub: {error}") from error
+    except EntryNotFoundError:
+        return None
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise ConversionError(f"{source}/{name} cannot be had from the Hub: {error}") from error
+
+
+@functools.cache
+def _why_hub_is_silent(source: str, nowhere: str) -> str | None:
+    """None if the Hub has the repository; asks once. Raises ConversionError if the Hub says that it has none."""
+    try:
+        HfApi().model_info(source, timeout=_HUB_TIMEOUT)
+    except RepositoryNotFoundError as error:
+        raise ConversionError(f"{nowhere}, and the Hub has no model of that name that you may read.") from error
+    except Exception as error:  # of the HTTP client, which is another one from version to version
+        return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return None
 
 
 def find_weights(source: str) -> Path:
