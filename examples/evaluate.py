@@ -27,7 +27,7 @@ from rich.table import Table
 
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
 from vivit_hf.annotations import AnnotationError, Annotations, LabelledVideo, read_videos
-from vivit_hf.cli_tools import as_cell
+from vivit_hf.cli_output import as_cell
 from vivit_hf.evaluation import AVERAGINGS, classification_metrics, confusion_matrix, describe_chance
 from vivit_hf.inference import VideoPrediction, describe_views, predict_videos
 from vivit_hf.labels import LabelMap
