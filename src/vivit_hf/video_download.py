@@ -216,21 +216,24 @@ def _connected(target: _Target, deadline: _Deadline, allow_private_addresses: bo
                 "on the command line --allow-private-addresses)"
             )
             continue
-        connection = socket.socket(family, kind, protocol)
         try:
-            connection.settimeout(deadline.patience())
-            connection.connect(place)
-            if target.scheme == "https":
-                connection.settimeout(deadline.patience())
-                connection = ssl.create_default_context().wrap_socket(connection, server_hostname=target.host)
-            return connection
+            return _connected_to(socket.socket(family, kind, protocol), place, target, deadline)
         except OSError as error:
-            connection.close()
             failure = error
-        except BaseException:
-            connection.close()
-            raise
     raise failure or OSError(f"{target.host} has no address")
+
+
+def _connected_to(connection: socket.socket, place: Any, target: _Target, deadline: _Deadline) -> socket.socket:
+    try:
+        connection.settimeout(deadline.patience())
+        connection.connect(place)
+        if target.scheme == "https":
+            connection.settimeout(deadline.patience())
+            return ssl.create_default_context().wrap_socket(connection, server_hostname=target.host)
+        return connection
+    except BaseException:
+        connection.close()
+        raise
 
 
 class _TimedReader(io.RawIOBase):

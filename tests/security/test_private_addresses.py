@@ -77,6 +77,18 @@ def test_a_file_cannot_permit_them(address, stored, tmp_path):
     assert ViViTVideoProcessor.from_pretrained(tmp_path).video_limits in (None, {"max_frames": 99})
 
 
+@pytest.mark.parametrize("name", ["video_preprocessor_config.json", "processor_config.json"])
+def test_nor_can_the_files_of_transformers_5(address, name, tmp_path):
+    settings = {**ViViTVideoProcessor(**SMALL).to_dict(), "video_limits": ALLOWED}
+    settings["video_processor_type"] = settings.pop("image_processor_type")
+    stored = {"video_processor": settings} if name == "processor_config.json" else settings
+    (tmp_path / name).write_text(json.dumps(stored))
+    loaded = ViViTVideoProcessor.from_pretrained(tmp_path)
+    assert loaded.num_frames == 4 and not loaded.video_limits
+    with pytest.raises(VideoDecodingError, match=REFUSED):
+        loaded(address)
+
+
 def test_limits_are_numbers_and_the_permission_is_true_or_false():
     for value in ("yes", 1, None):
         with pytest.raises(ValueError, match="`allow_private_addresses` must be True or False"):
