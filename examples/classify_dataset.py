@@ -23,12 +23,12 @@ import pyarrow
 import pyarrow.parquet
 import torch
 from accelerate import PartialState
-from datasets import load_dataset
 
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
+from vivit_hf.annotation_rows import AnnotationError
 from vivit_hf.dataset_scan import find_videos
 from vivit_hf.fingerprints import hub_commit, model_fingerprint
-from vivit_hf.hub_datasets import unlabelled_videos
+from vivit_hf.hub_datasets import load_hub_dataset, unlabelled_videos
 from vivit_hf.inference import describe_views, predict_videos
 from vivit_hf.labels import LabelMap
 from vivit_hf.video_sources import source_name
@@ -63,8 +63,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def list_videos(args: argparse.Namespace) -> tuple[list[str], list[Any], str]:
     """The names of the videos, what the processor takes, and a digest that tells other videos apart."""
     if args.dataset_name is not None:
-        dataset = load_dataset(args.dataset_name, args.dataset_config_name, split=args.split)
-        pairs = unlabelled_videos(dataset, f"{args.dataset_name}/{args.split}", video_column=args.video_column_name)
+        try:
+            dataset = load_hub_dataset(args.dataset_name, args.dataset_config_name, split=args.split)
+            pairs = unlabelled_videos(dataset, f"{args.dataset_name}/{args.split}", video_column=args.video_column_name)
+        except AnnotationError as error:
+            raise SystemExit(f"classify_dataset.py: {error}") from error
         names, videos = [name for name, _ in pairs], [video for _, video in pairs]
         digest = dataset._fingerprint
     else:

@@ -10,7 +10,7 @@ import numpy as np
 
 from vivit_hf.annotation_rows import SPLIT_NAMES, AnnotationError, ChooseSplits
 from vivit_hf.annotations import EPIC_GROUPS, FORMATS, ONE_GROUP, LabelledVideo, read_videos
-from vivit_hf.hub_datasets import StreamedVideos, class_names, hub_videos, label_columns_of
+from vivit_hf.hub_datasets import StreamedVideos, class_names, hub_videos, label_columns_of, load_hub_dataset
 from vivit_hf.labels import LabelMap, check_splits, shared_units, split_videos
 
 
@@ -288,9 +288,9 @@ def _check_class_folders(folder: Path) -> None:
 def _from_hub(
     data: DataArguments, seed: int, say: Callable[[str], None]
 ) -> tuple[Any, Any, Sequence[str], list[Sequence[str]] | None]:
-    from datasets import IterableDataset, load_dataset
+    from datasets import IterableDataset
 
-    splits = load_dataset(data.dataset_name, data.dataset_config_name, streaming=data.streaming)
+    splits = load_hub_dataset(data.dataset_name, data.dataset_config_name, streaming=data.streaming)
     known = ", ".join(splits)
     usual = [name for name, split in SPLIT_NAMES.items() if split == "validation"]
     candidates = [data.validation_split_name] if data.validation_split_name else [*usual, "test"]

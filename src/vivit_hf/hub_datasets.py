@@ -16,10 +16,25 @@ import pyarrow.compute  # type: ignore[import-untyped]
 from .annotation_rows import SPLIT_COLUMNS, AnnotationError, ChooseSplits, find_split_column, kept_splits, split_name
 from .annotations import LABEL_COLUMNS, VIDEO_COLUMNS, LabelledVideo
 from .video_sources import VideoDecodingError
+from .whole_files import as_utf8
 
 
 # A file of a data set that is streamed, or a file in an archive of one; nothing else that fsspec could open.
 _ON_THE_HUB = re.compile(r"((zip|tar)://[^:]*::)?hf://[^:]+$")
+
+
+def load_hub_dataset(name: str, config_name: str | None = None, **settings: Any) -> Any:
+    """`datasets.load_dataset`. Raises AnnotationError with the cause if the data set cannot be loaded."""
+    try:
+        return datasets.load_dataset(name, config_name, **settings)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        hint = ""
+        if isinstance(cause, UnicodeEncodeError):
+            hint = " A file name is not UTF-8: rename the file, or give the folder itself instead of a data set."
+        raise AnnotationError(as_utf8(f"{name}: this data set cannot be loaded: {cause}{hint}")) from error
 
 
 def label_columns_of(dataset: Any, name: str, given: Sequence[str] | None = None) -> list[str]:

@@ -12,6 +12,7 @@ import classify_dataset
 import evaluate
 import pyarrow.parquet
 import pytest
+from finetuning_data import DataArguments, load_splits
 
 from vivit_hf import demo_model_path
 from vivit_hf.annotations import AnnotationError, read_videos
@@ -87,6 +88,20 @@ def test_annotation_files_with_odd_names(tmp_path):
     (tmp_path / "list.txt").write_bytes(b"run/caf\xe9.mp4\n")
     with pytest.raises(AnnotationError, match=r"list\.txt:1: this is not UTF-8 text"):
         read_videos(tmp_path / "list.txt")
+
+
+def test_data_sets_that_cannot_be_loaded_are_named(videos, tmp_path):
+    common = options("--output_dir", tmp_path / "labels")
+    for arguments, message in (
+        (["--dataset_name", str(videos)], r"videos: this data set cannot be loaded: .* A file name is not UTF-8"),
+        (["--dataset_name", str(tmp_path / "nowhere")], "nowhere: this data set cannot be loaded"),
+        (["--dataset_name", str(demo_model_path() / "samples"), "--split", "dev"], "samples: this data set cannot"),
+        (["--dataset_name", str(demo_model_path() / "samples"), "--video_column_name", "clip"], "no column 'clip'"),
+    ):
+        with pytest.raises(SystemExit, match=f"classify_dataset.py: .*{message}"):
+            classify_dataset.main([*common, *arguments])
+    with pytest.raises(AnnotationError, match="A file name is not UTF-8"):
+        load_splits(DataArguments(dataset_name=str(videos)), 0, print)
 
 
 def test_scan_names_files_so_that_they_can_be_opened(videos, tmp_path):
