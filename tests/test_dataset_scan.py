@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 
+import av
 import psutil
 import pytest
 from video_files import damage_packet, packet_places, write_kind, write_video
@@ -67,6 +68,56 @@ def test_damage_is_found_by_decoding_and_not_by_the_packets(video, tmp_path):
     assert (scan.status, scan.num_frames, scan.num_rejected_packets, scan.num_lost_frames) == ("damaged", 60, 1, 1)
     assert "1 frames are lost" in scan.reason
     assert scan_file(path, packets_only=True).status == "ok"
+
+
+def plain_outcome(path) -> tuple[int, bool]:
+    """The frames of a plain decode that goes on past errors, and whether it saw any damage."""
+    num_frames, is_damaged = 0, False
+    with av.open(str(path)) as container:
+        try:
+            for packet in container.demux(container.streams.video[0]):
+                try:
+                    frames = packet.decode()
+                except av.FFmpegError:
+                    is_damaged = True
+                    continue
+                num_frames += len(frames)
+                is_damaged = is_damaged or any(frame.is_corrupt for frame in frames)
+        except av.FFmpegError:
+            is_damaged = True
+    return num_frames, is_damaged
+
+
+@pytest.mark.parametrize("kind", ["h264_avi", "h264_raw", "h264_mkv", "h264_ts_late_start", "mpeg4_avi", "apng"])
+def test_the_picture_in_which_a_file_was_cut_off_is_read_and_counted(kind, tmp_path):
+    path = write_kind(tmp_path, kind)
+    _, position, size, _ = packet_places(path)[20]
+    path.write_bytes(path.read_bytes()[: position + size // 2])
+    num_frames, is_damaged = plain_outcome(path)
+    scan = scan_file(path)
+    assert scan.num_frames - scan.num_lost_frames == num_frames
+    assert scan.status == ("damaged" if is_damaged else "ok")
+
+
+def test_a_damaged_keyframe_damages_all_frames_that_follow(tmp_path):
+    path = write_video(tmp_path / "video.avi", num_frames=24, gop=60)
+    data = bytearray(path.read_bytes())
+    _, position, size, _ = packet_places(path)[1]
+    data[position + size // 2 : position + size] = bytes(size - size // 2)
+    path.write_bytes(data)
+    assert plain_outcome(path) == (24, True)
+    scan = scan_file(path)
+    assert (scan.status, scan.num_frames) == ("damaged", 24) and scan.num_damaged_frames >= 22
+
+
+def test_what_the_container_refuses_is_damage(tmp_path):
+    """The checksum of a chunk of an animated PNG is wrong: no packet of it reaches the decoder."""
+    path = write_kind(tmp_path, "apng")
+    data = path.read_bytes()
+    place = data.rindex(b"fcTL")
+    path.write_bytes(data[: place - 4] + bytes(3) + b"\x01" + data[place:])
+    assert plain_outcome(path)[1]
+    assert scan_file(path).status == "damaged"
 
 
 @pytest.mark.parametrize(("content", "reason"), [(b"", "it is empty"), (b"not a video " * 99, "Invalid data")])

@@ -221,6 +221,15 @@ def test_limits_are_kept_and_named(limits, video):
     VideoReader(video, limits=roomier).close()
 
 
+@pytest.mark.parametrize("gap", [10**9, 10**13], ids=["11 days", "300 years"])
+def test_frames_with_absurd_timestamps_are_read_and_timed_by_their_rate(gap, tmp_path):
+    pts = [40 * number + (gap if number > 20 else 0) for number in range(30)]
+    path = write_video(tmp_path / "video.mkv", pts=pts, options={"bf": "2"})
+    with VideoReader(path) as reader:
+        assert np.array_equal(reader.frames_at(range(30)), plain_decode(path))
+        assert reader.timestamps[-1] < 2
+
+
 def test_errors_survive_pickling():
     error = VideoDecodingError("message", source="a.mp4", reason="why", num_recovered=3, num_frames=5)
     for clone in (pickle.loads(pickle.dumps(error)), copy.copy(error)):

@@ -175,7 +175,6 @@ class VideoContainer:
         self._stream = streams[0]
         context = self._stream.codec_context
         self._check_limit("max_pixels", context.width * context.height)
-        self._check_limit("max_duration", (self._container.duration or 0) / av.time_base)
         # The decoder checks each picture too: the header need not tell the truth.
         context.options = {"max_pixels": str(self.limits.max_pixels)}
         context.thread_type = self._thread_type
@@ -195,8 +194,8 @@ class VideoContainer:
                         yield packet
                 return
             except av.FFmpegError:
+                self._num_demux_errors += num_errors == 0  # it may say so again and again
                 num_errors += 1
-                self._num_demux_errors += 1
 
     def _frames(self, packets: Iterator[Any]) -> Iterator[Any]:
         """Each frame that comes out of the decoder, on past the packets that it rejects; `_sent` keeps account."""
@@ -213,5 +212,9 @@ class VideoContainer:
             self._num_pixels += context.height * context.width * max(1, len(frames))
             self._check_limit("max_decoded_pixels", self._num_pixels)
             yield from frames
-        with contextlib.suppress(av.FFmpegError):
+        try:
             yield from context.decode(None)
+        except av.EOFError:
+            return
+        except av.FFmpegError:
+            self._sent.append(SentPacket(self._sent[-1].pts if self._sent else None, False, True))

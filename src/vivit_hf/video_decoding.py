@@ -314,7 +314,10 @@ class VideoReader(VideoContainer):
             rate = self._stream.average_rate or self._stream.guessed_rate or 25
             self.timestamps = np.arange(num_frames) / float(rate)
         else:
-            self.timestamps = (pts - pts[0]) * float(self._stream.time_base)
+            ticks = pts.astype(np.float64)  # differences of absurd timestamps leave the range of integers
+            self.timestamps = (ticks - ticks[0]) * float(self._stream.time_base)
+            if np.any(np.diff(self.timestamps) > self.limits.max_duration):  # no video waits that long for a frame
+                self._set_timestamps(None, num_frames)
         self._check_limit("max_duration", float(self.timestamps[-1]))
         self.report.num_frames = num_frames
 
@@ -394,6 +397,7 @@ class VideoReader(VideoContainer):
         """Builds the index by decoding the whole file once."""
         self._reopen()
         self._check_pixels(self._num_packets)
+        self._num_demux_errors = 0
         pts: list[int | None] = []
         flagged = []
         for frame in self._frames(self._packets()):
@@ -402,9 +406,6 @@ class VideoReader(VideoContainer):
             self._check_limit("max_frames", len(pts))
         self._num_rejected = sum(packet.is_rejected for packet in self._sent)
         tainted = tainted_timestamps(self._sent, {value for value, flag in zip(pts, flagged, strict=True) if flag})
-        # The last picture of a file that was cut off is what the decoder made up for it.
-        while len(pts) > 1 and flagged[len(pts) - 1]:
-            pts.pop()
         num_outputs, scanned = len(pts), self._scanned_pts
         if num_outputs == 0:
             raise self._error("no frame of it can be decoded", num_recovered=0)
@@ -421,7 +422,7 @@ class VideoReader(VideoContainer):
             OutputIndex(frame_of_output=frames, damaged=np.array([value in tainted for value in pts])),
         )
         self._set_timestamps(output_pts if is_timed else None, int(frames[-1]) + 1)
-        self.report.num_rejected_packets = self._num_rejected
+        self.report.num_rejected_packets = self._num_rejected + self._num_demux_errors
         self.report.num_lost_frames = self.num_frames - num_outputs
 
     def _read_decoded(self, indices: np.ndarray, shape: FrameShape, on_lost: str) -> np.ndarray:
