@@ -99,15 +99,28 @@ def test_the_picture_in_which_a_file_was_cut_off_is_read_and_counted(kind, tmp_p
     assert scan.status == ("damaged" if is_damaged else "ok")
 
 
-def test_a_damaged_keyframe_damages_all_frames_that_follow(tmp_path):
-    path = write_video(tmp_path / "video.avi", num_frames=24, gop=60)
+def test_a_scan_knows_no_headers_that_come_later(tmp_path):
+    """Transport streams repeat the headers of the codec with each keyframe; here the first are gone."""
+    path = write_kind(tmp_path, "h264_ts_late_start")
     data = bytearray(path.read_bytes())
-    _, position, size, _ = packet_places(path)[1]
-    data[position + size // 2 : position + size] = bytes(size - size // 2)
+    place, length = data.index(b"\0\0\1\x67") + 4, 20  # the sequence parameters
+    data[place : place + length] = bytes(length)
     path.write_bytes(data)
-    assert plain_outcome(path) == (24, True)
+    num_frames, is_damaged = plain_outcome(path)
+    assert num_frames < 30 and is_damaged
     scan = scan_file(path)
-    assert (scan.status, scan.num_frames) == ("damaged", 24) and scan.num_damaged_frames >= 22
+    assert (scan.status, scan.num_frames - scan.num_lost_frames) == ("damaged", num_frames)
+
+
+def test_a_damaged_packet_that_is_never_shown_is_found(tmp_path):
+    """The first packet of a VP9 file is zeros; as a header, these say that it only updates a reference."""
+    path = write_video(tmp_path / "video.webm", codec="libvpx-vp9", options={"deadline": "realtime"}, gop=1)
+    data = bytearray(path.read_bytes())
+    place, length = data.index(b"\x49\x83\x42") - 2, 16  # before the sync code of the first keyframe
+    data[place : place + length] = bytes(length)
+    path.write_bytes(data)
+    assert plain_outcome(path)[1]
+    assert scan_file(path).status == "damaged"
 
 
 def test_what_the_container_refuses_is_damage(tmp_path):

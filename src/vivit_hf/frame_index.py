@@ -85,8 +85,12 @@ def index_packets(packets: Iterable[Any], codec: str, container: str) -> tuple[n
     """
     pts, positions, keyframes, keyframe_dts = [], [], [], {}
     trusted = codec in _ONE_FRAME_PER_PACKET
+    is_hidden = False
     for position, packet in enumerate(packets):
-        if packet.is_discard or (codec in ("vp8", "vp9") and _is_hidden(packet, codec)):
+        is_hidden = codec in ("vp8", "vp9") and _is_hidden(packet, codec)
+        # Reading does not come to a hidden packet before the first frame, or after the last. Good files have none.
+        trusted = trusted and not (is_hidden and position == 0)
+        if packet.is_discard or is_hidden:
             continue
         trusted = trusted and not packet.is_corrupt
         pts.append(packet.pts)
@@ -98,7 +102,7 @@ def index_packets(packets: Iterable[Any], codec: str, container: str) -> tuple[n
         return None, None
     sorted_pts = np.sort(np.array(pts, dtype=np.int64))
     # AVI stores no timestamps. With B-frames they are guessed by counting, and guessed wrong where a packet is missing.
-    trusted = trusted and (container != "avi" or pts == sorted_pts.tolist())
+    trusted = trusted and not is_hidden and (container != "avi" or pts == sorted_pts.tolist())
     # What is shown before the first keyframe cannot be decoded, or only in part.
     if not trusted or not keyframes[:1] == pts[:1] == [sorted_pts[0]]:
         return sorted_pts, None

@@ -18,7 +18,7 @@ import numpy as np
 
 from .frame_conversion import FrameConverter, FrameShape, FrameSize, FrameWindow
 from .frame_sampling import check_choice, check_positive_integer
-from .video_container import open_container
+from .video_container import demuxed, open_container
 from .video_sources import VideoDecodingError, VideoLimits, is_pipe, open_pipe, source_name
 
 
@@ -180,7 +180,7 @@ class LiveVideo:
         header = (stream.codec_context.height, stream.codec_context.width)
         duration = 1 / float(stream.average_rate or 25)
         last = offset = None
-        for packet in self._container.demux(stream):
+        for packet in demuxed(self._container, stream):
             try:
                 frames = packet.decode()
             except av.FFmpegError:

@@ -87,6 +87,12 @@ def open_container(
     raise VideoLimitError(f"Cannot read {name}: {reason}.", source=name, reason=reason)
 
 
+def demuxed(container: Any, stream: Any) -> Iterator[Any]:
+    """The packets of a stream. At the end, PyAV trips over streams that appeared on the way."""
+    with contextlib.suppress(IndexError):
+        yield from container.demux(stream)
+
+
 class VideoContainer:
     """What `VideoReader` reads from; the first video stream that is not a cover picture."""
 
@@ -187,7 +193,7 @@ class VideoContainer:
         num_errors = 0
         while num_errors < _MAX_DEMUX_ERRORS:
             try:
-                for packet in self._container.demux(self._stream):
+                for packet in demuxed(self._container, self._stream):
                     # An empty packet would tell the decoder that the video ends here.
                     if packet.size > 0:
                         num_errors = 0

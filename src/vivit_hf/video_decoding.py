@@ -263,6 +263,7 @@ class VideoReader(VideoContainer):
         """Decodes every frame and keeps none; the report then tells all the damage that a decoder can notice."""
         with self._lock, self._named_errors():
             self._begin()
+            self._reopen()  # the decoder must not know more than at the beginning, such as later headers
             if self._trusted is not None:
                 try:
                     for _ in self._read_trusted(self._trusted, np.arange(self.num_frames)):

@@ -11,7 +11,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from video_files import plain_decode, write_video
+from video_files import plain_decode, write_kind, write_video
 
 from vivit_hf.live_video import LiveVideo
 from vivit_hf.video_decoding import VideoReader
@@ -81,6 +81,21 @@ def test_more_streams_than_the_limit_are_refused_by_name(video):
         VideoReader(data, limits=VideoLimits(max_streams=5))
     with pytest.raises(VideoLimitError, match="max_streams=2 streams, or its header is too large for the memory"):
         VideoReader(data, limits=VideoLimits(max_streams=2))
+
+
+def test_streams_that_appear_late_break_nothing(tmp_path):
+    """PyAV raises an IndexError at the end of a transport stream whose last packets belong to a new stream."""
+    path = write_kind(tmp_path, "hevc_ts")
+    data = bytearray(path.read_bytes())
+    starts = [place for place in range(0, len(data), 188) if data[place + 1 : place + 3] == b"\x41\x00"]
+    data[starts[-1] + 2] = 2  # the number of the stream
+    path.write_bytes(data)
+    with pytest.raises(IndexError):
+        plain_decode(path)
+    with VideoReader(path) as reader:
+        assert reader.frames_at(range(25)).shape[0] == 25
+    with LiveVideo(path, policy="wait") as live:
+        assert len(list(live)) >= 25
 
 
 # Time: many large pictures in few bytes
