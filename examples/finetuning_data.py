@@ -34,7 +34,12 @@ class DataArguments:
     validation_split_name: str | None = field(
         default=None, metadata={"help": "its split for validation (default: validation or test, if there is one)"}
     )
-    streaming: bool = field(default=False, metadata={"help": "do not download the data set first; needs --max_steps"})
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "do not download the data set first; needs --max_steps; every process reads the whole stream"
+        },
+    )
     shuffle_buffer_size: int = field(default=100, metadata={"help": "videos among which a stream is shuffled"})
     video_column_name: str | None = field(default=None, metadata={"help": "default: path, video, file, ..."})
     label_column_name: str | None = field(

@@ -1,5 +1,5 @@
 """
-Trains and evaluates a tiny model on streams, and notes what it saw; for test_stream_loading.py, also under torchrun:
+Trains and evaluates a tiny model on streams, and notes what it saw; for test_stream_*.py, also under torchrun:
 
     torchrun --nproc_per_node 2 tests/stream_runs.py FOLDER     FOLDER/jobs.json holds the settings of each run
 """
@@ -42,11 +42,13 @@ class ShuffledVideos:
 
 
 def write_videos(folder):
+    """Readable and broken videos; gives the folder."""
     folder.mkdir()
     for index in range(NUM_VIDEOS):
         frames = np.clip(moving_frames(12, 32, 40) // 8 + 12 * index, 0, 255).astype(np.uint8)
         write_video(folder / f"{index:02}.mp4", frames)
         (folder / f"broken{index:02}.mp4").write_bytes(b"broken")
+    return folder
 
 
 def videos_of(folder, count, damaged=()):
