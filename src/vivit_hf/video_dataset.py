@@ -265,15 +265,16 @@ class StreamedClips(IterableDataset):
 
 def _name_of(one: LabelledVideo) -> str:
     name = one.where if callable(one.video) else source_name(one.video)
-    if isinstance(one.video, dict) and one.video.get("bytes") is not None:
-        # Of a file within a table there is a name without its folder, or none.
-        name += f" (SHA-256 {hashlib.sha256(one.video['bytes']).hexdigest()[:12]})"
     # Two addresses may differ only in what is not shown.
     return f"{one.where}: {name}" if "***" in name else name
 
 
 def _damage(one: LabelledVideo, error: Exception) -> tuple[str, str]:
-    return _name_of(one), getattr(error, "reason", None) or str(error)
+    name = _name_of(one)
+    if isinstance(one.video, dict) and one.video.get("bytes") is not None:
+        # A video inside of a table has a file name without its folder, or none.
+        name += f" (SHA-256 {hashlib.sha256(one.video['bytes']).hexdigest()[:12]})"
+    return name, getattr(error, "reason", None) or str(error)
 
 
 class ClipSampler(Sampler):
