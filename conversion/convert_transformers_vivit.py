@@ -33,7 +33,15 @@ from transformers import PreTrainedModel, VivitConfig, VivitForVideoClassificati
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor
 from vivit_hf.model_processor import processor_for
-from vivit_hf.weight_files import ConversionError, check_weights, find_file, find_weights, read_json, weight_names
+from vivit_hf.weight_files import (
+    ConversionError,
+    check_weights,
+    find_file,
+    find_weights,
+    has_processor,
+    read_json,
+    weight_names,
+)
 
 
 # Fields that both configurations have under one name.
@@ -202,7 +210,7 @@ def _headless(config: VivitConfig) -> VivitModel:
 
 def _processor_of(source: str, config: ViViTConfig) -> ViViTVideoProcessor:
     """The source's own processor if it has one; else one that gives [-1, 1]."""
-    if find_file(source, "preprocessor_config.json") is None:
+    if not has_processor(source):
         warn(f"{source} has no preprocessor_config.json; the processor gives the [-1, 1] that the official models take")
         return processor_for(config)
     processor = processor_for(config, ViViTVideoProcessor.from_pretrained(source))

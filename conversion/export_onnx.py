@@ -47,7 +47,7 @@ from vivit_hf.dataset_scan import find_videos
 from vivit_hf.evaluation import to_probabilities
 from vivit_hf.labels import LabelMap
 from vivit_hf.model_processor import processor_for
-from vivit_hf.weight_files import ConversionError, check_weights, find_file, find_weights, read_json
+from vivit_hf.weight_files import ConversionError, check_weights, find_file, find_weights, has_processor, read_json
 
 
 MODEL_FILE, INT8_FILE, REPORT_FILE = "model.onnx", "model_int8.onnx", "report.json"
@@ -187,17 +187,17 @@ def _load(args: argparse.Namespace) -> tuple[ViViTForVideoClassification, ViViTV
 
 
 def _processor(source: str, config: ViViTConfig) -> ViViTVideoProcessor:
-    file = find_file(source, "preprocessor_config.json")
-    if file is None:
+    if not has_processor(source):
         warn(f"{source} has no preprocessor_config.json; the processor gives the [-1, 1] that the official models take")
         return processor_for(config)
-    num_frames = read_json(file).get("num_frames", config.num_frames)
-    if num_frames != config.num_frames:
+    processor = ViViTVideoProcessor.from_pretrained(source)
+    if processor.num_frames != config.num_frames:
         raise ConversionError(
-            f"{source}: preprocessor_config.json has num_frames={num_frames}, but config.json has {config.num_frames}: "
-            "whoever runs the exported model would prepare clips that it refuses. Correct the former."
+            f"{source}: preprocessor_config.json has num_frames={processor.num_frames}, but config.json has "
+            f"{config.num_frames}: whoever runs the exported model would prepare clips that it refuses. Correct the "
+            "former."
         )
-    return ViViTVideoProcessor.from_pretrained(source, num_frames=config.num_frames)
+    return processor
 
 
 def _clips(

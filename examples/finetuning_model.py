@@ -25,7 +25,7 @@ from vivit_hf.labels import LabelMap
 from vivit_hf.model_processor import processor_for, resize_ratio_of
 from vivit_hf.recipes import Recipe
 from vivit_hf.training import FREEZINGS, LORA_TARGETS, untrained_modules
-from vivit_hf.weight_files import find_file, read_json
+from vivit_hf.weight_files import find_file, has_processor, read_json
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -36,7 +36,6 @@ _SAMPLING = (("frame_stride", "frames_per_second"), ("resize", "resize_ratio"))
 _SETTINGS = (*((name,) for name in (*_STRUCTURE, *_SIZES)), *_SAMPLING)
 _INITS = {"tubelet_init": "central_frame", "temporal_attention_init": "zero_output", "temporal_encoder_init": "random"}
 _LARGEST_DEFAULT_SIZE = 224  # image models of 384 and 518 pixels are common, and a clip has 16 times their tokens
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 GIVEN, DEFAULT = "given", "default"
 
 
@@ -220,7 +219,7 @@ def _from_vivit(
             raise ValueError(f"{source} is not an image ViT to start from: leave --{name} {value} out.")
     is_preset, processor = source in ViViTConfig.presets, None
     stored = ViViTConfig.from_preset(source) if is_preset else ViViTConfig.from_pretrained(source)
-    if not is_preset and any(find_file(source, name) for name in _PROCESSOR_FILES):
+    if not is_preset and has_processor(source):
         processor = ViViTVideoProcessor.from_pretrained(source)
     own = _settings_of(stored, processor)
     settings = choose_settings({GIVEN: given, source: own, **recipes})

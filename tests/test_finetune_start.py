@@ -126,7 +126,8 @@ def test_a_vivit_without_a_crop_gets_one(vivit):
 
 
 def test_a_vivit_without_a_processor_takes_clips_as_the_recipe_does(vivit):
-    (vivit / "preprocessor_config.json").unlink()
+    for file in vivit.glob("*preprocessor_config.json"):
+        file.unlink()
     start, printed = start_from(vivit, RECIPES["ssv2-l-fe"])
     assert clips_of(start) == (8, 32, 1, 36) and "recipe ssv2-l-fe: frame_stride 1, short side resized to 36" in printed
     assert clips_of(start_from(vivit)[0]) == (8, 32, 2, 37)
@@ -258,3 +259,18 @@ def test_other_models_are_refused_by_name(tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(ValueError, match=r"has no config\.json"):
         start_from(tmp_path)
+
+
+def test_settings_of_an_image_processor_in_the_newer_file(vit):
+    stored = json.loads((vit / "preprocessor_config.json").read_text())
+    (vit / "preprocessor_config.json").unlink()
+    (vit / "processor_config.json").write_text(json.dumps({"image_processor": stored}))
+    assert start_from(vit)[0].processor.image_mean == [0.1, 0.2, 0.3]
+    (vit / "processor_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"processor_config\.json does not hold the settings"):
+        start_from(vit)
+
+
+def test_a_vivit_whose_processor_is_in_the_file_for_videos(vivit):
+    (vivit / "preprocessor_config.json").unlink()
+    assert clips_of(start_from(vivit, SMALL)[0]) == (8, 32, 3, 34)

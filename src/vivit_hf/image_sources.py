@@ -124,14 +124,26 @@ def read_transformers_vit(source: str, raw_config: Mapping[str, Any]) -> ImageSo
     problems += [f"no place for: {name}" for name, why in unused.items() if why is None]
     _raise_problems(source, problems)
     reasons = {name: why for name, why in unused.items() if why is not None}
-    settings = find_file(source, "preprocessor_config.json")
     return ImageSource(
         vit,
         f"transformers ({model_type}, {'safetensors' if 'safetensors' in weights.name else 'torch file'})",
         {name: name for name in vit.state_dict()},
         reasons,
-        read_json(settings) if settings else None,
+        _image_processor_settings(source),
     )
+
+
+def _image_processor_settings(source: str) -> dict[str, Any] | None:
+    """Of a folder or repository, from either of the files that transformers writes; None if it has none."""
+    if (file := find_file(source, "preprocessor_config.json")) is not None:
+        settings = read_json(file)
+    elif (file := find_file(source, "processor_config.json")) is not None:
+        settings = stored.get("image_processor") if isinstance(stored := read_json(file), dict) else None
+    else:
+        return None
+    if not isinstance(settings, dict):
+        raise ConversionError(f"{file} does not hold the settings of an image processor.")
+    return settings
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str | None:

@@ -57,7 +57,7 @@ def processor_for(
             "distance between the frames of a clip."
         )
     if isinstance(source, ViViTVideoProcessor):
-        settings = stored = source.to_dict()
+        settings = stored = {name: getattr(source, name) for name in source.parameter_names()}
     else:
         stored = dict(source or {})
         settings = {name: stored[name] for name in _PIXEL_SETTINGS if stored.get(name) is not None}
@@ -83,7 +83,7 @@ def processor_for(
         settings |= {"frame_stride": frame_stride, "frames_per_second": None}
     if frames_per_second is not None:
         settings["frames_per_second"] = frames_per_second
-    processor = ViViTVideoProcessor.from_dict(settings)
+    processor = ViViTVideoProcessor(**settings)
     check_processor(processor, config)
     return processor
 

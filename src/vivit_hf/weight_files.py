@@ -74,6 +74,12 @@ def _why_hub_is_silent(source: str, nowhere: str) -> str | None:
     return None
 
 
+def has_processor(source: str) -> bool:
+    """Whether a folder or repository has settings of an image or video processor, under any of transformers' names."""
+    names = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+    return any(find_file(source, name) is not None for name in names)
+
+
 def find_weights(source: str) -> Path:
     """The weights of a folder or repository, safetensors before torch's old file; an index where they are sharded."""
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
