@@ -29,7 +29,7 @@ from vivit_hf.annotation_rows import AnnotationError
 from vivit_hf.dataset_scan import find_videos
 from vivit_hf.fingerprints import hub_commit, model_fingerprint
 from vivit_hf.hub_datasets import load_hub_dataset, unlabelled_videos
-from vivit_hf.inference import describe_views, predict_videos
+from vivit_hf.inference import VideoPrediction, describe_views, predict_videos
 from vivit_hf.labels import LabelMap
 from vivit_hf.video_sources import source_name
 from vivit_hf.whole_files import as_utf8, written_whole
@@ -128,6 +128,17 @@ def write_part(path: Path, rows: list[dict[str, Any]]) -> None:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), unfinished)
 
 
+def row_of(one: VideoPrediction, name: str, start: int, label_map: LabelMap, top_k: int) -> dict[str, Any]:
+    best = label_map.best(one.probabilities, top_k, with_scores=True)
+    return {
+        "index": start + one.index,
+        "video": as_utf8(source_name(name)),
+        "labels": None if best is None else [as_utf8(label) for label, _ in best],
+        "scores": None if best is None else [score for _, score in best],
+        "error": None if one.error is None else as_utf8(one.error),
+    }
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     names, videos, digest = list_videos(args)
@@ -176,18 +187,7 @@ def main(argv: list[str] | None = None) -> None:
             predictions = list(found)
         except ValueError as error:  # of the settings or the model, not of a video
             raise SystemExit(f"classify_dataset.py: {error}") from error
-        rows = []
-        for one in predictions:
-            best = label_map.best(one.probabilities, args.top_k, with_scores=True)
-            rows.append(
-                {
-                    "index": start + one.index,
-                    "video": as_utf8(source_name(names[start + one.index])),
-                    "labels": None if best is None else [as_utf8(label) for label, _ in best],
-                    "scores": None if best is None else [score for _, score in best],
-                    "error": None if one.error is None else as_utf8(one.error),
-                }
-            )
+        rows = [row_of(one, names[start + one.index], start, label_map, args.top_k) for one in predictions]
         write_part(path, rows)
         failed = sum(row["error"] is not None for row in rows)
         rate = len(rows) / (time.monotonic() - begin)

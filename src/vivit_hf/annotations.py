@@ -144,10 +144,7 @@ def read_videos(
     if source.is_dir():
         metadata = [source / name for name in ("metadata.csv", "metadata.jsonl") if (source / name).is_file()]
         if not metadata:
-            for name, given in (("split_column", split_column not in ("auto", "none")), ("group_column", group_column)):
-                if given:
-                    raise AnnotationError(f"{source}: a folder of class folders has no columns: leave {name} out.")
-            return Annotations(_class_folders(source))
+            return Annotations(_class_folders(source, split_column, group_column))
         source = metadata[0]
     rows, columns = read_rows(source)
     root = Path(source.parent if video_root is None else video_root)
@@ -158,14 +155,9 @@ def read_videos(
     if group_column is not None:
         find_column(source, columns, group_column, (), "of groups")
     column = find_split_column(source, columns, split_column, used, rows)
-    splits = [None if column is None else split_name(row.values.get(column), column, row.where) for row in rows]
-    kept = kept_splits(f"{as_utf8(source)}, column {column!r}", splits, choose_splits)
-
     files = None if kind == "plain" else _FileFinder(root)
     found = []
-    for row, split in zip(rows, splits, strict=True):
-        if split not in kept:
-            continue
+    for row, split in _rows_to_read(rows, column, f"{as_utf8(source)}, column {column!r}", choose_splits):
         if files is None:
             one = _plain(row, video_column, label_columns, label_separator, root)
         else:
@@ -174,6 +166,15 @@ def read_videos(
         found.append(replace(one, split=split, keep_together=(*one.keep_together, *units)))
     groups = tuple(EPIC_GROUPS) if kind == "epic" else tuple(label_columns) if len(label_columns) > 1 else (ONE_GROUP,)
     return Annotations(_present(found, source, missing_videos), groups)
+
+
+def _rows_to_read(
+    rows: list[Row], column: str | None, where: str, choose_splits: ChooseSplits | None
+) -> list[tuple[Row, str | None]]:
+    """The rows of the splits that are wanted, each with its split, which is in a column if there is one."""
+    splits = [None if column is None else split_name(row.values.get(column), column, row.where) for row in rows]
+    kept = kept_splits(where, splits, choose_splits)
+    return [(row, split) for row, split in zip(rows, splits, strict=True) if split in kept]
 
 
 def _layout(
@@ -199,7 +200,10 @@ def _layout(
     return kind, video_column, label_columns
 
 
-def _class_folders(folder: Path) -> list[LabelledVideo]:
+def _class_folders(folder: Path, split_column: str, group_column: str | None) -> list[LabelledVideo]:
+    for name, is_given in (("split_column", split_column not in ("auto", "none")), ("group_column", group_column)):
+        if is_given:
+            raise AnnotationError(f"{folder}: a folder of class folders has no columns: leave {name} out.")
     videos = []
     for entry in sorted(folder.iterdir()):
         if not entry.is_dir() or entry.name.startswith("."):

@@ -92,25 +92,18 @@ def hub_videos(
         dataset = dataset.cast_column(video_column, datasets.Video(decode=False))
     read = partial(_labels, features=features, columns=label_columns)
     if isinstance(dataset, datasets.IterableDataset):
-        for what, column in (("group_column", group_column), ("split_column", splits_from)):
-            if column is not None:
-                raise AnnotationError(
-                    f"{name}: a stream cannot be divided by its column {column!r}: leave --streaming out"
-                    + (", or set split_column to none to ignore the column." if what == "split_column" else ".")
-                )
+        if divides := [column for column in (group_column, splits_from) if column is not None]:
+            raise AnnotationError(
+                f"{name}: a stream cannot be divided by its column {divides[0]!r}: leave --streaming out, or set "
+                f"{'split_column to none' if divides[0] == splits_from else 'no group_column'} to ignore the column."
+            )
         return StreamedVideos(dataset, name, video_column, read)
     splits: Sequence[str | None] = [None] * len(dataset)
     if splits_from is not None:
-        values = _texts(dataset, splits_from)
-        splits = [split_name(value, splits_from, f"{name}[{index}]") for index, value in enumerate(values)]
+        texts = enumerate(_texts(dataset, splits_from))
+        splits = [split_name(value, splits_from, f"{name}[{index}]") for index, value in texts]
     kept = kept_splits(f"{name}, column {splits_from!r}", splits, choose_splits)
-    units: list[tuple[str, ...]] = [()] * len(dataset)
-    if group_column is not None:
-        values = _texts(dataset, group_column)
-        if any(value in (None, "") for value in values):
-            index = next(index for index, value in enumerate(values) if value in (None, ""))
-            raise AnnotationError(f"{name}[{index}]: {group_column!r} is empty.")
-        units = [(f"{group_column}={value}",) for value in values]
+    units = _group_keys(dataset, name, group_column)
     files = _files(dataset, video_column)
     videos = []
     for index, row in enumerate(dataset.select_columns(label_columns)):
@@ -119,6 +112,17 @@ def hub_videos(
             video = partial(_video, dataset, index, video_column)
             videos.append(LabelledVideo(video, read(row, where), where, units[index], splits[index], files[index]))
     return videos
+
+
+def _group_keys(dataset: datasets.Dataset, name: str, column: str | None) -> list[tuple[str, ...]]:
+    """`LabelledVideo.keep_together` of each row. Raises AnnotationError for a cell that is empty."""
+    if column is None:
+        return [()] * len(dataset)
+    values = _texts(dataset, column)
+    for index, value in enumerate(values):
+        if value in (None, ""):
+            raise AnnotationError(f"{name}[{index}]: {column!r} is empty.")
+    return [(f"{column}={value}",) for value in values]
 
 
 def _texts(dataset: datasets.Dataset, column: str) -> list[Any]:
