@@ -409,7 +409,10 @@ class VideoReader(VideoContainer):
         tainted = tainted_timestamps(self._sent, {value for value, flag in zip(pts, flagged, strict=True) if flag})
         num_outputs, scanned = len(pts), self._scanned_pts
         if num_outputs == 0:
-            raise self._error("no frame of it can be decoded", num_recovered=0)
+            reason = "no frame of it can be decoded"
+            if not all(self._header_size):  # only the decoder saw how large they are
+                reason += f", or they have more than max_pixels={self.limits.max_pixels} pixels"
+            raise self._error(reason, num_recovered=0)
         output_pts = np.array([-1 if value is None else value for value in pts], dtype=np.int64)
         frames = np.arange(num_outputs)
         is_timed = scanned is not None and bool(np.all(np.diff(output_pts) > 0) and np.isin(output_pts, scanned).all())

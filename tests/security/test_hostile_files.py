@@ -10,6 +10,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import PIL.Image
 import pytest
 from video_files import plain_decode, write_kind, write_video
 
@@ -144,6 +145,16 @@ def test_the_budget_holds_where_the_header_tells_a_lie(tmp_path):
     limits = VideoLimits(max_decoded_pixels=10 * 48 * 64)
     with pytest.raises(VideoLimitError, match="max_decoded_pixels=30720"):
         VideoReader(path, limits=limits)
+
+
+def test_a_still_picture_over_the_limit_is_told_so():
+    """A WebP file tells its size to the decoder only."""
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (64, 48)).save(file, "webp")
+    with VideoReader(file.getvalue()) as reader:
+        assert reader.frames_at([0]).shape == (1, 48, 64, 3)
+    with pytest.raises(VideoDecodingError, match="or they have more than max_pixels=3071 pixels"):
+        VideoReader(file.getvalue(), limits=VideoLimits(max_pixels=64 * 48 - 1))
 
 
 # Other files
