@@ -16,6 +16,7 @@ from vivit_hf.augmentation import (
     rand_augment,
 )
 from vivit_hf.recipes import RECIPES
+from vivit_hf.video_frames import resize_frames
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +121,13 @@ def test_a_flip_is_the_mirror_image(clip):
     half = ClipAugmentation(**same, flip_probability=0.5)
     share = np.mean([not np.array_equal(half(clip, np.random.default_rng(seed)), clip) for seed in range(400)])
     assert 0.4 < share < 0.6
+
+
+def test_a_clip_that_is_too_narrow_for_the_crop_keeps_its_shape():
+    clip = moving_frames(num_frames=2, height=47, width=27)
+    cropped = ClipAugmentation(crop_size=(24, 40))(clip, np.random.default_rng(0))
+    whole = resize_frames(clip, (70, 40), Image.Resampling.BILINEAR)
+    assert any(np.array_equal(cropped, whole[:, top : top + 24]) for top in range(70 - 24 + 1))
 
 
 def test_scale_jitter_draws_height_and_width_apart():

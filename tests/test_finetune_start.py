@@ -274,3 +274,19 @@ def test_settings_of_an_image_processor_in_the_newer_file(vit):
 def test_a_vivit_whose_processor_is_in_the_file_for_videos(vivit):
     (vivit / "preprocessor_config.json").unlink()
     assert clips_of(start_from(vivit, SMALL)[0]) == (8, 32, 3, 34)
+
+
+def test_a_recipes_clips_do_not_count_where_one_is_spread_over_a_video(vivit, tmp_path, monkeypatch, capsys):
+    ViViTVideoProcessor(num_frames=8, size=34, crop_size=32, frame_sampling="uniform").save_pretrained(vivit)
+
+    def stop(arguments, *_):
+        raise ValueError(f"{arguments[1].num_clips} x {arguments[1].num_crops} views")
+
+    monkeypatch.setattr(finetune, "make_trainer", stop)
+    monkeypatch.setattr(finetune, "load_splits", lambda *_: finetune.Splits([], [], LABELS))
+    argv = ["--model_name_or_path", str(vivit), "--output_dir", str(tmp_path / "out"), "--use_cpu"]
+    with pytest.raises(SystemExit, match="1 x 3 views"):
+        finetune.main([*argv, "--recipe", "small-data"])
+    assert "num_clips of the recipe small-data does not count" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="num_clips=2"):
+        finetune.main([*argv, "--num_clips", "2"])

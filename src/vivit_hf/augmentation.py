@@ -44,7 +44,7 @@ class ClipAugmentation:
         crop_size: (height, width) of the random crop, in pixels.
         flip_probability: of a horizontal flip.
         scale_jitter: None, or the least and the greatest factor by which height and width are scaled, each drawn by
-            itself, as in the official code (0.9 to 1.33). A clip that would be too small for the crop is scaled up.
+            itself, as in the official code (0.9 to 1.33). A clip too small for the crop is scaled up evenly.
         colour_jitter_probability: of changing brightness (by up to 32 of 255), saturation and contrast (0.6 to 1.4
             times) and hue (by up to a fifth of the circle).
         colour_drop_probability: of dropping all colour.
@@ -104,7 +104,9 @@ class ClipAugmentation:
         if self.scale_jitter is not None:
             factors = generator.uniform(*self.scale_jitter, size=2)
             size = tuple(int(side * factor) for side, factor in zip(size, factors, strict=True))
-        height, width = (max(side, crop) for side, crop in zip(size, self.crop_size, strict=True))
+        # Both sides by one factor, so that a portrait video is not squeezed for a landscape crop.
+        growth = max(1.0, *(crop / side for side, crop in zip(size, self.crop_size, strict=True)))
+        height, width = (max(round(side * growth), crop) for side, crop in zip(size, self.crop_size, strict=True))
         return resize_frames(clip, (height, width), Image.Resampling.BILINEAR)
 
 
