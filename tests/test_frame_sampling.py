@@ -253,3 +253,27 @@ def test_sampling_needs_nothing_but_numpy():
         )
     }
     assert imported == {"__future__", "numpy"}
+
+
+@pytest.mark.parametrize(("total", "stride"), [(5, 1), (7, 1), (8, 1), (20, 4), (29, 4), (30, 4), (1, 2)])
+def test_random_starts_of_loops_are_those_of_dmvr(total, stride):
+    """`sample_sequence` draws below length - (steps - 1) * stride or, where that is not above 0, below the length."""
+    generator = np.random.default_rng(0)
+    clips = sample_clips(
+        total, 8, stride, num_clips=2000, start="random", short_video_policy="loop", generator=generator
+    )
+    fits = total - 7 * stride
+    assert set(clips[:, 0]) == set(range(fits if fits > 0 else total))
+    assert (np.diff(clips, axis=1) % total == stride % total).all(), "the sequence is repeated"
+    kept = sample_clips(
+        total, 8, stride, num_clips=200, start="random", short_video_policy="repeat_last", generator=generator
+    )
+    assert set(kept[:, 0]) <= set(range(max(1, fits)))
+
+
+def test_random_starts_of_loops_at_a_rate_are_anywhere():
+    arguments = {"num_clips": 500, "start": "random", "generator": np.random.default_rng(0)}
+    clips = sample_clips_at_rate(np.arange(5) / 10, 8, 10, short_video_policy="loop", **arguments)
+    assert set(clips[:, 0]) == set(range(5)) and (np.diff(clips, axis=1) % 5 == 1).all()
+    clips = sample_clips_at_rate(np.arange(5) / 10, 8, 10, short_video_policy="repeat_last", **arguments)
+    assert set(clips[:, 0]) == {0}

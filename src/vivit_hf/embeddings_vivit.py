@@ -117,7 +117,8 @@ class ViViTUniformFrameEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(batch, frames, channels, height, width) -> (batch, time, height, width, hidden)."""
-        pixel_values = pixel_values[:, _sampled_frames(pixel_values.shape[1], self.config.num_sampled_frames)]
+        frames = len(pixel_values.unbind(1))  # a number, where `shape` may hold a symbol (compiling, tracing)
+        pixel_values = pixel_values[:, _sampled_frames(frames, self.config.num_sampled_frames)]
         batch, time = pixel_values.shape[:2]
         patches = self.projection(pixel_values.flatten(0, 1))  # (batch * time, hidden, height, width)
         return patches.permute(0, 2, 3, 1).unflatten(0, (batch, time))
@@ -238,7 +239,7 @@ def check_pixel_values(pixel_values: torch.Tensor, config: ViViTConfig, any_size
     _, frames, _, height, width = pixel_values.shape
     actual, expected = (frames, height, width), (config.num_frames, *config.frame_size)
     if any_size:
-        if 0 in config.grid_size_of(*actual):
+        if any(side < patch for side, patch in zip(actual, config.tubelet_size, strict=True)):
             raise ValueError(f"A clip of {actual} (frames, height, width) has no whole patch of {config.tubelet_size}.")
     elif actual != expected:
         raise ValueError(
@@ -257,6 +258,8 @@ def check_values(pixel_values: torch.Tensor, config: ViViTConfig) -> None:
             f"`pixel_values` of {pixel_values.dtype} look like raw frames; the model takes floats in [-1, 1], which "
             "ViViTVideoProcessor makes of them."
         )
+    if pixel_values.shape[0] == 0:
+        raise ValueError(f"`pixel_values` of shape {tuple(pixel_values.shape)} hold no clip; expected at least one.")
     channels = pixel_values.shape[2]
     if channels != config.num_channels:
         raise ValueError(

@@ -78,7 +78,14 @@ def _is_plain_inference(tensor: torch.Tensor) -> bool:
         return False
     if forward_ad._current_level >= 0:  # derivatives in forward mode, which `no_grad` does not turn off
         return False
+    if _is_transformed():
+        return False
     return type(tensor) is torch.Tensor and not torch._C._len_torch_dispatch_stack()
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of `torch.func` is at work, such as vmap, which warns of every fused operation."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _gelu_approximation(activation: nn.Module) -> str | None:
@@ -122,10 +129,13 @@ def has_bfloat16_units() -> bool:
 
 def attention_implementation(name: str, query: torch.Tensor, key: torch.Tensor, has_dropout: bool) -> str:
     """
-    `name`, or "blockwise" for an "sdpa" that does without the matrix units that the machine has.
+    `name`, or "blockwise" for an "sdpa" that does without the matrix units that the machine has, or "eager" for one
+    under `torch.func`.
 
     Query and key (batch, tokens, heads, head_dim).
     """
+    if name == "sdpa" and not torch.compiler.is_compiling() and _is_transformed():
+        return "eager"
     if name != "sdpa" or has_dropout or not _is_plain_inference(query):
         return name
     is_slow = query.device.type == "cpu" and query.dtype == torch.bfloat16 and has_bfloat16_units()

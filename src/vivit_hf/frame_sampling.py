@@ -141,7 +141,8 @@ def sample_clips(
 
     `start="centre"` gives the window in the middle for one clip and linearly spaced windows, the first at the first
     frame and the last at the end, for several; `start="random"` draws each start from `generator`. The starts are
-    those of `sample_sequence` and `sample_linspace_sequence` in DMVR.
+    those of `sample_sequence` and `sample_linspace_sequence` in DMVR, which loops short videos: with "loop", a video
+    that is too short for its clip has its random start at any frame; with "repeat_last" at the first.
     """
     total = check_positive_integer("num_frames_in_video", num_frames_in_video)
     num_frames = check_positive_integer("num_frames", num_frames)
@@ -150,7 +151,9 @@ def sample_clips(
     check_choice("start", start, CLIP_STARTS)
     starts: np.ndarray
     if start == "random":
-        num_starts = max(1, total - (num_frames - 1) * stride)
+        num_starts = total - (num_frames - 1) * stride
+        if num_starts < 1:  # too short, and so a loop begins anywhere, as in DMVR
+            num_starts = total if short_video_policy == "loop" else 1
         starts = _checked_generator(generator).integers(num_starts, size=num_clips)
     else:
         last_start = max(0, total - num_frames * stride)
@@ -193,7 +196,10 @@ def sample_clips_at_rate(
             "`frames_per_second`, or choose short_video_policy='repeat_last' or 'loop'."
         )
     if start == "random":
-        starts = _checked_generator(generator).uniform(0, max(0.0, duration - last_moment), size=num_clips)
+        span = duration - last_moment
+        if span <= 0:  # too short, and so a loop begins anywhere
+            span = duration if short_video_policy == "loop" else 0.0
+        starts = _checked_generator(generator).uniform(0, span, size=num_clips)
     else:
         last_start = max(0.0, duration - num_frames / rate)
         starts = np.linspace(0, last_start, num_clips) if num_clips > 1 else np.array([last_start / 2])

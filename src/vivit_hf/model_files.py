@@ -18,7 +18,10 @@ from safetensors import SafetensorError, safe_open
 
 
 # Every layout of weights. `from_pretrained` takes the first that it finds, also one from an earlier save.
-WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
+WEIGHTS = (
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"),
+)
 _INDICES = ("*.safetensors.index*.json", "*.bin.index*.json")
 
 
@@ -84,3 +87,29 @@ def check_weights(folder: Path) -> None:
 def is_weight_file(name: str) -> bool:
     """Whether a file of this name, without a folder, holds weights or an index of weights."""
     return any(fnmatch(name, pattern) for pattern in WEIGHTS)
+
+
+@contextmanager
+def stale_weights_removed(folder: Path) -> Iterator[None]:
+    """
+    Around a save into `folder`: at its end, remove the weights that it has not written.
+
+    After an error, or where no weights were written (an adapter, a variant such as fp16), every file stays.
+    """
+    before = _states(folder)
+    yield
+    after = _states(folder)
+    if any(before.get(path) != state for path, state in after.items()):
+        for path, state in after.items():
+            if before.get(path) == state:
+                path.unlink()
+
+
+def _states(folder: Path) -> dict[Path, tuple[int, int, int]]:
+    """The files of weights in a folder, and what changes when one is written: inode, size and time."""
+    states = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if is_weight_file(path.name):
+            state = path.stat()
+            states[path] = (state.st_ino, state.st_size, state.st_mtime_ns)
+    return states

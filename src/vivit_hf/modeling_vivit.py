@@ -42,6 +42,20 @@ POOLINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+# What transformers passes to any model; `return_dict` is left in place by some of its wrappers.
+_TRANSFORMERS_ARGUMENTS = frozenset({*TransformersKwargs.__annotations__, "return_dict"})
+
+
+def _check_arguments(kwargs: dict[str, Any]) -> None:
+    """TypeError for arguments that no forward knows; None stands for one that was not given, as peft hands it over."""
+    for name, value in kwargs.items():
+        if value is not None and name not in _TRANSFORMERS_ARGUMENTS:
+            raise TypeError(
+                f"forward() got an unexpected argument {name!r}. A ViViT takes `pixel_values`, "
+                "`interpolate_pos_encoding`, `labels` (with a classifier), and what transformers passes to every model."
+            )
+
+
 class ViViTPreTrainedModel(AutoClassMixin, CheckpointLoadingMixin, HubPushMixin, PreTrainedModel):
     """Loading, saving and initialisation that the ViViT models share."""
 
@@ -177,6 +191,7 @@ class ViViTModel(ViViTPreTrainedModel):
         Raises:
             ValueError: if the clip does not have the expected shape; the message prints both.
         """
+        _check_arguments(kwargs)
         if pixel_values is None:
             raise ValueError("`pixel_values` is missing; expected (batch, frames, channels, height, width).")
         tokens, class_token = self.embeddings(pixel_values, interpolate_pos_encoding)

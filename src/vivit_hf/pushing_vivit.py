@@ -4,7 +4,6 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from .model_card import Report, is_repo_id, read_initialisation, write_model_card
+from .model_files import is_weight_file, stale_weights_removed
 
 
 # Where the Auto classes find ours in a saved folder, when this package is not installed.
@@ -22,8 +22,6 @@ AUTO_MAP = {
 }
 # Larger files take longer to repeat when a transfer fails; transformers' own limit is 50 GB.
 MAX_SHARD_SIZE = "5GB"
-# Weights that an earlier push may have left: `from_pretrained` takes the first layout that it finds, also an old one.
-_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
 
 
 class HubPushMixin:
@@ -37,13 +35,19 @@ class HubPushMixin:
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """
         As `transformers.PreTrainedModel.save_pretrained`. The folder also gets the files that define the model, so that
-        every Auto class loads it with `trust_remote_code=True` where this package is not installed.
+        every Auto class loads it with `trust_remote_code=True` where this package is not installed. Weights of an
+        earlier save in another layout, which `from_pretrained` might find first, are removed at the end.
         """
         if hasattr(self.config, "auto_map"):
             del self.config.auto_map  # of the checkpoint that it came from, which may have been of another class
         if self._auto_class is not None and type(self).__module__.rpartition(".")[2] == "modeling_vivit":
             self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]  # that of PreTrainedModel
+        save: Any = super()
+        if not (args[0] if args else kwargs.get("is_main_process", True)):  # nothing is written
+            save.save_pretrained(save_directory, *args, **kwargs)
+            return
+        with stale_weights_removed(Path(save_directory)):
+            save.save_pretrained(save_directory, *args, **kwargs)
 
     def push_to_hub(
         self,
@@ -126,7 +130,7 @@ class HubPushMixin:
             )
             files = {path.name: path for path in sorted(folder.iterdir())}
             there = api.list_repo_files(repo_id, revision=revision)
-            old = [name for name in there if name not in files and any(fnmatch(name, kind) for kind in _WEIGHTS)]
+            old = [name for name in there if name not in files and is_weight_file(name)]  # of an earlier push
             return api.create_commit(
                 repo_id,
                 [
