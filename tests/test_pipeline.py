@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import make_model, tiny_config
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForVideoClassification, pipeline
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForVideoClassification,
+    VideoClassificationPipeline,
+    VivitConfig,
+    VivitForVideoClassification,
+    VivitImageProcessor,
+    pipeline,
+)
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from video_files import write_video
 
@@ -31,9 +41,9 @@ def video(tmp_path_factory):
     return str(write_video(tmp_path_factory.mktemp("video") / "clip.mp4", frames))
 
 
-def expected_scores(folder, video):
+def expected_scores(folder, video, **settings):
     model = ViViTForVideoClassification.from_pretrained(folder)
-    inputs = ViViTVideoProcessor.from_pretrained(folder)(video, return_tensors="pt")
+    inputs = ViViTVideoProcessor.from_pretrained(folder)(video, return_tensors="pt", **settings)
     assert inputs["pixel_values"].shape == (1, 8, 3, 24, 40)
     with torch.no_grad():
         scores = model(**inputs).logits[0].softmax(-1)
@@ -69,13 +79,50 @@ def test_pipeline_with_our_processor_as_video_processor(folder, video):
 
 
 def test_pipeline_with_our_processor_as_image_processor(folder, video):
-    """This way transformers decodes itself, and gives the first frames of the file at the stride it is asked for."""
     model = AutoModelForVideoClassification.from_pretrained(folder)
     classify = pipeline(
         "video-classification", model=model, image_processor=ViViTVideoProcessor.from_pretrained(folder)
     )
     results = classify(video, top_k=5)
-    assert len(results) == 5 and sum(entry["score"] for entry in results) == pytest.approx(1, abs=1e-5)
+    assert {entry["label"]: entry["score"] for entry in results} == pytest.approx(
+        expected_scores(folder, video), abs=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", ["model", "video_processor", "image_processor"])
+@pytest.mark.parametrize("rate", [1, 4])
+def test_frame_sampling_rate_is_the_stride_of_the_processor(folder, video, name, rate):
+    parts = {"model": str(folder)}
+    if name != "model":
+        parts = {"model": AutoModelForVideoClassification.from_pretrained(folder)}
+        parts[name] = ViViTVideoProcessor.from_pretrained(folder)
+    expected = pytest.approx(expected_scores(folder, video, frame_stride=rate), abs=1e-6)
+    assert expected != expected_scores(folder, video)
+    for results in (
+        pipeline("video-classification", **parts)(video, top_k=5, frame_sampling_rate=rate),
+        pipeline("video-classification", **parts, frame_sampling_rate=rate)(video, top_k=5),
+    ):
+        assert {entry["label"]: entry["score"] for entry in results} == expected
+
+
+def test_a_rate_of_frames_that_are_spread_over_the_video_is_refused(folder, video):
+    processor = ViViTVideoProcessor.from_pretrained(folder, frame_sampling="uniform")
+    model = AutoModelForVideoClassification.from_pretrained(folder)
+    classify = pipeline("video-classification", model=model, video_processor=processor)
+    classify(video)
+    with pytest.raises(ValueError, match="`frame_sampling_rate=2` has no meaning"):
+        classify(video, frame_sampling_rate=2)
+
+
+def test_pipelines_of_other_models_are_those_of_transformers(video):
+    config = VivitConfig(
+        image_size=32, num_frames=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    processor = VivitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    arguments = {"model": VivitForVideoClassification(config).eval(), "image_processor": processor}
+    expected = VideoClassificationPipeline(**arguments)(video, frame_sampling_rate=2)
+    assert pipeline("video-classification", **arguments)(video, frame_sampling_rate=2) == expected
+    assert pipeline("video-classification", **arguments)(video) != expected
 
 
 def test_nothing_of_it_needs_torchvision_or_torchcodec(folder, video):

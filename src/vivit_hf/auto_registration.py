@@ -50,6 +50,14 @@ def _register_video_processor() -> None:
     AutoVideoProcessor.register(ViViTConfig, ViViTVideoProcessor, exist_ok=True)
 
 
+def _register_pipeline() -> None:
+    from transformers.pipelines import SUPPORTED_TASKS
+
+    from .pipeline import ViViTVideoClassificationPipeline
+
+    SUPPORTED_TASKS["video-classification"]["impl"] = ViViTVideoClassificationPipeline
+
+
 class _RegisteringFinder(importlib.abc.MetaPathFinder):
     """
     Find modules of transformers and of this package as the other finders do, and register ViViT after their import.
@@ -64,6 +72,7 @@ class _RegisteringFinder(importlib.abc.MetaPathFinder):
             "transformers.models.auto.modeling_auto": _register_models,
             "transformers.models.auto.image_processing_auto": _register_image_processor,
             "transformers.models.auto.video_processing_auto": _register_video_processor,
+            "transformers.pipelines": _register_pipeline,
         }
         self._num_executing = 0
 
