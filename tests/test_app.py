@@ -1,6 +1,7 @@
 """The page of examples/app.py as a visitor uses it: a process of its own, and a headless browser that is offline."""
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from gradio_client import Client, handle_file
 from huggingface_hub import SpaceCard
 from moving_shapes import MOTIONS, Scene, write_video
@@ -26,6 +28,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 from video_files import write_video as write_any_video
+
+from vivit_hf import NonFiniteError, ViViTForVideoClassification, ViViTVideoProcessor, demo_model_path
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -312,6 +316,84 @@ def test_only_models_of_the_list_and_of_the_hub_are_loaded(tmp_path, monkeypatch
     for name in (None, "  "):
         with pytest.raises(app["UserError"], match="There is no model yet"):
             app["check_model"](name, offered)
+
+
+@pytest.mark.parametrize("name", [["owner/name"], {"a": 1}, 7, 1.5, True])
+def test_a_model_is_chosen_by_text(name):
+    app = runpy.run_path(str(SPACE / "app.py"))
+    with pytest.raises(app["UserError"], match=f"not by a {type(name).__name__}"):
+        app["check_model"](name, [app["DEMO"]])
+
+
+def test_a_page_can_keep_to_its_list():
+    app = runpy.run_path(str(SPACE / "app.py"))
+    assert app["check_model"](app["DEMO"], [app["DEMO"]], only_listed=True) == app["DEMO"]
+    with pytest.raises(app["UserError"], match="'owner/name' is not on the list of models"):
+        app["check_model"]("owner/name", [app["DEMO"]], only_listed=True)
+
+
+@pytest.fixture
+def jobs(monkeypatch):
+    monkeypatch.syspath_prepend(str(SPACE))
+    return importlib.import_module("jobs")
+
+
+def make_job(jobs, folder, path, **fields):
+    default = {"model": DEMO, "method": "gradient", "max_seconds": 60, "max_megabytes": 10}
+    return jobs.Job(path=str(path), folder=str(folder), **{**default, **fields})
+
+
+def test_a_job_that_takes_too_long_ends_with_its_process_and_the_next_is_answered(jobs, tmp_path):
+    worker = jobs.Worker(seconds=0.2)
+    job = make_job(jobs, tmp_path, SPACE / "clips" / "up_left.mp4")
+    (part,) = worker.run(job)
+    assert part["error"].startswith("This took longer than 0.2 seconds") and worker._process is None
+    worker.seconds = TIMEOUT
+    parts = list(worker.run(job))
+    assert parts[-1] == {"end": True} and any("labels" in part for part in parts)
+    process = worker._process
+    (*_, last) = worker.run(make_job(jobs, tmp_path, SPACE / "README.md"))
+    assert last["error"].startswith("Cannot read README.md") and worker._process is process
+    process.kill()
+    process.join()
+    assert list(worker.run(job))[-1] == {"end": True}
+    worker.stop()
+
+
+def test_the_clip_that_decided_is_the_one_that_is_explained(jobs, tmp_path):
+    """In all.mp4 the motion changes: the clip in the middle is called otherwise than the video."""
+    video = demo_model_path() / "samples" / "all.mp4"
+    *_, labels, _, last = jobs.answer(make_job(jobs, tmp_path, video))
+    best = next(iter(labels["labels"]))
+    network, processor = jobs.load_model(DEMO)
+    found = jobs.classify(network, processor, video)
+    with torch.no_grad():
+        scores = network(found.pixel_values).logits[0].softmax(-1)
+    assert network.config.id2label[int(scores.argmax())] == best == found.label
+    assert f"speaks most for {best!r}" in last["caption"] and "of 4" in last["caption"]
+    assert "The demo model knows only shapes that move along a diagonal" in last["status"]
+
+
+def test_pictures_too_large_in_all_are_refused_before_they_are_decoded(jobs, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "MOST_PIXELS", 24 * 80 * 96 - 1)
+    with pytest.raises(jobs.UserError, match="24 frames of 96 x 80 are more than"):
+        jobs.check_clip(str(SPACE / "clips" / "up_left.mp4"), 60, 10)
+
+
+def test_models_that_would_stall_the_page_or_have_no_answer_are_named(jobs, tmp_path):
+    model, processor = (
+        cls.from_pretrained(demo_model_path()) for cls in (ViViTForVideoClassification, ViViTVideoProcessor)
+    )
+    for name in ("fast", "nan"):
+        processor.frames_per_second = 3e7 if name == "fast" else None
+        if name == "nan":
+            torch.nn.init.constant_(model.classifier.weight, float("nan"))
+        model.save_pretrained(tmp_path / name)
+        processor.save_pretrained(tmp_path / name)
+    clip = SPACE / "clips" / "up_left.mp4"
+    for name, message in (("fast", "Cannot load the model .* at most 1000, got 30000000"), ("nan", "NaN or infinite")):
+        with pytest.raises((jobs.UserError, NonFiniteError), match=message):
+            list(jobs.answer(make_job(jobs, tmp_path, clip, model=str(tmp_path / name))))
 
 
 def test_a_name_is_text_whatever_is_in_it():

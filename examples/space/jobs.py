@@ -1,0 +1,271 @@
+"""
+What the page computes for a visitor, in a process of its own: a file or a model that takes too long ends with it.
+
+FFmpeg and torch cannot be interrupted from within Python, and killing a process frees whatever it held.
+"""
+
+import logging
+import math
+import multiprocessing
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor, demo_model_path
+from vivit_hf.evaluation import average_views, to_probabilities
+from vivit_hf.finite_outputs import check_finite
+from vivit_hf.inference import describe_views, predict_views
+from vivit_hf.labels import LabelMap
+from vivit_hf.overlays import explain_clip, save_explanation
+from vivit_hf.streaming import StreamingClassifier
+from vivit_hf.timeline import Segment, video_timeline
+from vivit_hf.video_decoding import VideoReader
+from vivit_hf.video_sources import VideoDecodingError, VideoLimitError, VideoLimits
+
+
+DEMO = "demo (moving shapes)"
+DEMO_NOTE = "The demo model knows only shapes that move along a diagonal: of any other video its labels say nothing."
+MOST_WINDOWS = 300  # of a timeline, so that a long video does not keep everyone else waiting
+TOP_K = 5
+# Beyond any camera for slow motion. What a short file claims to hold beyond that is a trick, and not worth reading.
+MOST_FRAMES_PER_SECOND = 1000
+MOST_PIXELS = 8_000_000_000  # of all frames of a file: ten minutes of 480p, or half a minute of 4K
+TOO_LARGE = (
+    "{name} is too large: it has {megabytes} MB, and this page takes up to {limit} MB. Cut out the part that matters, "
+    "or save it in a smaller size."
+)
+
+
+class UserError(Exception):
+    """Something that whoever uses the page can mend; its text is shown there."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """An uploaded file within the limits of the page."""
+
+    path: Path
+    last_frame: float  # seconds, when it is shown
+    frames_per_second: float  # on average
+    summary: str
+
+
+def check_clip(path: str | None, max_seconds: float, max_megabytes: float) -> Clip:
+    """Raises UserError for a file that is missing, too large, too long or unreadable, with the reason."""
+    if path is None:
+        raise UserError("There is no video yet: upload a file or record one.")
+    file = Path(path)
+    megabytes = file.stat().st_size / 1e6
+    if megabytes > max_megabytes:
+        raise UserError(TOO_LARGE.format(name=file.name, megabytes=f"{megabytes:.1f}", limit=f"{max_megabytes:g}"))
+    max_frames = max(1, round(max_seconds * MOST_FRAMES_PER_SECOND))
+    try:
+        with VideoReader(path, limits=VideoLimits(max_frames=max_frames, max_decoded_pixels=MOST_PIXELS)) as reader:
+            count, times = reader.num_frames, reader.timestamps
+            height, width = reader.frames_at([0], on_lost="repeat_last").shape[1:3]
+        if count * height * width > MOST_PIXELS:
+            reason = f"{count} frames of {width} x {height} are more than {MOST_PIXELS:,} pixels"
+            raise VideoLimitError(reason, source=str(path), reason=reason)
+    except VideoLimitError as error:
+        raise UserError(f"{file.name} is too long or its pictures are too large: {error.reason}.") from error
+    except VideoDecodingError as error:
+        raise UserError(
+            f"Cannot read {file.name}: {error.reason}. It may be damaged, or hold no picture at all. If it plays "
+            "elsewhere, save it as MP4 (H.264) and upload that."
+        ) from error
+    # A frame is shown until the next one comes; the last one as long as the others on average.
+    seconds = float(times[-1]) * count / (count - 1) if count > 1 else 0.0
+    if seconds > max_seconds:
+        raise UserError(
+            f"{file.name} is too long: it lasts {spoken(seconds)}, and this page takes up to {spoken(max_seconds)}. "
+            "Cut out the part that matters."
+        )
+    summary = f"{file.name}: {seconds:.1f} seconds, {count} frame{'s' * (count > 1)} of {width} x {height}"
+    return Clip(file, float(times[-1]), count / seconds if seconds else 0.0, summary)
+
+
+def spoken(seconds: float) -> str:
+    return f"{round(seconds, 1):g} seconds" if seconds < 120 else f"{round(seconds / 60, 1):g} minutes"
+
+
+@lru_cache(maxsize=2)  # visitors can name any model; memory holds only so many
+def load_model(name: str) -> tuple[Any, ViViTVideoProcessor]:
+    """Model and processor of a folder or Hub id. No code that comes with them is run."""
+    folder = demo_model_path() if name == DEMO else name
+    try:
+        model = ViViTForVideoClassification.from_pretrained(folder).eval()
+        processor = ViViTVideoProcessor.from_pretrained(
+            folder, on_error="repeat_last", video_limits={"max_decoded_pixels": MOST_PIXELS}
+        )
+    except Exception as error:  # a damaged or hostile folder can make the libraries trip over anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"Cannot load the model {name!r}: {reason}") from error
+    if not model.config.num_labels:
+        raise UserError(f"The model {name!r} has no classifier: choose one that was trained on labels.")
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+
+
+def looks_at_once(processor: ViViTVideoProcessor) -> bool:
+    """Whether a clip is frames from all of the video, so that there is one clip and no when."""
+    return processor.frame_sampling == "uniform"
+
+
+def num_clips(processor: ViViTVideoProcessor) -> int:
+    """Parts of the video whose scores are averaged."""
+    return 1 if looks_at_once(processor) else 4
+
+
+@dataclass
+class Answer:
+    """The likeliest labels of a video, and the clip that speaks most for the first of them."""
+
+    labels: dict[str, float]
+    label: str
+    class_index: int
+    pixel_values: torch.Tensor  # (1, frames, channels, height, width)
+    place: int  # of the clip among all
+    score: float  # of the label in this clip
+
+
+def classify(model: Any, processor: ViViTVideoProcessor, path: Path) -> Answer:
+    features = processor(path, num_clips=num_clips(processor), num_crops=1)
+    views = features["pixel_values"].to(model.device, model.dtype)  # (clips, frames, channels, height, width)
+    ids = None if features.frame_ids is None else np.asarray(features.frame_ids)[None]
+    label_map = LabelMap.from_config(model.config)
+    with torch.inference_mode():
+        logits = predict_views(model, views[None], frame_ids=ids)
+        check_finite(logits, model, views)
+        probabilities = to_probabilities(average_views(logits, label_map)[0].cpu(), label_map)
+        of_clips = to_probabilities(logits[0].float().cpu(), label_map)  # (clips, labels)
+    names = label_map.names
+    first_group = len(next(iter(label_map.groups.values())))
+    best = int(probabilities[:first_group].argmax())
+    place = int(of_clips[:, best].argmax())
+    labels = sorted(zip(names, probabilities.tolist(), strict=True), key=lambda one: -one[1])[:TOP_K]
+    return Answer(
+        dict(labels), names[best], best, views[place : place + 1].clone(), place, float(of_clips[place, best])
+    )
+
+
+def timeline(model: Any, processor: ViViTVideoProcessor, clip: Clip) -> list[Segment]:
+    """What happens when; in a long video with larger steps from window to window."""
+    if looks_at_once(processor):
+        return []
+    rate = processor.frames_per_second or clip.frames_per_second / processor.frame_stride
+    widest = math.ceil(clip.last_frame * rate / MOST_WINDOWS)
+    return video_timeline(model, processor, clip.path, hop=max(StreamingClassifier(model, processor).hop, widest))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a visitor asks for; `folder` takes the pictures."""
+
+    path: str | None
+    model: str
+    method: str
+    folder: str
+    max_seconds: float
+    max_megabytes: float
+
+
+def answer(job: Job) -> Iterator[dict[str, Any]]:
+    """The parts of the answer, each as soon as it is there; raises UserError and others."""
+    clip = check_clip(job.path, job.max_seconds, job.max_megabytes)
+    yield {"status": f"{clip.summary}. Loading the model ..."}
+    network, processor = load_model(job.model)
+    yield {"status": f"{clip.summary}. Classifying ..."}
+    found = classify(network, processor, clip.path)
+    yield {"labels": found.labels}
+    yield {"segments": timeline(network, processor, clip)}
+    target = found.class_index if job.method == "gradient" else None
+    explanation = explain_clip(network, processor, found.pixel_values, job.method, target, TOP_K)
+    pictures = [str(save_explanation(Path(job.folder, name), explanation)) for name in ("seen.gif", "sheet.png")]
+    total = num_clips(processor)
+    caption = "The frames that the model saw, and where it looked."
+    if total > 1:
+        caption = (
+            f"Clip {found.place + 1} of {total}, the one that speaks most for {found.label!r} ({found.score:.0%}), and "
+            "where the model looked. The labels above are an average over all clips."
+        )
+    own = explanation.labels[0][0]
+    if own != found.label and not LabelMap.from_config(network.config).is_grouped:
+        caption += f" By itself this clip would be {own!r}."
+    status = f"{clip.summary}. The labels are from {describe_views(processor, total, num_crops=1)}."
+    if job.model == DEMO:
+        status += f" {DEMO_NOTE}"
+    yield {"pictures": pictures, "caption": caption, "status": status}
+
+
+def _serve(connection: Any) -> None:
+    """Answers jobs until the page goes away; runs in the process of a `Worker`."""
+    while True:
+        try:
+            job = connection.recv()
+        except EOFError:
+            return
+        try:
+            for part in answer(job):
+                connection.send(part)
+            connection.send({"end": True})
+        except (UserError, VideoDecodingError, ValueError) as error:
+            connection.send({"error": str(error)})
+        except Exception as error:
+            logging.exception("A video could not be classified.")
+            text = f"This should not have happened: {type(error).__name__}. The log of the server tells more."
+            connection.send({"error": text})
+
+
+class Worker:
+    """A process that answers one job after the other; it is killed with a job that takes too long, and replaced."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self._lock = threading.Lock()
+        self._process: Any = None
+        self._connection: Any = None
+
+    def run(self, job: Job) -> Iterator[dict[str, Any]]:
+        """The parts of `answer`, and at last "end" or "error"."""
+        with self._lock:
+            is_done = False
+            try:
+                self._start()
+                self._connection.send(job)
+                deadline = time.monotonic() + self.seconds
+                while not is_done:
+                    if not self._connection.poll(max(0.0, deadline - time.monotonic())):
+                        yield {
+                            "error": f"This took longer than {spoken(self.seconds)}, and was given up: try a shorter "
+                            "or smaller video, or another model."
+                        }
+                        return
+                    part = self._connection.recv()
+                    is_done = "end" in part or "error" in part
+                    yield part
+            except (EOFError, OSError):
+                yield {"error": "The process that read the video ended: it may have been out of memory."}
+            finally:
+                if not is_done:  # also if the visitor went away in the midst of it
+                    self.stop()
+
+    def _start(self) -> None:
+        if self._process is None or not self._process.is_alive():
+            context = multiprocessing.get_context("spawn")
+            self._connection, theirs = context.Pipe()
+            self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            self._process.start()
+            theirs.close()
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self._connection.close()
+            self._process = None
