@@ -110,6 +110,15 @@ def test_classify_reads_addresses_and_standard_input(tmp_path):
     assert all("--allow-private-addresses" in json.loads(line)["error"] for line in refused.splitlines())
 
 
+def test_standard_input_has_a_limit(monkeypatch, tmp_path):
+    from vivit_hf import video_sources
+
+    monkeypatch.setattr(video_sources, "VideoLimits", partial(video_sources.VideoLimits, max_bytes=1000))
+    for arguments in (["classify", "-"], ["explain", "-", "--output", str(tmp_path / "x.png")]):
+        result = CliRunner().invoke(app, arguments, input=b"x" * 5000)
+        assert result.exit_code == 1 and "more than max_bytes=1000 bytes" in result.stderr, result.output
+
+
 def test_standard_input_is_read_for_the_processes_that_decode():
     data = (SAMPLES / "down_left.mp4").read_bytes()
     process = run("classify", "-", "--workers", 1, "--json", "--num-crops", 1, input=data)

@@ -161,7 +161,17 @@ def expand(videos: Sequence[str]) -> list[str]:
     return found
 
 
-def standard_input() -> Any:
+def standard_input() -> bytearray:
+    """All of standard input, within the limits of a video; exits with 1 and the reason if there is more."""
+    from .video_sources import VideoDecodingError, read_stream
+
+    try:
+        return read_stream(standard_input_file())
+    except VideoDecodingError as error:
+        fail(str(error))
+
+
+def standard_input_file() -> Any:
     if sys.stdin is None or sys.stdin.isatty():
         what = "closed" if sys.stdin is None else "a terminal"
         raise typer.BadParameter(f"- reads a video from standard input, and that is {what}", param_hint="VIDEO")

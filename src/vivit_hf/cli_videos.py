@@ -28,6 +28,7 @@ from .cli_tools import (
     expand,
     load,
     standard_input,
+    standard_input_file,
 )
 
 
@@ -80,7 +81,7 @@ def classify(
     if not files:
         raise typer.BadParameter(f"no video in {', '.join(videos)}", param_hint="VIDEO")
     # Read here: the processes that decode have no standard input.
-    sources: list[Any] = [{"bytes": standard_input().read(), "path": "-"} if file == "-" else file for file in files]
+    sources: list[Any] = [{"bytes": standard_input(), "path": "-"} if file == "-" else file for file in files]
     classifier, processor = load(model, device, dtype, allow_private_addresses=allow_private_addresses)
     processor.on_error = "repeat_last" if on_error == "warn" else "raise"
     if processor.frame_sampling == "uniform":
@@ -248,7 +249,7 @@ def timeline(
             "every window is printed; leave out --min-score and --min-duration", param_hint="--windows"
         )
     classifier, processor = load(model, device, dtype, allow_private_addresses=allow_private_addresses)
-    source: Any = standard_input() if video == "-" else video
+    source: Any = standard_input_file() if video == "-" else video
     listed: list[Segment] = []
     try:
         if is_live:
@@ -366,7 +367,7 @@ def explain(
             raise typer.BadParameter(f"the model does not know {label!r}; it knows {known}", param_hint="--label")
         index = names.index(label)
     part: dict[str, Any] = {"start": start, "end": end}
-    part |= {"bytes": standard_input().read(), "path": "-"} if video == "-" else {"path": video}
+    part |= {"bytes": standard_input(), "path": "-"} if video == "-" else {"path": video}
     try:
         on_lost = "repeat_last" if on_error == "warn" else "raise"
         pixel_values = processor(part, num_clips=1, num_crops=1, on_error=on_lost)["pixel_values"]
