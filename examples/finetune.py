@@ -389,10 +389,7 @@ def main(argv: list[str] | None = None) -> None:
         model, processor = start.model, start.processor
         if recipe and processor.frame_sampling == "uniform" and data.num_clips == recipe.arguments["num_clips"]:
             data.num_clips = 1
-            say(
-                training,
-                f"One clip spread over a video, not the {recipe.name} recipe's {recipe.arguments['num_clips']}.",
-            )
+            say(training, f"One clip is spread over a video: num_clips of the recipe {recipe.name} does not count.")
         if splits.validation is not None:  # raises what the views would raise after training
             processor.settings_with({"num_clips": data.num_clips, "num_crops": data.num_crops})
         if training.averaging not in AVERAGINGS:
