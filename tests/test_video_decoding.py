@@ -433,3 +433,10 @@ def test_pyav_is_no_hard_requirement_of_the_source():
     )
     imported = {name for file in files for name in get_imports(folder / f"{file}.py")}
     assert {"av", "torchvision", "torchcodec", "vivit_hf"}.isdisjoint(imported)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="the system has no scheduling policies")
+def test_writing_av1_leaves_the_scheduling_of_the_tests_alone(tmp_path):
+    before = os.sched_getscheduler(0)
+    write_video(tmp_path / "av1.mkv", codec="libsvtav1", height=64, width=96, num_frames=4)
+    assert os.sched_getscheduler(0) == before

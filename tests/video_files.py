@@ -105,6 +105,9 @@ def write_video(
                 frame.pts, frame.time_base = int(pts[index]), Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    if codec == "libsvtav1" and hasattr(os, "sched_setscheduler"):
+        # As root the encoder makes its caller a real-time process of the highest priority, and children inherit that.
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return Path(path)
 
 
