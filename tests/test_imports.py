@@ -43,6 +43,7 @@ except SystemExit:
         "import vivit_hf; from transformers import ViTModel",  # modeling_layers imports the Auto classes half-way
         "from transformers import pipeline; import vivit_hf",
         "from vivit_hf.modeling_vivit import ViViTModel",
+        "import importlib, vivit_hf; importlib.reload(vivit_hf)",  # as IPython's autoreload does
     ],
 )
 def test_the_auto_classes_know_vivit_whatever_is_imported_first(imports):
@@ -52,14 +53,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_VIDEO_CLASSIFICATIO
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING
 from transformers import AutoConfig
+from transformers.pipelines import SUPPORTED_TASKS
 import sys
 config = type(AutoConfig.for_model("vivit_hf"))
 models = [mapping[config].__name__ for mapping in (MODEL_MAPPING, MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING)]
 print(*models, IMAGE_PROCESSOR_MAPPING[config]["pil"].__name__, config in VIDEO_PROCESSOR_MAPPING)
+print(SUPPORTED_TASKS["video-classification"]["impl"].__name__)
 print([finder for finder in sys.meta_path if type(finder).__module__.startswith("vivit_hf")])
 """
-    known, left = run(program).splitlines()
-    assert known == "ViViTModel ViViTForVideoClassification ViViTVideoProcessor True" and left == "[]"
+    known, task, left = run(program).splitlines()
+    assert known == "ViViTModel ViViTForVideoClassification ViViTVideoProcessor True"
+    assert task == "ViViTVideoClassificationPipeline" and left == "[]"
 
 
 def test_what_is_exported_is_there_and_known_to_type_checkers():
