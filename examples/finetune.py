@@ -27,7 +27,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 from finetuning_data import DataArguments, Splits, load_splits
-from finetuning_model import ModelArguments, Start, build_model
+from finetuning_model import ModelArguments, Start, build_model, check_checkpoint
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from vivit_hf import ViViTForVideoClassification, write_model_card
@@ -380,6 +380,12 @@ def main(argv: list[str] | None = None) -> None:
         check_processes(training)
         splits = load_splits(data, training.seed, lambda text: say(training, text))
         set_seed(training.seed)
+        source = model_arguments.model_name_or_path
+        if model_arguments.lora_rank and Path(source).resolve() == Path(training.output_dir).resolve():
+            raise ValueError(
+                f"--output_dir {training.output_dir} is the model itself, to whose weights --lora_rank needs to come "
+                "back when it is resumed: give another folder."
+            )
         uploads, training.push_to_hub = training.push_to_hub, False  # once, at the end, with all that belongs to it
         if not isinstance(splits.train, list) and training.max_steps <= 0:
             raise ValueError("A streamed data set has no length: give --max_steps.")
@@ -387,6 +393,8 @@ def main(argv: list[str] | None = None) -> None:
         recipe = RECIPES[training.recipe] if training.recipe else None
         start = build_model(model_arguments, data, splits.label_map, lambda text: say(training, text), recipe)
         model, processor = start.model, start.processor
+        if checkpoint is not None and training.do_train:
+            check_checkpoint(checkpoint, start, model_arguments.lora_rank)
         if recipe and processor.frame_sampling == "uniform" and data.num_clips == recipe.arguments["num_clips"]:
             data.num_clips = 1
             say(training, f"One clip is spread over a video: num_clips of the recipe {recipe.name} does not count.")

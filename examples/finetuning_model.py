@@ -414,3 +414,20 @@ def _with_lora(
         modules_to_save=["classifier", *whole],
     )
     return get_peft_model(model, settings)
+
+
+def check_checkpoint(checkpoint: str, start: Start, lora_rank: int | None) -> None:
+    """Raise ValueError for a checkpoint of a run with another model, other classes or another --lora_rank."""
+    way_out = "give another --output_dir, or --resume_from_checkpoint no to start anew."
+    adapter, whole = Path(checkpoint) / "adapter_config.json", Path(checkpoint) / "config.json"
+    rank = read_json(adapter)["r"] if adapter.exists() else None
+    if rank != (lora_rank or None) and (adapter.exists() or whole.exists()):
+        kind = "without LoRA" if rank is None else f"of --lora_rank {rank}"
+        raise ValueError(f"{checkpoint} is {kind}, unlike this run: {way_out}")
+    if not whole.exists():
+        return
+    stored = ViViTConfig.from_pretrained(checkpoint)
+    for name in ("id2label", *_STRUCTURE, *_SIZES):
+        saved, wanted = getattr(stored, name), getattr(start.model.config, name)
+        if saved != wanted:
+            raise ValueError(f"{checkpoint} has {name} {saved}, this run {wanted}: {way_out}")

@@ -10,6 +10,7 @@ from vivit_hf import NonFiniteError, StreamingClassifier, ViViTModel, ViViTVideo
 from vivit_hf.explanation import attention_rollout, gradient_relevance
 from vivit_hf.inference import predict_videos
 from vivit_hf.overlays import explain_clip
+from vivit_hf.pipeline import ViViTVideoClassificationPipeline
 from vivit_hf.timeline import video_timeline
 
 
@@ -46,7 +47,11 @@ def explain_gradient(model, processor, path):
     explain_clip(model, processor, processor(VIDEO)["pixel_values"], "gradient", class_index=1)
 
 
-ASKS = [classify, classify_views, stream, stream_a_short_video, timeline, explain, explain_gradient]
+def ask_a_pipeline(model, processor, path):
+    ViViTVideoClassificationPipeline(model=model, image_processor=processor)(str(path))
+
+
+ASKS = [classify, classify_views, stream, stream_a_short_video, timeline, explain, explain_gradient, ask_a_pipeline]
 
 
 @pytest.fixture
