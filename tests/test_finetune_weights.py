@@ -135,3 +135,24 @@ def test_weights_are_trained_in_bfloat16_if_asked_for(data, trained, tmp_path, e
     assert np.isfinite(results["eval_loss"])
     with pytest.raises(SystemExit, match="--dtype float16: expected one of float32, bfloat16"):
         run(data, tmp_path, dtype="float16")
+
+
+def test_lora_does_not_overwrite_the_weights_that_its_checkpoints_belong_to(data, trained):
+    with pytest.raises(SystemExit, match="give another folder"):
+        run(data, trained, model_name_or_path=trained, lora_rank=2)
+
+
+def test_a_checkpoint_of_another_run_is_not_resumed(data, trained, tmp_path):
+    with pytest.raises(SystemExit, match="is without LoRA, unlike this run"):
+        run(data, trained, attention_type="spatio_temporal", max_steps=3, lora_rank=2)
+    with pytest.raises(SystemExit, match=r"has num_frames 4, this run 2: give another --output_dir"):
+        run(data, trained, attention_type="spatio_temporal", max_steps=3, num_frames=2)
+    shutil.copytree(data / "videos", tmp_path / "videos")
+    for split in ("train", "test"):
+        (tmp_path / "videos" / split / "up_left").rename(tmp_path / "videos" / split / "zebra")
+    folders = {"train_dir": tmp_path / "videos" / "train", "validation_dir": tmp_path / "videos" / "test"}
+    with pytest.raises(SystemExit, match=r"has id2label .*zebra"):
+        run(data, trained, attention_type="spatio_temporal", max_steps=3, **folders)
+    run(data, tmp_path / "lora", model_name_or_path=trained, lora_rank=2, max_steps=1)
+    with pytest.raises(SystemExit, match="is of --lora_rank 2, unlike this run"):
+        run(data, tmp_path / "lora", model_name_or_path=trained, lora_rank=4)
