@@ -6,6 +6,7 @@ Importing them takes seconds, because they import torch; `import vivit_hf` and t
 
 import importlib.abc
 import importlib.machinery
+import itertools
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -81,7 +82,8 @@ class _RegisteringFinder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if not fullname.startswith(("transformers.", f"{__package__}.")):
             return None
-        others = (finder for finder in sys.meta_path if finder is not self)
+        # Only those behind this one: after a reload of the package there are two of it, which would ask each other.
+        others = list(itertools.dropwhile(lambda finder: finder is not self, sys.meta_path))[1:]
         spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers.pipelines.video_classification import VideoClassificationPipeline
 
+from .configuration_vivit import ViViTConfig
+from .finite_outputs import check_finite
 from .video_processing_vivit import ViViTVideoProcessor
 
 
@@ -16,6 +18,8 @@ class ViViTVideoClassificationPipeline(VideoClassificationPipeline):
     A `ViViTVideoProcessor` decodes and samples, whether it comes from the folder of the model, as `video_processor` or
     as `image_processor` (for which transformers itself would take the first frames of the file). `num_frames` and
     `frame_sampling_rate`, to the pipeline or to a call, are the processor's `num_frames` and `frame_stride`.
+
+    Raises NonFiniteError for scores of a ViViT that are NaN or infinite.
     """
 
     def __init__(self, *args: Any, image_processor: Any = None, video_processor: Any = None, **kwargs: Any) -> None:
@@ -40,6 +44,11 @@ class ViViTVideoClassificationPipeline(VideoClassificationPipeline):
         settings: dict[str, Any] = {"num_frames": num_frames or self.model.config.num_frames}
         settings |= {"frame_stride": frame_sampling_rate, "do_sample_frames": True}
         return processor(video, **settings).to(self.dtype)
+
+    def postprocess(self, model_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.model.config, ViViTConfig):
+            check_finite(model_outputs.logits, self.model)
+        return super().postprocess(model_outputs, *args, **kwargs)
 
 
 __all__ = ["ViViTVideoClassificationPipeline"]
