@@ -323,7 +323,7 @@ def test_the_first_damaged_video_ends_a_command_only_if_one_asks(one_frame_lost)
         (["classify", "x.mp4", "--model", "./nope"], 2, "there is no folder './nope'"),
         (["classify", "x.mp4", "--model", ""], 2, "there is no folder ''"),
         (["classify", "x.mp4", "--model", "vivit-b-16x2-fe"], 2, "is a preset without weights"),
-        (["classify", "x.mp4", "--model", "{empty}/cut_weights"], 2, "its weights are damaged or not all there"),
+        (["classify", "x.mp4", "--model", "{empty}/cut_weights"], 2, "model.safetensors is damaged"),
         (["classify", "x.mp4", "--model", "{empty}/other_weights"], 2, "Load it with the configuration"),
         (["scan", "{empty}", "--json", ""], 2, "expected a file, got ''"),
         (["scan", "{empty}", "--json", "{empty}"], 2, "expected a file, got"),

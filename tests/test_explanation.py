@@ -249,9 +249,9 @@ def test_a_class_that_nothing_speaks_for_has_equal_shares(model, clips):
     torch.testing.assert_close(space, torch.full_like(space, 1 / space[0].numel()))
 
 
-def test_no_clips_have_no_maps(config, explain):
-    relevance = explain(make_model(config), make_clips(config, batch=0))
-    assert relevance.space.shape == (0, *config.grid_size) and relevance.time.shape == (0, config.grid_size[0])
+def test_an_empty_batch_is_refused(config, explain):
+    with pytest.raises(ValueError, match="hold no clip"):
+        explain(make_model(config), make_clips(config, batch=0))
 
 
 def test_bfloat16_models_have_float32_maps(config, explain):
