@@ -149,6 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         commit = hub_commit(args.model)
         revision = {} if commit is None else {"revision": commit}  # one for the whole run, whatever is pushed meanwhile
         config = ViViTForVideoClassification.config_class.from_pretrained(args.model, **revision)
+        label_map = LabelMap.from_config(config)
         limits = {"allow_private_addresses": args.allow_private_addresses}
         processor = ViViTVideoProcessor.from_pretrained(args.model, video_limits=limits, **revision)
         fingerprint = model_fingerprint(args.model, config, processor, commit)
@@ -169,7 +170,6 @@ def main(argv: list[str] | None = None) -> None:
     if mine:
         model = ViViTForVideoClassification.from_pretrained(args.model, dtype=getattr(torch, args.dtype), **revision)
         model.to(state.device).eval()
-        label_map = LabelMap.from_config(model.config)
         if state.is_main_process:
             print(f"views per video: {describe_views(processor, args.num_clips, args.num_crops)}", flush=True)
     for path in mine:

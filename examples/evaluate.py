@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         if label_map.is_regression:
             raise AnnotationError(f"{args.model} is a regression: its outputs are no labels that could be right.")
         targets = torch.stack([label_map.encode(one) for one in data.videos]).numpy()
-    except (AnnotationError, OSError) as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"evaluate.py: {error}") from error
 
     state = PartialState(cpu=args.use_cpu)

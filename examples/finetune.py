@@ -386,6 +386,9 @@ def main(argv: list[str] | None = None) -> None:
                 f"--output_dir {training.output_dir} is the model itself, to whose weights --lora_rank needs to come "
                 "back when it is resumed: give another folder."
             )
+        picture = training.save_batch_picture
+        if picture is not None and not Path(picture).absolute().parent.is_dir():
+            raise ValueError(f"--save_batch_picture {picture}: there is no such folder.")
         uploads, training.push_to_hub = training.push_to_hub, False  # once, at the end, with all that belongs to it
         if not isinstance(splits.train, list) and training.max_steps <= 0:
             raise ValueError("A streamed data set has no length: give --max_steps.")

@@ -290,14 +290,19 @@ def _load_vivit(
 
 @contextlib.contextmanager
 def _without_load_report() -> Iterator[None]:
-    """Leave out transformers' report on keys: the classifier is new on purpose, and anything else is an error."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """
+    Leave out transformers' reports on keys, where the classifier is new on purpose and anything else is an error, and
+    on layers that no tensor parallelism shards.
+    """
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "distributed.tensor_parallel")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _from_image(

@@ -136,11 +136,13 @@ def test_evaluation_that_cannot_work(data, tmp_path):
         settings = {**ViViTVideoProcessor.from_pretrained(data / "model").to_dict(), **processor}
         ViViTVideoProcessor.from_dict(settings).save_pretrained(tmp_path / name)
     ViViTConfig.from_preset("vivit-tiny", num_labels=1).save_pretrained(tmp_path / "regression")
+    ViViTConfig.from_preset("vivit-tiny", num_labels=0).save_pretrained(tmp_path / "features")
     for changed, message in (
         (["--data", data / "nowhere"], "nowhere: there is no such file or folder"),
         (["--data", data / "videos"], "is not among the 4 of the model"),
         (["--model", data / "no_model"], "no_model"),
         (["--model", tmp_path / "regression"], "regression is a regression: its outputs are no labels"),
+        (["--model", tmp_path / "features"], r"has no classifier \(num_labels is 0\)"),
         (["--model", tmp_path / "uniform"], "spreads one clip over the whole video, got num_clips=4"),
         (["--model", tmp_path / "short"], r"The model expects clips of \(8, 32, 32\)"),
     ):

@@ -74,7 +74,7 @@ def test_the_help_has_our_arguments_first_and_all_of_them_on_demand(capsys):
 # What fails after training
 
 
-def test_views_that_the_processor_does_not_give_are_refused_before_training(data, tmp_path, monkeypatch):
+def test_what_would_fail_after_training_is_refused_before_it(data, tmp_path, monkeypatch):
     run(data, tmp_path / "first", max_steps=1)
     processor = ViViTVideoProcessor.from_pretrained(tmp_path / "first", frame_sampling="uniform")
     processor.save_pretrained(tmp_path / "first")
@@ -84,6 +84,7 @@ def test_views_that_the_processor_does_not_give_are_refused_before_training(data
         ({"num_clips": 4}, "frame_sampling='uniform' spreads one clip over the whole video, got num_clips=4"),
         ({"num_crops": 2}, "`num_crops` must be 1 or 3, got 2"),
         ({"averaging": "votes"}, "--averaging votes: expected one of probabilities, logits"),
+        ({"save_batch_picture": tmp_path / "no" / "p.png"}, r"--save_batch_picture .*p\.png: there is no such folder"),
     ):
         with pytest.raises(SystemExit, match=message):
             run(data, tmp_path / "out", **given, **changes)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from .cli_output import as_cell, echo_json, fail, output_console, printable, quiet_libraries
+from .cli_output import as_cell, echo_json, fail, one_line, output_console, quiet_libraries
 from .cli_tools import JsonOption, find_model
 
 
@@ -87,7 +87,7 @@ def inspect(
         lines["processor"] = f"{processor['num_frames']} frames, {rate}, {processor['frame_sampling']} sampling"
     for key, value in lines.items():
         console.print(f"[bold]{key:<10}[/]", end="")
-        console.print(printable(value), highlight=False, markup=False, soft_wrap=True)
+        console.print(one_line(value), highlight=False, markup=False, soft_wrap=True)
     table = Table("part", Column("parameters (M)", justify="right"), Column("multiply-adds (G)", justify="right"))
     for part, counts in found["parts"].items():
         table.add_row(as_cell(part), f"{counts['parameters'] / 1e6:.2f}", f"{counts['multiply_adds'] / 1e9:.2f}")

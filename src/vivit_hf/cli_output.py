@@ -29,9 +29,14 @@ def printable(text: str) -> str:
     )
 
 
+def one_line(text: str) -> str:
+    """As `printable`, with line feeds escaped, too: a label must not look like another line of the output."""
+    return printable(text).replace("\n", r"\n")
+
+
 def as_cell(text: str, style: str = "") -> Text:
-    """For a table: as `printable`, in one line, and brackets and colons mean nothing."""
-    return Text(printable(text).replace("\n", r"\n"), style=style, overflow="fold")
+    """For a table: as `one_line`, and brackets and colons mean nothing."""
+    return Text(one_line(text), style=style, overflow="fold")
 
 
 def output_console() -> Console:
@@ -42,7 +47,7 @@ def output_console() -> Console:
 
 def echo(text: str) -> None:
     """A line of results on standard output."""
-    typer.echo(printable(text))
+    typer.echo(one_line(text))
 
 
 def echo_json(row: dict[str, Any]) -> None:

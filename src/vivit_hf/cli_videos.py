@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from .cli_output import as_cell, echo, echo_json, fail, output_console, say
+from .cli_output import as_cell, echo, echo_json, fail, one_line, output_console, say
 from .cli_tools import (
     DeviceOption,
     DtypeOption,
@@ -116,7 +116,9 @@ def classify(
     num_failed = sum("error" in row for row in rows)
     if not as_json:
         _print_predictions(rows)
-        views = describe_views(processor, num_clips, num_crops)
+        views = describe_views(
+            processor, num_clips, num_crops, "values" if label_map.is_regression else "probabilities"
+        )
         rate = f"{len(rows)} videos in {seconds:.1f} s, {len(rows) / seconds:.1f} per second"
         failed = f"; {num_failed} without labels" if num_failed else ""
         echo(f"{rate}{failed}. Each: {views}.")
@@ -363,7 +365,7 @@ def explain(
     if label is not None:
         names = LabelMap.from_config(classifier.config).names
         if label not in names:
-            known = ", ".join(names[:8]) + " ..." * (len(names) > 8)
+            known = one_line(", ".join(names[:8])) + " ..." * (len(names) > 8)
             raise typer.BadParameter(f"the model does not know {label!r}; it knows {known}", param_hint="--label")
         index = names.index(label)
     part: dict[str, Any] = {"start": start, "end": end}
@@ -415,4 +417,9 @@ def demo(
         if ending.exit_code:
             raise
     folder = shlex.quote(f"./{output}" if str(output).startswith("-") else str(output))
-    echo(f"\nvivit-hf timeline {folder}/all.mp4\nvivit-hf explain {folder}/up_left.mp4 --output what_it_saw.png")
+    for line in (
+        "",
+        f"vivit-hf timeline {folder}/all.mp4",
+        f"vivit-hf explain {folder}/up_left.mp4 --output what_it_saw.png",
+    ):
+        echo(line)

@@ -72,7 +72,9 @@ class LabelMap:
 
     @classmethod
     def from_config(cls, config: Any) -> LabelMap:
-        """The labels of a model."""
+        """The labels of a model. Raises ValueError for a model without a classifier."""
+        if not config.num_labels:
+            raise ValueError("The model has no classifier (num_labels is 0): choose one that was trained on labels.")
         names = [str(config.id2label[index]) for index in range(config.num_labels)]
         if config.label_groups is None:
             problem = config.problem_type or ("regression" if len(names) == 1 else None)  # as transformers infers it
