@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vivit_hf.whole_files import written_whole
+from vivit_hf.data.whole_files import written_whole
 
 
 @dataclass

@@ -33,9 +33,9 @@ import finetune  # noqa: E402 (found by the line above)
 from finetuning_data import Splits  # noqa: E402
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor  # noqa: E402
-from vivit_hf.annotations import LabelledVideo  # noqa: E402
-from vivit_hf.labels import LabelMap  # noqa: E402
-from vivit_hf.training import parameter_groups  # noqa: E402
+from vivit_hf.data.annotations import LabelledVideo  # noqa: E402
+from vivit_hf.data.labels import LabelMap  # noqa: E402
+from vivit_hf.training.trainer import parameter_groups  # noqa: E402
 
 
 TARGET = 1.15

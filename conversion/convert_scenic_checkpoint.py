@@ -36,8 +36,8 @@ from scenic_reference import official_forward
 from scenic_releases import RELEASES, find_labels
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification
-from vivit_hf.model_processor import processor_for
-from vivit_hf.weight_files import ConversionError, read_json
+from vivit_hf.conversion.weight_files import ConversionError, read_json
+from vivit_hf.initialisation.model_processor import processor_for
 
 
 # Layouts of the released files: flax's older optimiser state, and the newer train state.

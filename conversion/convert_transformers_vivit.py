@@ -32,8 +32,7 @@ from parity import chosen_steps, compare, frozen, random_clip, tokens_and_logits
 from transformers import PreTrainedModel, VivitConfig, VivitForVideoClassification, VivitModel
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor
-from vivit_hf.model_processor import processor_for
-from vivit_hf.weight_files import (
+from vivit_hf.conversion.weight_files import (
     ConversionError,
     check_weights,
     find_file,
@@ -42,6 +41,7 @@ from vivit_hf.weight_files import (
     read_json,
     weight_names,
 )
+from vivit_hf.initialisation.model_processor import processor_for
 
 
 # Fields that both configurations have under one name.

@@ -33,7 +33,8 @@ from parity import compare, frozen, image_outputs, image_reference
 
 from vivit_hf import ViViTForVideoClassification
 from vivit_hf.configuration_vivit import ATTENTION_ORDERS, ATTENTION_TYPES, EMBEDDING_TYPES, POOLINGS
-from vivit_hf.image_initialisation import (
+from vivit_hf.conversion.image_sources import read_image_source
+from vivit_hf.initialisation.from_image import (
     POSITION_INITS,
     TEMPORAL_ATTENTION_INITS,
     TEMPORAL_ENCODER_INITS,
@@ -41,8 +42,7 @@ from vivit_hf.image_initialisation import (
     config_from_vit,
     initialise_from_vit,
 )
-from vivit_hf.image_sources import read_image_source
-from vivit_hf.model_processor import processor_for
+from vivit_hf.initialisation.model_processor import processor_for
 
 
 # Options that are fields of the configuration; those that are not given are left to its defaults.

@@ -43,11 +43,18 @@ from transformers import VivitConfig
 
 import vivit_hf
 from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor
-from vivit_hf.dataset_scan import find_videos
-from vivit_hf.evaluation import to_probabilities
-from vivit_hf.labels import LabelMap
-from vivit_hf.model_processor import processor_for
-from vivit_hf.weight_files import ConversionError, check_weights, find_file, find_weights, has_processor, read_json
+from vivit_hf.conversion.weight_files import (
+    ConversionError,
+    check_weights,
+    find_file,
+    find_weights,
+    has_processor,
+    read_json,
+)
+from vivit_hf.data.labels import LabelMap
+from vivit_hf.data.scan import find_videos
+from vivit_hf.inference.evaluation import to_probabilities
+from vivit_hf.initialisation.model_processor import processor_for
 
 
 MODEL_FILE, INT8_FILE, REPORT_FILE = "model.onnx", "model_int8.onnx", "report.json"

@@ -15,11 +15,11 @@ from torch import nn
 from transformers import ViTModel
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTModel
+from vivit_hf.conversion.weight_files import ConversionError
 from vivit_hf.embeddings_vivit import resample_position_embeddings
 from vivit_hf.frame_sampling import sample_frames_uniformly
-from vivit_hf.image_initialisation import POSITION_INITS
+from vivit_hf.initialisation.from_image import POSITION_INITS
 from vivit_hf.modeling_vivit import ENCODERS, POOLINGS
-from vivit_hf.weight_files import ConversionError
 
 
 TOLERANCE = 1e-4  # absolute in float32, and relative to the largest value where that is above 1

@@ -6,7 +6,7 @@ from typing import Any
 
 from conversion_tools import labels_from_hub, read_labels, warn
 
-from vivit_hf.weight_files import ConversionError, read_json
+from vivit_hf.conversion.weight_files import ConversionError, read_json
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,14 @@ import torch
 from accelerate import PartialState
 
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
-from vivit_hf.annotation_rows import AnnotationError
-from vivit_hf.dataset_scan import find_videos
-from vivit_hf.fingerprints import hub_commit, model_fingerprint
-from vivit_hf.hub_datasets import load_hub_dataset, unlabelled_videos
-from vivit_hf.inference import VideoPrediction, describe_views, predict_videos
-from vivit_hf.labels import LabelMap
+from vivit_hf.data.annotation_rows import AnnotationError
+from vivit_hf.data.hub_datasets import load_hub_dataset, unlabelled_videos
+from vivit_hf.data.labels import LabelMap
+from vivit_hf.data.scan import find_videos
+from vivit_hf.data.whole_files import as_utf8, written_whole
+from vivit_hf.inference.fingerprints import hub_commit, model_fingerprint
+from vivit_hf.inference.prediction import VideoPrediction, describe_views, predict_videos
 from vivit_hf.video_sources import source_name
-from vivit_hf.whole_files import as_utf8, written_whole
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -26,14 +26,14 @@ from rich.console import Console
 from rich.table import Table
 
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
-from vivit_hf.annotations import AnnotationError, Annotations, LabelledVideo, read_videos
-from vivit_hf.cli_output import as_cell
-from vivit_hf.evaluation import AVERAGINGS, classification_metrics, confusion_matrix, describe_chance
-from vivit_hf.inference import VideoPrediction, describe_views, predict_videos
-from vivit_hf.labels import LabelMap
+from vivit_hf.cli.output import as_cell
+from vivit_hf.data.annotations import AnnotationError, Annotations, LabelledVideo, read_videos
+from vivit_hf.data.labels import LabelMap
+from vivit_hf.data.whole_files import as_utf8, written_whole
+from vivit_hf.explain.charts import draw_confusion_matrix
+from vivit_hf.inference.evaluation import AVERAGINGS, classification_metrics, confusion_matrix, describe_chance
+from vivit_hf.inference.prediction import VideoPrediction, describe_views, predict_videos
 from vivit_hf.video_sources import source_name
-from vivit_hf.visualization import draw_confusion_matrix
-from vivit_hf.whole_files import as_utf8, written_whole
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

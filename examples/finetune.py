@@ -31,24 +31,24 @@ from finetuning_model import ModelArguments, Start, build_model, check_checkpoin
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from vivit_hf import ViViTForVideoClassification, write_model_card
-from vivit_hf.annotations import AnnotationError
-from vivit_hf.augmentation import ClipAugmentation, names_with_sides
-from vivit_hf.evaluation import AVERAGINGS, describe_chance
-from vivit_hf.inference import describe_views
-from vivit_hf.labels import LabelMap, class_weights
-from vivit_hf.mixing import ClipCollator
+from vivit_hf.data.annotations import AnnotationError
+from vivit_hf.data.labels import LabelMap, class_weights
+from vivit_hf.explain.charts import draw_batch
+from vivit_hf.inference.evaluation import AVERAGINGS, describe_chance
+from vivit_hf.inference.prediction import describe_views
 from vivit_hf.model_card import is_repo_id
-from vivit_hf.overfitting import overfit_one_batch
-from vivit_hf.recipes import RECIPES
-from vivit_hf.training import (
+from vivit_hf.training.augmentation import ClipAugmentation, names_with_sides
+from vivit_hf.training.clips import StreamedClips, VideoClips
+from vivit_hf.training.mixing import ClipCollator
+from vivit_hf.training.overfitting import overfit_one_batch
+from vivit_hf.training.recipes import RECIPES
+from vivit_hf.training.trainer import (
     ClipTrainer,
     freeze,
     is_complete_checkpoint,
     last_complete_checkpoint,
     parameter_groups,
 )
-from vivit_hf.video_dataset import StreamedClips, VideoClips
-from vivit_hf.visualization import draw_batch
 
 
 @dataclass

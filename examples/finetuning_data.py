@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from vivit_hf.annotation_rows import SPLIT_NAMES, AnnotationError, ChooseSplits
-from vivit_hf.annotations import EPIC_GROUPS, FORMATS, ONE_GROUP, LabelledVideo, read_videos
-from vivit_hf.hub_datasets import StreamedVideos, class_names, hub_videos, label_columns_of, load_hub_dataset
-from vivit_hf.labels import LabelMap, check_splits, shared_units, split_videos
+from vivit_hf.data.annotation_rows import SPLIT_NAMES, AnnotationError, ChooseSplits
+from vivit_hf.data.annotations import EPIC_GROUPS, FORMATS, ONE_GROUP, LabelledVideo, read_videos
+from vivit_hf.data.hub_datasets import StreamedVideos, class_names, hub_videos, label_columns_of, load_hub_dataset
+from vivit_hf.data.labels import LabelMap, check_splits, shared_units, split_videos
 
 
 @dataclass

@@ -19,13 +19,13 @@ from vivit_hf import (
     initialise_from_vit,
 )
 from vivit_hf.configuration_vivit import ATTENTION_TYPES, EMBEDDING_TYPES
-from vivit_hf.image_initialisation import TEMPORAL_ATTENTION_INITS, TEMPORAL_ENCODER_INITS, TUBELET_INITS
-from vivit_hf.image_sources import read_image_source
-from vivit_hf.labels import LabelMap
-from vivit_hf.model_processor import processor_for, resize_ratio_of
-from vivit_hf.recipes import Recipe
-from vivit_hf.training import FREEZINGS, LORA_TARGETS, untrained_modules
-from vivit_hf.weight_files import find_file, has_processor, read_json
+from vivit_hf.conversion.image_sources import read_image_source
+from vivit_hf.conversion.weight_files import find_file, has_processor, read_json
+from vivit_hf.data.labels import LabelMap
+from vivit_hf.initialisation.from_image import TEMPORAL_ATTENTION_INITS, TEMPORAL_ENCODER_INITS, TUBELET_INITS
+from vivit_hf.initialisation.model_processor import processor_for, resize_ratio_of
+from vivit_hf.training.recipes import Recipe
+from vivit_hf.training.trainer import FREEZINGS, LORA_TARGETS, untrained_modules
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -2,15 +2,15 @@
 
 import os
 import sys
-from pathlib import Path
+
+import paths
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-ROOT = Path(__file__).resolve().parent.parent
-for folder in ("conversion", "examples"):
-    sys.path.insert(0, str(ROOT / folder))
+for folder in (paths.CONVERSION, paths.EXAMPLES):
+    sys.path.insert(0, str(folder))
 
 import pytest
 import torch

@@ -83,7 +83,7 @@ def push(folder: Path) -> dict[str, Any]:
     from tiny_models import make_model, tiny_config
 
     from vivit_hf import ViViTVideoProcessor
-    from vivit_hf.image_initialisation import initialise_from_vit
+    from vivit_hf.initialisation.from_image import initialise_from_vit
 
     model = make_model(tiny_config("factorised_encoder", id2label=LABELS))
     vit = ViTModel(

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import finetune
 import torch
 
-from vivit_hf.training import ClipTrainer
+from vivit_hf.training.trainer import ClipTrainer
 
 
 def kill() -> None:

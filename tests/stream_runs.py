@@ -15,12 +15,12 @@ from transformers import TrainingArguments
 from video_files import moving_frames, write_video
 
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
-from vivit_hf.annotations import LabelledVideo
-from vivit_hf.augmentation import ClipAugmentation
-from vivit_hf.labels import LabelMap
-from vivit_hf.mixing import ClipCollator
-from vivit_hf.training import ClipTrainer
-from vivit_hf.video_dataset import StreamedClips
+from vivit_hf.data.annotations import LabelledVideo
+from vivit_hf.data.labels import LabelMap
+from vivit_hf.training.augmentation import ClipAugmentation
+from vivit_hf.training.clips import StreamedClips
+from vivit_hf.training.mixing import ClipCollator
+from vivit_hf.training.trainer import ClipTrainer
 
 
 LABELS = LabelMap({"": ("dark", "grey", "bright")})

@@ -4,22 +4,21 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 from PIL import Image
 from video_files import write_video
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification
 
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
-import measuring  # noqa: E402 (found by the line above)
-import peers  # noqa: E402
-import run as speed  # noqa: E402
+import measuring
+import peers
+import run as speed
 
 
 def start(script, *arguments):

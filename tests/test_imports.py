@@ -25,7 +25,7 @@ def run(program):
 def test_help_imports_nothing_slow(arguments):
     program = f"""
 import sys
-from vivit_hf.cli import main
+from vivit_hf.cli.app import main
 sys.argv = ["vivit-hf", *{arguments}, "--help"]
 try:
     main()

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+from paths import ROOT
 
 import vivit_hf
 
 
-ROOT = Path(__file__).resolve().parent.parent
 ARCHIVE = f"vivit_hf-{vivit_hf.__version__}"
 VIDEO_EXTRAS = ("torchvision", "torchcodec", "torchaudio", "decord", "cv2")
 

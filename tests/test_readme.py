@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from moving_shapes import MOTIONS, write_moving_shapes
+from paths import ROOT
 from tiny_models import make_model
 from transformers import ViTConfig, ViTModel, VivitConfig, VivitForVideoClassification
 
 from vivit_hf import ViViTConfig, ViViTVideoProcessor
 
 
-README = Path(__file__).parents[1] / "README.md"
+README = ROOT / "README.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 

@@ -8,18 +8,18 @@ Importing the package registers it with the Auto classes, so that `AutoModelForV
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .auto_registration import register_with_auto_classes
+from .hub.import_hooks import call_after_import
 
 
 if TYPE_CHECKING:
     from .configuration_vivit import ViViTConfig
-    from .finite_outputs import NonFiniteError
     from .frame_sampling import sample_frames_uniformly
-    from .image_initialisation import InitialisationReport, config_from_vit, initialise_from_vit
-    from .inference import demo_model_path
+    from .inference.finite_outputs import NonFiniteError
+    from .inference.prediction import demo_model_path
+    from .inference.streaming import StreamingClassifier
+    from .initialisation.from_image import InitialisationReport, config_from_vit, initialise_from_vit
     from .model_card import write_model_card
     from .modeling_vivit import ViViTForVideoClassification, ViViTModel, ViViTPreTrainedModel
-    from .streaming import StreamingClassifier
     from .video_decoding import VideoReader
     from .video_processing_vivit import ViViTVideoProcessor
     from .video_sources import VideoDecodingError
@@ -47,9 +47,9 @@ __all__ = [
 
 # Imported when they are first asked for: most of them import torch, which takes seconds.
 _MODULES = {
-    "InitialisationReport": "image_initialisation",
-    "NonFiniteError": "finite_outputs",
-    "StreamingClassifier": "streaming",
+    "InitialisationReport": "initialisation.from_image",
+    "NonFiniteError": "inference.finite_outputs",
+    "StreamingClassifier": "inference.streaming",
     "ViViTConfig": "configuration_vivit",
     "ViViTForVideoClassification": "modeling_vivit",
     "ViViTModel": "modeling_vivit",
@@ -57,14 +57,72 @@ _MODULES = {
     "ViViTVideoProcessor": "video_processing_vivit",
     "VideoDecodingError": "video_sources",
     "VideoReader": "video_decoding",
-    "config_from_vit": "image_initialisation",
-    "demo_model_path": "inference",
-    "initialise_from_vit": "image_initialisation",
+    "config_from_vit": "initialisation.from_image",
+    "demo_model_path": "inference.prediction",
+    "initialise_from_vit": "initialisation.from_image",
     "sample_frames_uniformly": "frame_sampling",
     "write_model_card": "model_card",
 }
 
-register_with_auto_classes()
+
+def _register_config() -> None:
+    from transformers.models.auto.configuration_auto import AutoConfig
+
+    from .configuration_vivit import ViViTConfig
+
+    AutoConfig.register(ViViTConfig.model_type, ViViTConfig, exist_ok=True)
+
+
+def _register_models() -> None:
+    from transformers.models.auto.modeling_auto import AutoModel, AutoModelForVideoClassification
+
+    from .configuration_vivit import ViViTConfig
+    from .modeling_vivit import ViViTForVideoClassification, ViViTModel
+
+    AutoModel.register(ViViTConfig, ViViTModel, exist_ok=True)
+    AutoModelForVideoClassification.register(ViViTConfig, ViViTForVideoClassification, exist_ok=True)
+
+
+def _register_image_processor() -> None:
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    from .configuration_vivit import ViViTConfig
+    from .video_processing_vivit import ViViTVideoProcessor
+
+    # Under both names: transformers takes "pil" where torchvision is missing, and "torchvision" where it is installed.
+    backends = dict.fromkeys(("pil", "torchvision"), ViViTVideoProcessor)
+    AutoImageProcessor.register(ViViTConfig, image_processor_classes=backends, exist_ok=True)
+
+
+def _register_video_processor() -> None:
+    # `from transformers import AutoVideoProcessor` is refused without torchvision.
+    from transformers.models.auto.video_processing_auto import AutoVideoProcessor
+
+    from .configuration_vivit import ViViTConfig
+    from .video_processing_vivit import ViViTVideoProcessor
+
+    AutoVideoProcessor.register(ViViTConfig, ViViTVideoProcessor, exist_ok=True)
+
+
+def _register_pipeline() -> None:
+    from transformers.pipelines import SUPPORTED_TASKS
+
+    from .inference.pipeline import ViViTVideoClassificationPipeline
+
+    SUPPORTED_TASKS["video-classification"]["impl"] = ViViTVideoClassificationPipeline
+
+
+# Importing the Auto classes imports torch, which takes seconds; `import vivit_hf` and `vivit-hf --help` need neither.
+call_after_import(
+    {
+        "transformers.models.auto.configuration_auto": _register_config,
+        "transformers.models.auto.modeling_auto": _register_models,
+        "transformers.models.auto.image_processing_auto": _register_image_processor,
+        "transformers.models.auto.video_processing_auto": _register_video_processor,
+        "transformers.pipelines": _register_pipeline,
+    },
+    prefixes=("transformers.", f"{__name__}."),
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """`python -m vivit_hf` is `vivit-hf`."""
 
-from .cli import main
+from .cli.app import main
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from typer.testing import CliRunner
 from video_files import moving_frames, set_rotation, write_video
 
 from vivit_hf import VideoReader
-from vivit_hf.cli import app
+from vivit_hf.cli.app import app
 
 
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}

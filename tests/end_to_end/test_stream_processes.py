@@ -10,7 +10,7 @@ import torch
 from finetune_runs import start
 from stream_runs import run, write_videos
 
-from vivit_hf.labels import IGNORED
+from vivit_hf.data.labels import IGNORED
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ import pytest
 from finetuning_data import DataArguments, load_splits
 
 from vivit_hf import demo_model_path
-from vivit_hf.annotations import AnnotationError, read_videos
-from vivit_hf.whole_files import as_utf8
+from vivit_hf.data.annotations import AnnotationError, read_videos
+from vivit_hf.data.whole_files import as_utf8
 
 
 LATIN = os.fsdecode(b"caf\xe9")

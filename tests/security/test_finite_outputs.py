@@ -7,11 +7,11 @@ from tiny_models import ATTENTION_TYPES, case_config, make_clips, make_model
 from video_files import write_video
 
 from vivit_hf import NonFiniteError, StreamingClassifier, ViViTModel, ViViTVideoProcessor
-from vivit_hf.explanation import attention_rollout, gradient_relevance
-from vivit_hf.inference import predict_videos
-from vivit_hf.overlays import explain_clip
-from vivit_hf.pipeline import ViViTVideoClassificationPipeline
-from vivit_hf.timeline import video_timeline
+from vivit_hf.explain.overlays import explain_clip
+from vivit_hf.explain.relevance import attention_rollout, gradient_relevance
+from vivit_hf.inference.pipeline import ViViTVideoClassificationPipeline
+from vivit_hf.inference.prediction import predict_videos
+from vivit_hf.inference.timeline import video_timeline
 
 
 VIDEO = np.random.default_rng(0).integers(0, 256, (20, 24, 40, 3), dtype=np.uint8)

@@ -14,7 +14,7 @@ import PIL.Image
 import pytest
 from video_files import plain_decode, write_kind, write_video
 
-from vivit_hf.live_video import LiveVideo
+from vivit_hf.inference.live_video import LiveVideo
 from vivit_hf.video_decoding import VideoReader
 from vivit_hf.video_sources import VideoDecodingError, VideoLimitError, VideoLimits, read_stream
 

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from video_files import damage_packet, write_video
 
 from vivit_hf import ViViTVideoProcessor, demo_model_path
-from vivit_hf.cli import app
-from vivit_hf.cli_output import echo_json, printable
+from vivit_hf.cli.app import app
+from vivit_hf.cli.output import echo_json, printable
 
 
 SAMPLE = demo_model_path() / "samples" / "up_left.mp4"

@@ -7,11 +7,11 @@ import socket
 import ssl
 import threading
 import time
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 from hostile_server import CHUNKED, OK, Server, drips, error_of, limits, redirects, says
+from paths import FIXTURES
 from video_files import write_video
 
 from vivit_hf import VideoReader, video_download
@@ -19,7 +19,7 @@ from vivit_hf.video_download import MAX_REDIRECTS, is_public
 from vivit_hf.video_sources import VideoDecodingError, VideoLimitError
 
 
-CERTIFICATE = Path(__file__).parent.parent / "fixtures" / "localhost.pem"
+CERTIFICATE = FIXTURES / "localhost.pem"
 
 
 @pytest.fixture(scope="module")

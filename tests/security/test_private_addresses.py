@@ -10,9 +10,9 @@ from transformers import AutoImageProcessor, pipeline
 from video_files import http_server, write_video
 
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
-from vivit_hf.inference import predict_videos
-from vivit_hf.live_video import LiveVideo
-from vivit_hf.timeline import stream_windows
+from vivit_hf.inference.live_video import LiveVideo
+from vivit_hf.inference.prediction import predict_videos
+from vivit_hf.inference.timeline import stream_windows
 from vivit_hf.video_sources import VideoDecodingError, VideoLimits
 
 

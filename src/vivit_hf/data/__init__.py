@@ -1,0 +1,1 @@
+"""Labelled videos: annotations, labels, splits, data sets of the Hub, and scans for damage."""

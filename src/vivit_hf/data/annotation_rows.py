@@ -1,0 +1,220 @@
+"""The rows of annotation files with their lines: CSV, JSON, JSON lines and lists of paths; and their split column."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from .scan import VIDEO_EXTENSIONS
+from .whole_files import as_utf8
+
+
+SPLIT_COLUMNS = ("split", "subset", "partition")
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "validate", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+ChooseSplits = Callable[[str, dict[str, int]], Collection[str]]
+_VIDEO_ENDINGS = tuple(f".{extension}" for extension in VIDEO_EXTENSIONS)
+
+
+class AnnotationError(ValueError):
+    """A data set that cannot be trained on; the message names the file, the line and the way out."""
+
+
+@dataclass(frozen=True)
+class Row:
+    values: dict[str, Any]
+    where: str
+
+
+def read_rows(path: Path) -> tuple[list[Row], list[str]]:
+    """The rows of a file with the lines they are on, and the names of the columns."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise AnnotationError(f"{path}:{line}: this is not UTF-8 text ({error.reason}).") from None
+    suffix, name = path.suffix.lower(), as_utf8(path)
+    if suffix == ".json":
+        rows = list(_json_rows(name, text))
+    elif suffix in (".jsonl", ".ndjson"):
+        lines = enumerate(text.split("\n"), 1)
+        rows = [Row(_object(name, number, line), f"{name}:{number}") for number, line in lines if line.strip()]
+    elif suffix in (".csv", ".tsv", ".txt"):
+        is_list = _listed_path(next((line for line in text.split("\n") if line.strip()), ""))
+        rows = list(_list_rows(name, text) if is_list else _csv_rows(name, text))
+    else:
+        raise AnnotationError(
+            f"{path}: annotations are read from .csv, .tsv, .txt, .json and .jsonl files, or a folder."
+        )
+    if not rows:
+        raise AnnotationError(f"{path}: there are no videos in this file.")
+    return rows, list(dict.fromkeys(name for row in rows for name in row.values))
+
+
+def _object(path: str, line: int, text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise AnnotationError(f"{path}:{line}: this is not JSON ({getattr(error, 'msg', error)}).") from None
+    return _checked_object(value, f"{path}:{line}")
+
+
+def _checked_object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise AnnotationError(f"{where}: expected an object with a path and a label, got {value!r:.80}.")
+    return value
+
+
+def _json_rows(path: str, text: str) -> Iterator[Row]:
+    """The objects of a JSON list, one by one, so that each knows its line."""
+    decoder, place, line = json.JSONDecoder(), 0, 1
+
+    def skip(characters: str) -> None:
+        nonlocal place
+        while place < len(text) and text[place] in characters:
+            place += 1
+
+    skip(" \t\r\n")
+    if not text.startswith("[", place):
+        raise AnnotationError(f"{path}:1: expected a JSON list of objects.")
+    place += 1
+    counted = 0
+    while True:
+        skip(" \t\r\n,")
+        line, counted = line + text.count("\n", counted, place), place
+        if text.startswith("]", place):
+            return
+        try:
+            value, place = decoder.raw_decode(text, place)
+        except json.JSONDecodeError as error:
+            raise AnnotationError(f"{path}:{error.lineno}: this is not JSON ({error.msg}).") from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+            raise AnnotationError(f"{path}:{line}: this JSON cannot be read ({error}).") from None
+        yield Row(_checked_object(value, f"{path}:{line}"), f"{path}:{line}")
+
+
+def _csv_rows(path: str, text: str) -> Iterator[Row]:
+    header = text.split("\n", 1)[0]
+    delimiter = max("\t,;", key=header.count)
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter)
+    try:
+        names = [name.strip() for name in next(reader, [])]
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise AnnotationError(f"{path}:1: there are several columns named {twice[0]!r}: rename all but one.")
+        for cells in reader:
+            if not any(cell.strip() for cell in cells):
+                continue
+            if len(cells) != len(names):
+                raise AnnotationError(
+                    f"{path}:{reader.line_num}: {len(cells)} cells, but the header has {len(names)} columns: "
+                    f"{', '.join(names)}."
+                )
+            yield Row(dict(zip(names, cells, strict=True)), f"{path}:{reader.line_num}")
+    except csv.Error as error:
+        raise AnnotationError(f"{path}:{reader.line_num}: this is not CSV ({error}).") from None
+
+
+def _listed_path(line: str) -> tuple[str, str] | None:
+    """The path and the class number ("" where there is none) of a line such as `Class/file.mp4 3`, else None."""
+    line = line.strip()
+    if line.lower().endswith(_VIDEO_ENDINGS):
+        return line, ""
+    found = re.fullmatch(r"(.*\S)\s+(\d+)", line)
+    return (found[1], found[2]) if found and found[1].lower().endswith(_VIDEO_ENDINGS) else None
+
+
+def _list_rows(path: str, text: str) -> Iterator[Row]:
+    """Paths whose folder is the class; class numbers, where there are any, must belong to the folders one to one."""
+    by_folder: dict[str, tuple[str, int]] = {}
+    by_number: dict[str, tuple[str, int]] = {}
+    for line, content in enumerate(text.split("\n"), 1):
+        if not content.strip():
+            continue
+        listed = _listed_path(content)
+        folder = PurePath(listed[0]).parent.name if listed else ""
+        if listed is None or not folder:
+            raise AnnotationError(f"{path}:{line}: expected a path as Class/file.mp4, got {content.strip()!r:.80}.")
+        number = listed[1]
+        for seen, key, value in ((by_folder, folder, number), (by_number, number, folder)):
+            there, first = seen.setdefault(key, (value, line))
+            if there != value and key:
+                raise AnnotationError(
+                    f"{path}:{line}: the folder {folder!r} with class number {number or 'left out'} contradicts line "
+                    f"{first}, so the folders are not the classes: write a CSV with the columns path and label."
+                )
+        yield Row({"path": listed[0], "label": folder}, f"{path}:{line}")
+
+
+def find_column(path: Path, columns: list[str], given: str | None, candidates: Iterable[str], what: str) -> str:
+    candidates = [given] if given is not None else list(candidates)
+    found = [name for name in candidates if name in columns]
+    if not found:
+        expected = f"{candidates[0]!r}" if given is not None else f"any of {', '.join(candidates)}"
+        raise AnnotationError(f"{path}:1: there is no column {expected} ({what}); there are: {', '.join(columns)}.")
+    return found[0]
+
+
+def filled_cell(row: Row, name: str) -> Any:
+    value = row.values.get(name)
+    value = value.strip() if isinstance(value, str) else value
+    if value is None or value == "" or value == []:
+        raise AnnotationError(f"{row.where}: {name!r} is empty.")
+    return value
+
+
+# Splits
+
+
+def find_split_column(
+    source: str | Path, columns: Sequence[str], given: str, taken: Collection[str | None], rows: Sequence[Row] = ()
+) -> str | None:
+    """
+    The column of splits: `given`, or for "auto" the first of `SPLIT_COLUMNS` that is not `taken`, or None.
+
+    Raises AnnotationError for a column that is not there, and with "auto" for one of another name in `rows` whose
+    values are those of a split.
+    """
+    if given == "none":
+        return None
+    if given != "auto":
+        return find_column(Path(source), list(columns), given, (), "of splits")
+    free = [name for name in columns if name not in taken]
+    if named := [name for name in free if name.lower() in SPLIT_COLUMNS]:
+        return named[0]
+    for name in free:
+        values = {str(row.values.get(name)).strip().lower() for row in rows}
+        if len(values) > 1 and values <= SPLIT_NAMES.keys():
+            raise AnnotationError(
+                f"{source}:1: the column {name!r} has the names of splits ({', '.join(sorted(values))}): set "
+                f"split_column to {name} to split by it, or to none to ignore it."
+            )
+    return None
+
+
+def split_name(value: Any, name: str, where: str) -> str:
+    """ "train", "validation" or "test". Raises AnnotationError for a value that is none of `SPLIT_NAMES`."""
+    split = SPLIT_NAMES.get(str(value).strip().lower())
+    if split is None:
+        raise AnnotationError(
+            f"{where}: {value!r} in the column {name!r} is no split; expected one of {', '.join(SPLIT_NAMES)}. Correct "
+            "it, or set split_column to another column, or to none to ignore this one."
+        )
+    return split
+
+
+def kept_splits(where: str, splits: Iterable[str | None], choose_splits: ChooseSplits | None) -> Collection[str | None]:
+    """Which of the rows' splits are to be read; None stands for rows without a split."""
+    counts = Counter(split for split in splits if split is not None)
+    if not counts:
+        return (None,)
+    return tuple(counts) if choose_splits is None else tuple(choose_splits(where, dict(counts)))

@@ -1,0 +1,1 @@
+"""Where a model looked: attention rollout, gradient relevance, overlays and charts."""

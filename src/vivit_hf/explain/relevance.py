@@ -1,0 +1,305 @@
+"""
+Where a model looked: attention rollout, and attention weighted by the gradient of one class, for all four variants.
+
+Both ask how much each token of the clip counts for the pooled output. Relevance starts there and is passed back through
+the layers, along the attention of each: a vector is carried from layer to layer, and no matrix is multiplied with a
+matrix. What is over time and over space in turn (Models 2, 3 and 4) never becomes one matrix of all tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..data.labels import LabelMap
+from ..embeddings_vivit import check_pixel_values
+from ..inference.evaluation import to_probabilities
+from ..inference.finite_outputs import check_finite
+
+
+# The dot products that make one sub-layer, side by side, and whether each attends over time.
+Sublayer = list[tuple[nn.Module, bool]]
+# The attention of a dot product, (sequences, tokens, tokens) of one clip, its heads averaged.
+Recorded = dict[nn.Module, torch.Tensor]
+
+
+@dataclass
+class Relevance:
+    """
+    How much each token of a clip counts: shares, not negative.
+
+    `space`: float32 (batch, time, height, width) in tokens, each clip adds up to 1.
+    `time`: float32 (batch, time), `space` added up over height and width.
+    """
+
+    space: torch.Tensor
+    time: torch.Tensor
+
+
+def attention_rollout(model: Any, pixel_values: torch.Tensor) -> Relevance:
+    """
+    Attention rollout: where the pooled output can have its content from, whatever the class.
+
+    Each sub-layer with attention A, averaged over its heads, counts as 0.5 I + 0.5 A for its residual connection. The
+    map is the class token's row of their product or, where tokens are pooled without one, the mean of all rows.
+
+    - Model 1: the joint attention.
+    - Model 2: rollout in the spatial encoder spreads the share of a time step over its places; rollout in the temporal
+      encoder gives the shares of the time steps (equal ones without that encoder).
+    - Model 3: attention over space and over time are sub-layers of their own, in the configured order.
+    - Model 4: half of the heads attend over time and half over space, so A is the mean of both.
+
+    Clips are taken one at a time, and of each layer only the mean of the heads is kept. ViViT-B/16x2 on 32 frames with
+    joint attention (12 layers, 3,137 tokens) takes 1.5 GB beside its weights in float32, 0.5 GB of it for these means;
+    Model 3 takes 0.4 GB.
+
+    Args:
+        model: a `ViViTModel` or `ViViTForVideoClassification`, with any attention implementation, on any device.
+        pixel_values: (batch, frames, channels, height, width), floats as the model takes them.
+
+    Returns:
+        The relevance, on the device of `pixel_values`.
+
+    Raises:
+        TypeError: if the model is another one.
+        ValueError: if the model does not take `pixel_values`; NonFiniteError, if its attention is not finite.
+
+    Source: Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020, section 3.
+    """
+    backbone = backbone_for(model, pixel_values)
+    space = pixel_values.new_empty(len(pixel_values), *backbone.config.grid_size, dtype=torch.float32)
+    for index in range(len(pixel_values)):
+        clip = pixel_values[index : index + 1].detach()
+        with torch.no_grad(), _recording(model, backbone, _keep_mean) as recorded:
+            backbone(clip.to(model.device), output_attentions=True)
+            relevance = _rollout(backbone, recorded)
+            check_finite(relevance.sum(), model, clip)
+            space[index] = _shares(relevance)
+    return Relevance(space, space.sum(dim=(2, 3)))
+
+
+def gradient_relevance(
+    model: Any, pixel_values: torch.Tensor, class_index: int | Sequence[int] | torch.Tensor | None = None
+) -> Relevance:
+    """
+    Attention weighted by gradients: what speaks for one class.
+
+    A sub-layer with attention A counts as I + mean over heads of max(0, A * gradient of the class's logit by A). The
+    map is, as in `attention_rollout`, a row of their product or the mean of all rows, without the share that every
+    token gives to itself by residual connections alone. In Model 2 the relevance that the temporal encoder gives to
+    the time steps goes on into the spatial encoder.
+
+    Parameters, their `.grad`, `requires_grad` and the training mode stay as they are. Clips are taken one at a time,
+    with the attention of all heads and layers in memory: ViViT-B/16x2 on 32 frames with joint attention takes 8.5 GB
+    beside its weights in float32, 5.7 GB of it attention; Models 2 to 4 take 2 to 4 GB.
+
+    Args:
+        model: a `ViViTForVideoClassification`, with any attention implementation, on any device.
+        pixel_values: (batch, frames, channels, height, width), floats as the model takes them.
+        class_index: the class, one for all clips or (batch,) of them, as a place in the logits (with `label_groups`, in
+            those of all groups). None: for each clip the one with the highest score.
+
+    Returns:
+        The relevance, on the device of `pixel_values`; equal shares if nothing speaks for the class.
+
+    Raises:
+        TypeError: if the model is another one, or has no classifier.
+        ValueError: if the model does not take `pixel_values` or a class does not exist; NonFiniteError, if the logits
+            or the gradients are not finite.
+
+    Source: Chefer et al., "Generic Attention-model Explainability for Interpreting Bi-Modal and Encoder-Decoder
+    Transformers", ICCV 2021, equations 5 and 6.
+    """
+    backbone = backbone_for(model, pixel_values)
+    if model is backbone or not model.config.num_labels:
+        raise TypeError(
+            "There are no classes to explain: expected a ViViTForVideoClassification with labels, but got "
+            f"{type(model).__name__}{' with num_labels=0' * (model is not backbone)}. `attention_rollout` does without."
+        )
+    classes = _class_indices(class_index, len(pixel_values), model.config.num_labels)
+    label_map = LabelMap.from_config(model.config)
+    space = pixel_values.new_empty(len(pixel_values), *backbone.config.grid_size, dtype=torch.float32)
+    for index in range(len(pixel_values)):
+        clip = pixel_values[index : index + 1].detach()
+        # Gradients are wanted whatever the caller has turned off; the clip is what they can flow to when every
+        # parameter is frozen.
+        with torch.inference_mode(False), torch.enable_grad(), _recording(model, backbone, _keep_gradient) as recorded:
+            leaf = clip.clone().to(model.device).requires_grad_()
+            logits = model(leaf, output_attentions=True, return_dict=True).logits[0]
+            check_finite(logits, model, clip)
+            chosen = classes[index]
+            if chosen is None:
+                chosen = int(to_probabilities(logits.detach(), label_map).argmax())
+            torch.autograd.grad(logits[chosen], leaf)
+        with torch.no_grad():
+            relevance = _gradient_rule(backbone, recorded)
+            check_finite(relevance.sum(), model, clip)
+            space[index] = _shares(relevance)
+    return Relevance(space, space.sum(dim=(2, 3)))
+
+
+def backbone_for(model: Any, pixel_values: Any) -> Any:
+    """The `ViViTModel` inside, for which `pixel_values` are checked."""
+    # By its name: what is loaded from the Hub with its own code has other classes.
+    backbone: Any = getattr(model, "base_model", None)
+    if getattr(getattr(backbone, "config", None), "model_type", None) != "vivit_hf" or not hasattr(backbone, "encoder"):
+        raise TypeError(f"Expected a ViViTModel or ViViTForVideoClassification of this package, got {type(model)}.")
+    check_pixel_values(pixel_values, backbone.config, any_size=False)
+    return backbone
+
+
+def _class_indices(class_index: Any, batch: int, num_labels: int) -> Sequence[int | None]:
+    if class_index is None:
+        return [None] * batch
+    indices = np.asarray(class_index.cpu() if isinstance(class_index, torch.Tensor) else class_index)
+    is_in_range = indices.dtype.kind in "iu" and bool(((indices >= 0) & (indices < num_labels)).all())
+    if not is_in_range or indices.shape not in ((), (batch,)):
+        raise ValueError(
+            f"`class_index={class_index!r}` must be one whole number from 0 to {num_labels - 1}, or one for each of "
+            f"the {batch} clips."
+        )
+    return np.broadcast_to(indices, batch).tolist()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _recording(
+    model: Any, backbone: Any, keep: Callable[[Recorded, nn.Module, torch.Tensor], None]
+) -> Iterator[Recorded]:
+    """What `keep` takes of the attention weights of every dot product, in evaluation mode."""
+    recorded: Recorded = {}
+
+    def hook(module: nn.Module, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, None]:
+        context, weights = output
+        keep(recorded, module, weights)
+        return context, None  # so that transformers' recorder, which comes next, keeps nothing
+
+    encoders = [backbone.encoder] + [backbone.temporal_encoder] * (backbone.temporal_encoder is not None)
+    modules = [module for encoder in encoders for sublayer in _sublayers(encoder) for module, _ in sublayer]
+    handles = [module.register_forward_hook(hook, prepend=True) for module in modules]
+    try:
+        with evaluating(model):
+            yield recorded
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _keep_mean(recorded: Recorded, module: nn.Module, weights: torch.Tensor) -> None:
+    recorded[module] = weights.mean(dim=1, dtype=torch.float32)
+
+
+def _keep_gradient(recorded: Recorded, module: nn.Module, weights: torch.Tensor) -> None:
+    """Weighs the attention by its gradient as soon as that is there, so that gradients need not be kept either."""
+    values = weights.detach()
+
+    def weigh(gradient: torch.Tensor) -> None:
+        recorded[module] = (gradient.float() * values).clamp_min_(0).mean(dim=1)
+
+    weights.register_hook(weigh)
+
+
+def _sublayers(encoder: Any) -> list[Sublayer]:
+    """The attention sub-layers of an encoder in the order of computation."""
+    sublayers: list[Sublayer] = []
+    for layer in encoder.layer:
+        if hasattr(layer, "attention_space"):  # Model 3
+            both: list[Sublayer] = [[(layer.attention_space.dot_product, False)]]
+            both.append([(layer.attention_time.dot_product, True)])
+            sublayers += reversed(both) if layer.time_first else both
+        elif hasattr(layer.attention, "spatial_dot_product"):  # Model 4
+            sublayers.append([(layer.attention.dot_product, True), (layer.attention.spatial_dot_product, False)])
+        else:
+            sublayers.append([(layer.attention.dot_product, False)])
+    return sublayers
+
+
+def _pass_back(
+    encoder: Any, recorded: Recorded, relevance: torch.Tensor, kept: float, passed: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    From the relevance of an encoder's output to that of its input, and what of it came by attention at least once.
+
+    Relevance is (sequences, tokens); in Models 3 and 4 (time, space).
+    """
+    attended = torch.zeros_like(relevance)
+    for sublayer in reversed(_sublayers(encoder)):
+        received = torch.zeros_like(relevance)
+        for module, is_temporal in sublayer:
+            along = relevance.T if is_temporal else relevance
+            # Attention is (query, key): what a query is worth goes to its keys.
+            part = torch.einsum("sqk,sq->sk", recorded[module], along.to(recorded[module].device))
+            received += (part.T if is_temporal else part).to(relevance.device) / len(sublayer)
+        relevance = kept * relevance + passed * received
+        attended += passed * received
+    return relevance, attended
+
+
+def _pooled(config: Any, shares: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """The pooled outputs' shares (sequences,) at the tokens that are pooled: (sequences, [1 +] num_tokens)."""
+    if config.pooling != "cls":
+        return (shares / num_tokens)[:, None].repeat(1, num_tokens)
+    return torch.cat([shares[:, None], shares.new_zeros(len(shares), num_tokens)], dim=1)
+
+
+def _start(backbone: Any, recorded: Recorded, kept: float, passed: float) -> torch.Tensor:
+    """The relevance of what the (spatial) encoder gives: (sequences, tokens), or (time, space) in Models 3 and 4."""
+    config = backbone.config
+    time, height, width = config.grid_size
+    space = height * width
+    whole = torch.ones(1, device=next(iter(recorded.values())).device)
+    if config.is_token_grid:
+        return (whole / (time * space)).repeat(time, space)
+    if config.attention_type == "spatio_temporal":
+        return _pooled(config, whole, time * space)
+    if backbone.temporal_encoder is None:
+        return _pooled(config, (whole / time).repeat(time), space)
+    steps = _pass_back(backbone.temporal_encoder, recorded, _pooled(config, whole, time), kept, passed)[0]
+    return _pooled(config, steps[0, -time:], space)
+
+
+def _rollout(backbone: Any, recorded: Recorded) -> torch.Tensor:
+    """(time, height, width), not yet shares."""
+    start = _start(backbone, recorded, 0.5, 0.5)
+    grid = backbone.config.grid_size
+    relevance = _pass_back(backbone.encoder, recorded, start, 0.5, 0.5)[0]
+    if backbone.config.attention_type == "factorised_encoder":
+        # What stays at a step's class token is nobody's: its places share what the step has.
+        places = relevance[:, -grid[1] * grid[2] :]
+        all_places = places.sum(dim=1, keepdim=True).clamp_min(torch.finfo(places.dtype).tiny)
+        return (start.sum(dim=1, keepdim=True) * places / all_places).reshape(grid)
+    return relevance.reshape(-1)[-grid[0] * grid[1] * grid[2] :].reshape(grid)
+
+
+def _gradient_rule(backbone: Any, recorded: Recorded) -> torch.Tensor:
+    """(time, height, width), not yet shares."""
+    grid = backbone.config.grid_size
+    attended = _pass_back(backbone.encoder, recorded, _start(backbone, recorded, 1, 1), 1, 1)[1]
+    if backbone.config.attention_type == "spatio_temporal":
+        return attended[0, -grid[0] * grid[1] * grid[2] :].reshape(grid)
+    return attended[:, -grid[1] * grid[2] :].reshape(grid)
+
+
+def _shares(relevance: torch.Tensor) -> torch.Tensor:
+    total = relevance.sum()
+    return relevance / total if total > 0 else torch.full_like(relevance, 1 / relevance.numel())
+
+
+__all__ = ["Relevance", "attention_rollout", "gradient_relevance"]

@@ -1,0 +1,1 @@
+"""Imports that register ViViT with the Auto classes of transformers."""

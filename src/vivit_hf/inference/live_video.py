@@ -1,0 +1,214 @@
+"""
+Frames of sources that do not end or cannot be read twice: cameras, network streams, pipes.
+
+The decoder runs in a thread of its own and never waits for a model longer than it may: a source has a stated policy for
+frames that come faster than they are taken.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ..frame_conversion import FrameConverter, FrameShape, FrameSize, FrameWindow
+from ..frame_sampling import check_choice, check_positive_integer
+from ..video_container import demuxed, open_container
+from ..video_sources import VideoDecodingError, VideoLimits, is_pipe, open_pipe, source_name
+
+
+try:
+    import av
+except ImportError:
+    av = None  # type: ignore[assignment]
+
+
+POLICIES = ("drop_oldest", "wait")
+# Seconds that `close` waits for the thread. FFmpeg cannot be called back from a source that sends nothing.
+PATIENCE = 1.0
+# An address may lead to other addresses, as a playlist or RTSP does, but never to a file of this machine.
+_NETWORK_PROTOCOLS = "crypto,data,http,httpproxy,https,rtmp,rtmps,rtmpt,rtp,rtsp,rtsps,srt,srtp,tcp,tls,udp"
+# Seconds from one frame to the next beyond which the clock was set and nothing was waited for.
+LONGEST_GAP = 10.0
+
+
+class LiveVideo:
+    """
+    The frames of a camera, a stream or a pipe as they come: an iterator of (seconds, uint8 RGB (height, width, 3)).
+
+    Args:
+        source: what FFmpeg opens: "rtsp://...", "udp://...", "/dev/video0" with `format="v4l2"`; or a binary file that
+            is read from where it stands, such as `sys.stdin.buffer`. Unlike `VideoReader` this opens what the address
+            says, so it must come from somebody you trust. What the source sends cannot make it open files.
+        format, options: for FFmpeg, as `av.open` takes them (`{"rtsp_transport": "tcp"}`, say).
+        policy: what happens to frames that come faster than they are taken. "drop_oldest" forgets the oldest of those
+            that wait, so that the newest is never late; `num_dropped` counts them. "wait" lets the source wait and
+            loses nothing, which is right for pipes and files.
+        queue_size: frames that may wait.
+        size, window: as for `VideoReader.frames_at`; frames are scaled and cut in the thread that decodes.
+        timeout: seconds without anything from the network, or from a named pipe when it is opened, after which the
+            source counts as broken.
+        limits: `VideoLimits`, of which `max_pixels` and `max_streams` apply to live sources.
+
+    `seconds` count from the first frame, by the source's own timestamps; where these go back or leap by more than ten
+    seconds, as when a source begins again, time goes on by a frame. Packets that cannot be decoded are counted in
+    `num_rejected_packets` and passed over. Use it as a context manager: that ends the thread and closes the source.
+
+    Raises VideoDecodingError if the source cannot be opened or breaks off, with its name and the reason.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        format: str | None = None,
+        options: dict[str, str] | None = None,
+        policy: str = "drop_oldest",
+        queue_size: int = 32,
+        size: FrameSize | None = None,
+        window: FrameWindow | None = None,
+        timeout: float = 30.0,
+        limits: VideoLimits | None = None,
+    ):
+        if av is None:
+            raise ImportError("Reading video needs PyAV: pip install av.")
+        self.policy = check_choice("policy", policy, POLICIES)
+        self.queue_size = check_positive_integer("queue_size", queue_size)
+        self.name = source_name(source)
+        self.num_received = self.num_dropped = self.num_rejected_packets = 0
+        self._shape: FrameShape = (size, window)
+        self._waiting: deque[tuple[float, np.ndarray]] = deque()
+        self._changed = threading.Condition()
+        self._error: Exception | None = None
+        self._is_finished = self._is_closed = False
+        self._file: Any = None
+        limits = limits or VideoLimits()
+        try:
+            self._container = self._opened(source, limits, format=format, options=options, timeout=timeout)
+            streams = [stream for stream in self._container.streams.video if stream.codec_context is not None]
+            if not streams:
+                self._container.close()
+                raise self._broken("it has no video stream that can be decoded")
+        except BaseException:
+            self._close_file()
+            raise
+        self._stream = streams[0]
+        self._stream.codec_context.options = {"max_pixels": str(limits.max_pixels)}
+        self._thread = threading.Thread(target=self._receive, name=f"frames of {self.name}", daemon=True)
+        self._thread.start()
+
+    def _opened(
+        self, source: Any, limits: VideoLimits, *, format: str | None, timeout: float, options: dict[str, str] | None
+    ) -> Any:
+        try:
+            # Files are opened here: by a path, FFmpeg would let a playlist lead to other files. What is neither a file
+            # nor an address is a device of `format`.
+            is_named = isinstance(source, os.PathLike) or (isinstance(source, str) and "://" not in source)
+            if is_pipe(source):
+                source = self._file = open_pipe(source, timeout, "timeout")
+            elif is_named and (format is None or os.path.isfile(source)):
+                source = self._file = open(source, "rb")  # noqa: SIM115 (closed with the container)
+            protocols = _NETWORK_PROTOCOLS if isinstance(source, str) else "none"
+            return open_container(
+                source, limits, protocols=protocols, is_live=True, format=format, options=options, timeout=timeout
+            )
+        except (av.FFmpegError, OSError, ValueError) as error:
+            raise self._broken(error) from None  # FFmpeg's error quotes the address with its password
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def __enter__(self) -> LiveVideo:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """
+        Ends the thread, which closes the source; frames that wait are forgotten.
+
+        A thread that waits for a silent source ends by itself, when something comes or after `timeout`.
+        """
+        with self._changed:
+            self._is_closed = True
+            self._waiting.clear()
+            self._changed.notify_all()
+        self._thread.join(PATIENCE)
+
+    def __iter__(self) -> Iterator[tuple[float, np.ndarray]]:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._is_finished or self._is_closed)
+                if not self._waiting:
+                    if self._error is not None:
+                        raise self._broken(self._error) from None
+                    return
+                item = self._waiting.popleft()
+                self._changed.notify_all()
+            yield item
+
+    def _broken(self, reason: Exception | str) -> VideoDecodingError:
+        if isinstance(reason, Exception):
+            reason = f"{type(reason).__name__}: {getattr(reason, 'strerror', None) or reason}"
+        return VideoDecodingError(f"Cannot read {self.name}: {reason}.", source=self.name, reason=reason)
+
+    def _receive(self) -> None:
+        try:
+            self._decode()
+        except Exception as error:
+            self._error = error
+        finally:
+            self._container.close()
+            self._close_file()
+            with self._changed:
+                self._is_finished = True
+                self._changed.notify_all()
+
+    def _decode(self) -> None:
+        stream = self._stream
+        stream.thread_type = "SLICE"
+        converter = FrameConverter(1)
+        header = (stream.codec_context.height, stream.codec_context.width)
+        duration = 1 / float(stream.average_rate or 25)
+        last = offset = None
+        for packet in demuxed(self._container, stream):
+            try:
+                frames = packet.decode()
+            except av.FFmpegError:
+                self.num_rejected_packets += 1
+                continue
+            for frame in frames:
+                seconds = frame.time
+                if seconds is None:  # a source without a clock: by the rate that it says it has
+                    seconds = self.num_received * duration
+                if offset is None or last is None:
+                    offset, last = -seconds, 0.0
+                elif not last <= seconds + offset <= last + LONGEST_GAP:
+                    offset = last + duration - seconds
+                last = seconds + offset
+                self.num_received += 1
+                image = converter.to_rgb((one for one in (frame,)), 1, header, self._shape)[0]
+                if not self._hand_over(last, image):
+                    return
+
+    def _hand_over(self, seconds: float, image: np.ndarray) -> bool:
+        """Puts a frame into the queue; False once nobody wants any more."""
+        with self._changed:
+            if self.policy == "wait":
+                self._changed.wait_for(lambda: len(self._waiting) < self.queue_size or self._is_closed)
+            elif len(self._waiting) == self.queue_size:
+                self._waiting.popleft()
+                self.num_dropped += 1
+            if not self._is_closed:
+                self._waiting.append((seconds, image))
+                self._changed.notify_all()
+            return not self._is_closed

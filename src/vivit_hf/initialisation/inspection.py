@@ -1,0 +1,103 @@
+"""What a model is, from its configuration alone: sizes, parameters and multiply-adds of each part, what it expects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..configuration_vivit import ViViTConfig
+from ..modeling_vivit import ViViTForVideoClassification
+
+
+_PAPER_NAMES = {
+    "spatio_temporal": "Model 1",
+    "factorised_encoder": "Model 2",
+    "factorised_self_attention": "Model 3",
+    "factorised_dot_product_attention": "Model 4",
+}
+_PARTS = {
+    "embeddings": ("vivit.embeddings",),
+    "encoder": ("vivit.encoder", "vivit.layernorm"),
+    "temporal encoder": ("vivit.temporal_embeddings", "vivit.temporal_encoder", "vivit.temporal_layernorm"),
+    "pre-logits": ("vivit.pre_logits",),
+    "classifier": ("classifier",),
+}
+
+
+@dataclass
+class ModelPart:
+    """`parameters` as a count, `multiply_adds` for one clip, attention included."""
+
+    name: str
+    parameters: int
+    multiply_adds: int
+
+
+def inspect_parts(config: ViViTConfig) -> list[ModelPart]:
+    """
+    The parts of the classifier that `config` describes; nothing is computed, and no weights are needed.
+
+    Every token of every layer counts, as in the paper, although the model spares those of its last layer that nobody
+    reads.
+    """
+    config = ViViTConfig.from_dict(config.to_dict(), attn_implementation="eager")
+    with torch.device("meta"):
+        model = ViViTForVideoClassification(config).eval()
+        clip = torch.empty(1, config.num_frames, config.num_channels, *config.frame_size)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(clip, output_hidden_states=True)
+    counts = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
+    parts = []
+    for part, names in _PARTS.items():
+        modules = {name: _module(model, name) for name in names}
+        parameters = sum(one.numel() for module in modules.values() if module for one in module.parameters())
+        flops = sum(counts.get(f"{type(model).__name__}.{name}", 0) for name in names)
+        if parameters:
+            parts.append(ModelPart(part, parameters, flops // 2))
+    return parts
+
+
+def _module(model: nn.Module, name: str) -> nn.Module | None:
+    module: Any = model
+    for attribute in name.split("."):
+        module = getattr(module, attribute, None)
+    return module
+
+
+def describe_model(config: ViViTConfig) -> dict[str, Any]:
+    """Everything that `vivit-hf inspect` shows of a configuration, for JSON: variant, sizes, tokens, input, labels."""
+    time, height, width = config.grid_size
+    parts = inspect_parts(config)
+    is_encoder = config.attention_type == "factorised_encoder"
+    return {
+        "variant": {"attention_type": config.attention_type, "paper": _PAPER_NAMES[config.attention_type]},
+        "input": {
+            "shape": [config.num_frames, config.num_channels, *config.frame_size],
+            "axes": "frames, channels, height, width",
+            "range": [-1, 1],
+        },
+        "tokens": {
+            "embedding": config.embedding_type,
+            "tubelet": list(config.tubelet_size),
+            "grid": [time, height, width],
+            "total": time * height * width,
+        },
+        "sizes": {
+            "hidden_size": config.hidden_size,
+            "layers": config.num_hidden_layers,
+            **({"temporal_layers": config.num_temporal_layers} if is_encoder else {}),
+            "heads": config.num_attention_heads,
+            "intermediate_size": config.intermediate_size,
+            "pooling": config.pooling,
+        },
+        "parts": {part.name: {"parameters": part.parameters, "multiply_adds": part.multiply_adds} for part in parts},
+        "parameters": sum(part.parameters for part in parts),
+        "multiply_adds": sum(part.multiply_adds for part in parts),
+        "labels": list(config.id2label.values()) if config.num_labels else [],
+        "label_groups": config.label_groups,
+    }

@@ -1,0 +1,1 @@
+"""Clips, augmentation, mixing, optimiser groups, checkpoints, the trainer and its recipes."""

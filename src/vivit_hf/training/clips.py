@@ -1,0 +1,307 @@
+"""Video files as a data set of clips: deterministic per (seed, epoch, index), and not stopped by a damaged file."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset, Sampler
+
+from ..data.annotations import LabelledVideo
+from ..data.labels import LabelMap, balanced_weights
+from ..video_processing_vivit import ViViTVideoProcessor
+from ..video_sources import VideoDecodingError, source_name
+from .augmentation import ClipAugmentation, clip_generator
+
+
+_ORDER, _REPLACEMENT = 0x6F72646572, 0x7265706C  # keep these random numbers apart from those of the augmentation
+_BLANK_SIZE = (64, 64)  # pixels
+
+
+class _ClipMaker:
+    """One video to the `pixel_values` of its clip or of its views."""
+
+    def __init__(
+        self, processor: ViViTVideoProcessor, augmentation: ClipAugmentation | None, num_clips: int, num_crops: int
+    ):
+        self.processor, self.augmentation = processor, augmentation
+        self.num_clips, self.num_crops = num_clips, num_crops
+
+    def augmented(self, video: Any, generator: np.random.Generator) -> torch.Tensor:
+        """A random clip, (frames, channels, height, width)."""
+        if self.augmentation is None:
+            raise ValueError("There is no augmentation to make a random clip with.")
+        # The whole frame as uint8: where it is cropped, the augmentation decides.
+        features = self.processor(
+            video,
+            clip_start="random",
+            num_clips=1,
+            num_crops=1,
+            generator=generator,
+            do_center_crop=False,
+            do_rescale=False,
+            do_normalize=False,
+            return_tensors="np",
+        )
+        frames = features["pixel_values"][0].transpose(0, 2, 3, 1)
+        clip = self.augmentation(np.ascontiguousarray(frames), generator)
+        values = torch.from_numpy(np.require(clip, requirements="W"))  # what Pillow leaves is read-only
+        return self.processor.rescale_and_normalize(values.permute(0, 3, 1, 2))
+
+    def views(self, video: Any) -> torch.Tensor:
+        """The views of the evaluation, (views, frames, channels, height, width)."""
+        return self.processor(video, num_clips=self.num_clips, num_crops=self.num_crops)["pixel_values"]
+
+    def empty(self) -> torch.Tensor:
+        """Zeros in the shape of `augmented`, or of `views` where there is no augmentation."""
+        if self.augmentation is not None:
+            return torch.zeros(self.processor.num_frames, 3, *self.augmentation.crop_size)
+        # A blank video tells the size of a clip, by whichever settings the processor resizes and crops.
+        blank = np.zeros((self.processor.num_frames, *_BLANK_SIZE, 3), dtype=np.uint8)
+        clip = self.processor(blank, do_sample_frames=False, num_clips=1, num_crops=1)["pixel_values"]
+        return torch.zeros(self.num_clips * self.num_crops, *clip.shape[1:])
+
+
+class VideoClips(Dataset):
+    """
+    A map-style data set of labelled videos.
+
+    With an augmentation (training) an item is a random clip, `pixel_values` (frames, channels, height, width); without
+    one (evaluation) it has all views of its video, (views, frames, channels, height, width). Besides there are
+    `labels` (see `LabelMap.encode`), `index`, `epoch`, `damaged_files`, a list of (file, reason), and in training
+    `file`, the name of the video.
+
+    A file that cannot be read is replaced in training by another video, chosen by (seed, epoch, index), and in
+    evaluation by zeros with labels that do not count; either way it is named in `damaged_files`.
+
+    Args:
+        videos: what there is.
+        processor: which frames, in which size and range.
+        label_map: the order of the labels.
+        augmentation: for training.
+        seed: of what is random.
+        num_clips, num_crops: the views of the evaluation.
+        max_replacements: how many damaged files in a row are replaced before it is an error.
+    """
+
+    def __init__(
+        self,
+        videos: Sequence[LabelledVideo],
+        processor: ViViTVideoProcessor,
+        label_map: LabelMap,
+        *,
+        augmentation: ClipAugmentation | None = None,
+        seed: int = 0,
+        num_clips: int = 1,
+        num_crops: int = 1,
+        max_replacements: int = 10,
+    ):
+        self.videos, self.label_map, self.augmentation, self.seed = videos, label_map, augmentation, seed
+        self.targets = [label_map.encode(one) for one in videos]
+        self.max_replacements = max_replacements
+        self._make = _ClipMaker(processor, augmentation, num_clips, num_crops)
+        # In shared memory: workers that outlive an epoch see the next one begin.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch[0] = int(epoch)
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"There is no video {index} of {len(self)}.")
+        index %= len(self)
+        if self.augmentation is None:
+            return self._evaluation_item(index)
+        epoch = int(self._epoch[0])
+        generator = clip_generator(self.seed, epoch, index)
+        chosen, damaged = index, []
+        for attempt in range(self.max_replacements + 1):
+            one = self.videos[chosen]
+            try:
+                clip = self._make.augmented(one.source(), generator)
+            except (VideoDecodingError, OSError) as error:
+                damaged.append(_damage(one, error))
+                replacement = np.random.default_rng((_REPLACEMENT, self.seed, epoch, index, attempt))
+                chosen = int(replacement.integers(len(self)))
+                continue
+            return {
+                "pixel_values": clip,
+                "labels": self.targets[chosen],
+                "file": _name_of(one),
+                "index": index,
+                "epoch": epoch,
+                "damaged_files": damaged,
+            }
+        listed = "; ".join(f"{name}: {reason}" for name, reason in damaged[:3])
+        raise VideoDecodingError(
+            f"{len(damaged)} videos in a row cannot be read, which is too many to go on ({listed}; ...). "
+            "`vivit-hf scan` lists what is wrong with a folder."
+        )
+
+    def _evaluation_item(self, index: int) -> dict[str, Any]:
+        one, labels, damaged = self.videos[index], self.targets[index], []
+        try:
+            views = self._make.views(one.source())
+        except (VideoDecodingError, OSError) as error:
+            damaged, labels = [_damage(one, error)], self.label_map.ignored()
+            views = self._make.empty()
+        return {"pixel_values": views, "labels": labels, "index": index, "epoch": 0, "damaged_files": damaged}
+
+
+@dataclass(frozen=True)
+class StreamedVideo:
+    """
+    One video of one pass over a stream.
+
+    `place` counts the videos of the whole stream, in whichever process they are read. `video` is None where a process
+    has none left while others still have one: the item then has zeros for a clip and labels that do not count.
+    """
+
+    epoch: int
+    place: int
+    video: LabelledVideo | None
+
+
+class StreamedClips(IterableDataset):
+    """
+    Clips of a data set that is read in one pass, such as a streamed one of the Hub: items as those of `VideoClips`.
+
+    `ClipTrainer` reads a stream through `StreamLoader`, which deals it out to processes and workers. What is random
+    depends on (seed, epoch, place in the whole stream).
+
+    A file that cannot be read is replaced in training by another video of its batch. Where the batch has none, and in
+    evaluation, the item has zeros for a clip and labels that do not count. Either way the file is named in
+    `damaged_files`. Iterating over the stream itself gives items without batches: in training it leaves out what cannot
+    be read, and names it with the next item (at the end of the stream with one whose labels do not count).
+
+    Args:
+        videos: an iterable of `LabelledVideo`, read anew in every epoch, which has to give the same videos in every
+            process and worker. If it has a `set_epoch`, that is called along with this one's.
+        processor, label_map, augmentation, seed, num_clips, num_crops: as for `VideoClips`.
+    """
+
+    def __init__(
+        self,
+        videos: Iterable[LabelledVideo],
+        processor: ViViTVideoProcessor,
+        label_map: LabelMap,
+        *,
+        augmentation: ClipAugmentation | None = None,
+        seed: int = 0,
+        num_clips: int = 1,
+        num_crops: int = 1,
+    ):
+        self.videos, self.label_map, self.augmentation, self.seed = videos, label_map, augmentation, seed
+        self._make = _ClipMaker(processor, augmentation, num_clips, num_crops)
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch[0] = int(epoch)
+        if hasattr(self.videos, "set_epoch"):
+            self.videos.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = torch.utils.data.get_worker_info()
+        unreadable: list[dict[str, Any]] = []
+        damaged: list[tuple[str, str]] = []
+        for one in self.read():
+            if worker is not None and one.place % worker.num_workers != worker.id:
+                continue
+            item = self.items([one])[0]
+            damaged += item["damaged_files"]
+            if self.augmentation is not None and item["damaged_files"]:
+                unreadable = [item]
+                continue
+            yield {**item, "damaged_files": damaged}
+            unreadable, damaged = [], []
+        for item in unreadable:  # at the end of the stream, where no other item could name it
+            yield {**item, "damaged_files": damaged}
+
+    def read(self, first_place: int = 0) -> Iterator[StreamedVideo]:
+        """All videos of this epoch, none of them opened yet; places count from `first_place`."""
+        epoch = int(self._epoch[0])
+        for place, video in enumerate(self.videos, first_place):
+            yield StreamedVideo(epoch, place, video)
+
+    def items(self, batch: Sequence[StreamedVideo]) -> list[dict[str, Any]]:
+        """The items of a batch, in its order."""
+        items = [self._item(one) for one in batch]
+        readable = [item for item in items if item["pixel_values"] is not None]
+        for item in items:
+            if item["pixel_values"] is not None:
+                continue
+            if self.augmentation is not None and readable:
+                key = (_REPLACEMENT, self.seed, item["epoch"], item["index"])
+                chosen = readable[int(np.random.default_rng(key).integers(len(readable)))]
+                item |= {name: chosen[name] for name in ("pixel_values", "labels", "file")}
+            else:
+                item["pixel_values"], item["labels"] = self._make.empty(), self.label_map.ignored()
+        return items
+
+    def _item(self, one: StreamedVideo) -> dict[str, Any]:
+        """`pixel_values` and `labels` are None where there is no video, or it cannot be read."""
+        item: dict[str, Any] = {"pixel_values": None, "labels": None, "damaged_files": []}
+        item |= {"index": one.place, "epoch": one.epoch}
+        if one.video is None:
+            return item
+        item["labels"], item["file"] = self.label_map.encode(one.video), _name_of(one.video)
+        try:
+            if self.augmentation is None:
+                item["pixel_values"] = self._make.views(one.video.source())
+            else:
+                generator = clip_generator(self.seed, one.epoch, one.place)
+                item["pixel_values"] = self._make.augmented(one.video.source(), generator)
+        except (VideoDecodingError, OSError) as error:
+            item["damaged_files"] = [_damage(one.video, error)]
+        return item
+
+
+def _name_of(one: LabelledVideo) -> str:
+    name = one.where if callable(one.video) else source_name(one.video)
+    # Two addresses may differ only in what is not shown.
+    return f"{one.where}: {name}" if "***" in name else name
+
+
+def _damage(one: LabelledVideo, error: Exception) -> tuple[str, str]:
+    name = _name_of(one)
+    if isinstance(one.video, dict) and one.video.get("bytes") is not None:
+        # A video inside of a table has a file name without its folder, or none.
+        name += f" (SHA-256 {hashlib.sha256(one.video['bytes']).hexdigest()[:12]})"
+    return name, getattr(error, "reason", None) or str(error)
+
+
+class ClipSampler(Sampler):
+    """
+    The order of the videos in an epoch, the same in every process and for any number of workers.
+
+    Args:
+        dataset: whose epoch is set along with the sampler's.
+        seed: of the order.
+        is_balanced: draw, with repetition, so that all labels come up equally often; else every video comes once.
+    """
+
+    def __init__(self, dataset: VideoClips, seed: int = 0, is_balanced: bool = False):
+        self.dataset, self.seed, self.epoch = dataset, seed, 0
+        self.weights = balanced_weights(dataset.targets, dataset.label_map).numpy() if is_balanced else None
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = int(epoch)
+        self.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng((_ORDER, self.seed, self.epoch))
+        if self.weights is None:
+            order = generator.permutation(len(self))
+        else:
+            order = generator.choice(len(self), size=len(self), p=self.weights / self.weights.sum())
+        return iter(order.tolist())

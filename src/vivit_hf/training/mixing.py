@@ -1,0 +1,161 @@
+"""From examples to batches: soft labels, label smoothing, mixup and cutmix of clips.
+
+Mixup (Zhang et al., 2018) as the official code does it: one weight per batch, drawn from Beta(alpha, alpha), for the
+batch and for the same batch in reverse order. Cutmix (Yun et al., 2019) puts one box of the reversed batch into all
+frames of the batch. What is random depends on the seed, the epoch and the examples in the batch alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.labels import IGNORED, LabelMap
+
+
+_MIXING = 0x6D6978  # keeps these random numbers apart from those of the augmentation
+
+
+def soft_labels(labels: torch.Tensor, sizes: Sequence[int], smoothing: float = 0.0) -> torch.Tensor:
+    """
+    Class probabilities from class indices.
+
+    Args:
+        labels: int64 (batch,), or (batch, groups) for several groups; -100 does not count.
+        sizes: classes per group.
+        smoothing: the share that is spread evenly over all classes of a group, the right one included.
+
+    Returns:
+        float32 (batch, sum of sizes); each group of each row sums to 1, or to 0 where the label does not count.
+    """
+    labels = labels.reshape(len(labels), len(sizes))
+    counted = (labels != IGNORED).float()
+    labels = labels.clamp(min=0)
+    parts = []
+    for group, size in enumerate(sizes):
+        one_hot = torch.nn.functional.one_hot(labels[:, group], size).float()
+        parts.append(((1 - smoothing) * one_hot + smoothing / size) * counted[:, group : group + 1])
+    return torch.cat(parts, dim=1)
+
+
+def mixup(clips: torch.Tensor, labels: torch.Tensor, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each example with its counterpart in the reversed batch: weight * x + (1 - weight) * reversed x."""
+    return tuple(weight * values + (1 - weight) * values.flip(0) for values in (clips, labels))  # type: ignore
+
+
+def cutmix_box(height: int, width: int, weight: float, generator: np.random.Generator) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right) of a box about a random place with 1 - weight of the area, cut off at the borders."""
+    side = (1 - weight) ** 0.5
+    half_height, half_width = int(height * side) // 2, int(width * side) // 2
+    row, column = int(generator.integers(height)), int(generator.integers(width))
+    return (
+        max(0, row - half_height),
+        min(height, row + half_height),
+        max(0, column - half_width),
+        min(width, column + half_width),
+    )
+
+
+def cutmix(
+    clips: torch.Tensor, labels: torch.Tensor, box: tuple[int, int, int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The box in all frames from the reversed batch, and labels mixed by the area that it really has.
+
+    `clips` (batch, frames, channels, height, width), `labels` (batch, classes).
+    """
+    top, bottom, left, right = box
+    mixed = clips.clone()
+    mixed[..., top:bottom, left:right] = clips.flip(0)[..., top:bottom, left:right]
+    area = (bottom - top) * (right - left) / (clips.shape[-2] * clips.shape[-1])
+    return mixed, mixup(labels, labels, 1 - area)[0]
+
+
+def _of_one_size(clips: Sequence[torch.Tensor], labels: torch.Tensor) -> list[torch.Tensor]:
+    """Clips whose labels do not count are blank; they get the size of those that do."""
+    counts = (labels != IGNORED).reshape(len(labels), -1).all(dim=1).tolist()
+    size = next((clip.shape for clip, is_counted in zip(clips, counts, strict=True) if is_counted), clips[0].shape)
+    return [clip if is_counted else clip.new_zeros(size) for clip, is_counted in zip(clips, counts, strict=True)]
+
+
+class ClipCollator:
+    """Puts the items of `VideoClips` together into a batch, and mixes it.
+
+    Args:
+        label_map: of the data set.
+        label_smoothing: share of the labels that is spread over all classes.
+        mixup_alpha, cutmix_alpha: of the Beta distribution that the weight is drawn from; 0 leaves it out. With both,
+            each batch has one or the other.
+        class_weights: float (num_labels,), by which the loss of each class is multiplied; they go into the labels.
+        seed: of what is random.
+
+    A batch has `pixel_values` (batch, frames, channels, height, width), `labels` as the model takes them, and
+    `damaged_files`, a list of (file, reason), and `files`, the name of each video, or "one + other" where clips are
+    mixed. Items with views, which are for evaluation, are left as they are:
+    `pixel_values` (batch, views, frames, channels, height, width) and labels from `LabelMap.encode`.
+    """
+
+    def __init__(
+        self,
+        label_map: LabelMap,
+        *,
+        label_smoothing: float = 0.0,
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
+        class_weights: torch.Tensor | None = None,
+        seed: int = 0,
+    ):
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"`label_smoothing={label_smoothing!r}` must be at least 0 and below 1.")
+        for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
+            if alpha < 0:
+                raise ValueError(f"`{name}={alpha!r}` must not be negative; 0 leaves it out.")
+        if label_map.has_several and class_weights is not None:
+            raise ValueError("Class weights are for one label per video.")
+        self.label_map = label_map
+        self.label_smoothing = label_smoothing
+        self.mixup_alpha, self.cutmix_alpha = mixup_alpha, cutmix_alpha
+        self.class_weights = class_weights
+        self.seed = seed
+
+    @property
+    def is_soft(self) -> bool:
+        """Whether labels are probabilities instead of numbers."""
+        return bool(self.label_smoothing or self.mixup_alpha or self.cutmix_alpha) or self.class_weights is not None
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        labels = torch.stack([item["labels"] for item in items])
+        clips = torch.stack(_of_one_size([item["pixel_values"] for item in items], labels))
+        damaged = [file for item in items for file in item.get("damaged_files", ())]
+        files = [item.get("file", "") for item in items]
+        if clips.ndim == 6:  # views, for evaluation
+            return {"pixel_values": clips, "labels": labels, "damaged_files": damaged}
+        if self.is_soft:
+            labels = self._soft(labels)
+        if (self.mixup_alpha or self.cutmix_alpha) and len(items) > 1:
+            clips, labels = self._mixed(clips, labels, items)
+            files = [f"{one} + {other}" for one, other in zip(files, reversed(files), strict=True)]
+        if self.class_weights is not None:
+            labels = labels * self.class_weights
+        return {"pixel_values": clips, "labels": labels, "damaged_files": damaged, "files": files}
+
+    def _soft(self, labels: torch.Tensor) -> torch.Tensor:
+        if self.label_map.has_several:  # each label is a classification of its own, between two classes
+            smoothed = labels * (1 - self.label_smoothing) + self.label_smoothing / 2
+            return torch.where(labels == IGNORED, labels, smoothed)
+        return soft_labels(labels, self.label_map.sizes, self.label_smoothing)
+
+    def _mixed(
+        self, clips: torch.Tensor, labels: torch.Tensor, items: Sequence[dict[str, Any]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        key = (self.seed, _MIXING, int(items[0]["epoch"]), *(int(item["index"]) for item in items))
+        generator = np.random.default_rng(np.random.SeedSequence(key))
+        is_mixup = not self.cutmix_alpha or (bool(self.mixup_alpha) and generator.random() < 0.5)
+        alpha = self.mixup_alpha if is_mixup else self.cutmix_alpha
+        weight = float(generator.beta(alpha, alpha))
+        if is_mixup:
+            return mixup(clips, labels, max(weight, 1 - weight))
+        box = cutmix_box(clips.shape[-2], clips.shape[-1], weight, generator)
+        return cutmix(clips, labels, box)

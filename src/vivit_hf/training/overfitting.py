@@ -1,0 +1,92 @@
+"""Whether a model can learn one batch by heart: the first question where training does not learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..data.labels import LabelMap
+
+
+@dataclass
+class OverfitReport:
+    """Whether one batch was learnt by heart: `accuracy` (with several labels, of each label) after `num_steps`; the
+    loss at the beginning and the end; and the trained parameters that had no gradient, or did not move."""
+
+    accuracy: float
+    num_steps: int
+    first_loss: float
+    last_loss: float
+    without_gradient: list[str]
+    unmoved: list[str]
+
+    @property
+    def is_reached(self) -> bool:
+        return self.accuracy == 1.0
+
+    def __str__(self) -> str:
+        how = "learnt by heart" if self.is_reached else "NOT learnt"
+        lines = [
+            f"One batch was {how}: accuracy {self.accuracy:.1%} after {self.num_steps} steps, "
+            f"loss {self.first_loss:.4f} -> {self.last_loss:.4f}."
+        ]
+        if not self.is_reached:
+            for reason, names in (("had no gradient", self.without_gradient), ("did not move", self.unmoved)):
+                shown = ", ".join(names[:8]) + ", ..." * (len(names) > 8)
+                lines.append(f"{len(names)} trained parameters {reason}{': ' + shown if names else ''}.")
+            lines.append(
+                "Look at the batch (save_batch_picture): clips that look alike with different labels cannot be told "
+                "apart. Else try another learning rate."
+            )
+        return "\n".join(lines)
+
+
+def overfit_one_batch(
+    model: Any,
+    batch: dict[str, torch.Tensor],
+    label_map: LabelMap,
+    make_optimizer: Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer],
+    groups: Sequence[dict[str, Any]],
+    num_steps: int = 200,
+) -> OverfitReport:
+    """
+    Trains on one batch until every label of it is right, without dropout and stochastic depth; changes the model.
+
+    Args:
+        model: a `ViViTForVideoClassification`.
+        batch: `pixel_values` (batch, frames, channels, height, width) and unmixed `labels` from `LabelMap.encode`.
+        make_optimizer, groups: the optimiser, made from the groups of parameters.
+        num_steps: at most.
+    """
+    model.eval()  # the same function in every step: what is learnt by heart shows at once
+    batch = {name: batch[name].to(model.device) for name in ("pixel_values", "labels")}
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    optimizer = make_optimizer(groups)
+    accuracy, losses, has_gradient, steps = 0.0, [], set(), 0
+    for step in range(num_steps + 1):
+        with torch.enable_grad():
+            outputs = model(**batch)
+        losses.append(outputs.loss.item())
+        accuracy = _accuracy(outputs.logits.detach(), batch["labels"], label_map)
+        if accuracy == 1.0 or step == num_steps:
+            break
+        optimizer.zero_grad()
+        outputs.loss.backward()
+        has_gradient |= {name for name, one in trained.items() if one.grad is not None and bool(one.grad.any())}
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.step()
+        steps += 1
+    unmoved = [name for name, parameter in trained.items() if torch.equal(parameter, before[name])] if steps else []
+    missing = [name for name in trained if name not in has_gradient] if steps else []
+    return OverfitReport(accuracy, steps, losses[0], losses[-1], missing, unmoved)
+
+
+def _accuracy(logits: torch.Tensor, labels: torch.Tensor, label_map: LabelMap) -> float:
+    if label_map.has_several:
+        return ((logits > 0) == (labels > 0.5)).float().mean().item()
+    predictions = torch.stack([part.argmax(dim=1) for part in logits.split(label_map.sizes, dim=1)], dim=1)
+    return (predictions == labels.reshape(predictions.shape)).float().mean().item()

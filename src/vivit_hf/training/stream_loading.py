@@ -1,0 +1,167 @@
+"""Streams in training and evaluation: dealt out evenly to processes and workers, and resumed where they stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from .clips import StreamedClips, StreamedVideo
+
+
+class StreamBatches:
+    """
+    The batches of one process, as lists of `StreamedVideo` that are not opened yet.
+
+    All processes read the same stream. A round takes `batch_size` videos for each of them, in the order of the
+    processes, so that all of them have equally many batches of equal size.
+
+    In training (`clips` has an augmentation) the last rounds of a pass are filled up with videos from its beginning,
+    with other random crops. In evaluation each video comes once: the rest that makes no whole round is shared out, and
+    a process that has one video fewer than another gets a `StreamedVideo` without a video.
+
+    Args:
+        clips: the stream.
+        batch_size: videos per batch and process.
+        num_processes, process_index: how many processes there are, and which one this is.
+        rounds_per_step: in training, the number of rounds in a pass is a multiple of it (gradient accumulation).
+        drop_last: in training, leave the last rounds out if they are not whole, instead of filling them up.
+
+    After an iteration `num_videos` is the number of videos in it, those of all processes together.
+
+    Raises:
+        ValueError: if the stream is empty, or too short for one step where the last one is dropped.
+    """
+
+    def __init__(
+        self,
+        clips: StreamedClips,
+        batch_size: int,
+        *,
+        num_processes: int = 1,
+        process_index: int = 0,
+        rounds_per_step: int = 1,
+        drop_last: bool = False,
+    ):
+        self.clips, self.batch_size, self.drop_last = clips, batch_size, drop_last
+        self.num_processes, self.process_index, self.rounds_per_step = num_processes, process_index, rounds_per_step
+        self.num_videos = 0
+
+    def __iter__(self) -> Iterator[list[StreamedVideo]]:
+        return self._evaluation() if self.clips.augmentation is None else self._training()
+
+    def _training(self) -> Iterator[list[StreamedVideo]]:
+        own: list[StreamedVideo] = []
+        step_size = self.batch_size * self.num_processes * self.rounds_per_step
+        self.num_videos = 0
+        for one in self.clips.read() if self.drop_last else self._filled_up(step_size):
+            if one.place // self.batch_size % self.num_processes == self.process_index:
+                own.append(one)
+            if (one.place + 1) % step_size == 0:
+                for start in range(0, len(own), self.batch_size):
+                    yield own[start : start + self.batch_size]
+                own = []
+            self.num_videos = one.place + 1
+        if self.drop_last and self.num_videos < step_size:
+            raise ValueError(
+                f"The stream has {self.num_videos or 'no'} videos, fewer than the {step_size} of one step: leave "
+                "drop_last out, and they are filled up."
+            )
+
+    def _filled_up(self, step_size: int) -> Iterator[StreamedVideo]:
+        """A pass, and its first videos again until there are whole steps."""
+        count = 0
+        while count == 0 or count % step_size:
+            begun_at = count
+            for one in self.clips.read(first_place=count):
+                yield one
+                count = one.place + 1
+                if begun_at and count % step_size == 0:
+                    break
+            if count == begun_at:
+                raise ValueError("The stream has no videos, or cannot be read a second time.")
+
+    def _evaluation(self) -> Iterator[list[StreamedVideo]]:
+        batch, processes, this = self.batch_size, self.num_processes, self.process_index
+        a_round: list[StreamedVideo] = []
+        self.num_videos = 0
+        for one in self.clips.read():
+            a_round.append(one)
+            self.num_videos += 1
+            if len(a_round) == batch * processes:
+                yield a_round[this * batch : (this + 1) * batch]
+                a_round = []
+        if self.num_videos == 0:
+            raise ValueError("The stream has no videos.")
+        if a_round:
+            share = -(-len(a_round) // processes)
+            padding = StreamedVideo(a_round[0].epoch, self.num_videos, None)
+            a_round += [padding] * (share * processes - len(a_round))
+            yield a_round[this * share : (this + 1) * share]
+
+
+class StreamLoader(DataLoader):
+    """
+    A loader of a stream: the main process reads which videos there are, and the workers decode them.
+
+    So a stream needs no shards to be decoded by several workers, and batches are the same for any number of them.
+
+    Args:
+        clips: the stream.
+        batches: which videos make up a batch.
+        settings: of `DataLoader`.
+    """
+
+    def __init__(self, clips: StreamedClips, batches: StreamBatches, **settings: Any):
+        # Without a generator of its own, a loader draws from torch's random numbers whenever it starts workers, which
+        # a run that is resumed does at other moments.
+        super().__init__(_Items(clips), batch_sampler=batches, generator=torch.Generator(), **settings)
+        self.clips, self.batches = clips, batches
+
+    def set_epoch(self, epoch: int) -> None:
+        self.clips.set_epoch(epoch)
+
+
+class _Items(Dataset):
+    def __init__(self, clips: StreamedClips):
+        self.clips = clips
+
+    def __getitems__(self, batch: Sequence[StreamedVideo]) -> list[dict[str, Any]]:
+        return self.clips.items(batch)
+
+
+class StreamPosition(TrainerCallback, ExportableState):
+    """
+    The pass over a stream that training is in, and the step that this pass began at; it is kept in checkpoints.
+
+    `Trainer` works both out from the length of the data, which a stream does not have.
+    """
+
+    def __init__(self) -> None:
+        self.epoch, self.first_step = 0, 0
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **settings: Any
+    ) -> None:
+        if not (control.should_training_stop or control.should_epoch_stop):
+            self.epoch, self.first_step = self.epoch + 1, state.global_step
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"epoch": self.epoch, "first_step": self.first_step}}
+
+    def restore(self, state: TrainerState) -> None:
+        """Takes the position from the state of a checkpoint, or the beginning if no step has been done."""
+        saved = {"epoch": 0, "first_step": 0}
+        if state.global_step:
+            stored = state.stateful_callbacks.get(type(self).__name__)
+            if stored is None:
+                raise ValueError(
+                    "The checkpoint does not say how far its stream was read: an older version wrote it, or its "
+                    "training data were not streamed. Start anew, in another output folder."
+                )
+            saved = stored["attributes"]
+        self.epoch, self.first_step = saved["epoch"], saved["first_step"]

@@ -1,0 +1,237 @@
+"""ViT weights of timm and the original JAX files become ViViTs that compute what they did there."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from image_conversion import EXECUTED, Attack, assert_refused, converter, difference, jax_arrays
+from safetensors.torch import save_file
+from scenic_reference import _Weights, attend, embed, transformer
+from transformers import ViTModel
+from vit_models import make_vit, timm_weights
+
+from vivit_hf import ViViTVideoProcessor
+from vivit_hf.conversion.image_sources import read_image_source
+
+
+@pytest.fixture
+def convert(tmp_path, capfd):
+    return converter(tmp_path, capfd)
+
+
+# timm
+
+
+def timm_forward(weights, image, heads):
+    """timm's `VisionTransformer.forward_features`, on its own weights."""
+    f = torch.nn.functional
+
+    def norm(tokens, name):
+        return f.layer_norm(tokens, tokens.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6)
+
+    def linear(tokens, name):
+        return f.linear(tokens, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    kernel = weights["patch_embed.proj.weight"]
+    tokens = f.conv2d(image, kernel, weights["patch_embed.proj.bias"], stride=kernel.shape[-1]).flatten(2).mT
+    tokens = torch.cat([weights["cls_token"].expand(len(image), -1, -1), tokens], dim=1) + weights["pos_embed"]
+    for index in range(sum(name.endswith("qkv.weight") for name in weights)):
+        block = f"blocks.{index}"
+        batch, length, width = tokens.shape
+        qkv = linear(norm(tokens, f"{block}.norm1"), f"{block}.attn.qkv")
+        q, k, v = qkv.reshape(batch, length, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
+        scores = (q @ k.mT * (width // heads) ** -0.5).softmax(dim=-1)
+        context = (scores @ v).transpose(1, 2).reshape(batch, length, width)
+        tokens = tokens + linear(context, f"{block}.attn.proj") * weights.get(f"{block}.ls1.gamma", 1)
+        hidden = f.gelu(linear(norm(tokens, f"{block}.norm2"), f"{block}.mlp.fc1"))
+        tokens = tokens + linear(hidden, f"{block}.mlp.fc2") * weights.get(f"{block}.ls2.gamma", 1)
+    return norm(tokens, "norm")
+
+
+@pytest.fixture
+def timm(tmp_path):
+    """Writes a folder in timm's layout, with changes to its weights and configuration."""
+
+    def write(changes=None, **config):
+        weights = timm_weights(make_vit(lambda config: ViTModel(config, add_pooling_layer=False)))
+        weights |= {"head.weight": torch.ones(5, 24), "head.bias": torch.ones(5), **(changes or {})}
+        folder = tmp_path / "timm"
+        folder.mkdir()
+        weights = {name: tensor.contiguous() for name, tensor in weights.items() if tensor is not None}
+        save_file(weights, folder / "model.safetensors")
+        stored = {
+            "architecture": "vit_tiny_patch8_24",
+            "model_args": {"num_heads": 4},
+            "pretrained_cfg": {
+                "input_size": [3, 24, 24],
+                "mean": [0.485, 0.456, 0.406],
+                "std": [0.229, 0.224, 0.225],
+                "interpolation": "bicubic",
+                "crop_pct": 0.75,
+            },
+            **config,
+        }
+        (folder / "config.json").write_text(json.dumps(stored))
+        return folder, weights
+
+    return write
+
+
+def test_timm_weights_compute_what_they_do_in_timm(timm, convert):
+    folder, weights = timm()
+    source = read_image_source(str(folder))
+    image = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            source.vit(image).last_hidden_state, timm_forward(weights, image, heads=4), atol=1e-5, rtol=0
+        )
+    code, printed, errors, output = convert(folder)
+    assert code == 0, errors
+    assert difference(printed) < 1e-5
+    assert "head.weight (classification head)" in printed and "timm (safetensors)" in printed
+    assert f"arrays mapped {len(weights) - 2} of {len(weights)} " in printed
+    processor = ViViTVideoProcessor.from_pretrained(output)
+    assert processor.image_mean == [0.485, 0.456, 0.406] and processor.image_std == [0.229, 0.224, 0.225]
+    assert processor.resample == 3 and processor.size == {"shortest_edge": 32}
+    assert processor.crop_size == {"height": 24, "width": 24} and processor.do_center_crop
+
+
+def test_layer_scale_of_timm_is_folded_exactly(timm, convert):
+    gammas = {f"blocks.{block}.ls{branch}.gamma": torch.randn(24) for block in (0, 1) for branch in (1, 2)}
+    folder, weights = timm(gammas)
+    image = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        tokens = read_image_source(str(folder)).vit(image).last_hidden_state
+        unscaled = timm_forward(
+            {name: tensor for name, tensor in weights.items() if name not in gammas}, image, heads=4
+        )
+        torch.testing.assert_close(tokens, timm_forward(weights, image, heads=4), atol=1e-5, rtol=0)
+    assert (tokens - unscaled).abs().max() > 0.1
+    code, printed, errors, _ = convert(folder, "--attention-type", "factorised_encoder")
+    assert code == 0, errors
+    assert difference(printed) < 1e-5
+    assert f"arrays mapped {len(weights) - 2} of {len(weights)} " in printed
+    assert "4 arrays of LayerScale folded into the projections before them" in printed
+
+
+def test_a_single_file_of_timm(timm, convert, tmp_path):
+    folder, _ = timm()
+    file = folder / "model.safetensors"
+    assert_refused(convert(file), tmp_path, "24 wide", "--num-heads")
+    code, printed, errors, _ = convert(file, "--num-heads", 4)
+    assert code == 0, errors
+    assert "no timm config.json" in printed and "values in [-1, 1]" in printed
+    wrong, _, _, _ = convert(file, "--num-heads", 5)
+    assert wrong == 1
+
+
+@pytest.mark.parametrize(
+    ("width", "heads"), [(192, 3), (384, 6), (768, 12), (1024, 16), (1280, 16), (1408, 16), (1664, 16)]
+)
+def test_timm_heads_by_width(tmp_path, width, heads):
+    from vivit_hf.conversion.image_sources import _timm_heads
+
+    found, notes = _timm_heads(tmp_path, width, {}, None)
+    assert found == heads and f"{heads} heads" in notes[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "expected"),
+    [
+        ({"blocks.0.ls1.gamma": torch.ones(7)}, {}, ["blocks.0.ls1.gamma has the shape (7,)", "attn.proj.weight"]),
+        ({"blocks.0.gamma_1": torch.ones(24)}, {}, ["LayerScale", "blocks.0.gamma_1"]),
+        ({"reg_token": torch.ones(1, 4, 24)}, {}, ["register tokens", "reg_token"]),
+        ({"dist_token": torch.ones(1, 1, 24)}, {}, ["distilled DeiT", "dist_token"]),
+        ({"fc_norm.weight": torch.ones(24)}, {}, ["fc_norm.weight"]),
+        ({"norm_pre.weight": torch.ones(24)}, {}, ["norm_pre.weight"]),
+        ({"blocks.0.attn.q_norm.weight": torch.ones(6)}, {}, ["query-key normalisation"]),
+        ({"blocks.0.adapter.weight": torch.ones(3)}, {}, ["no place for: blocks.0.adapter.weight"]),
+        ({"blocks.1.mlp.fc2.bias": None}, {}, ["missing: what becomes layers.1.mlp.fc2.bias"]),
+        ({"norm.weight": torch.ones(7)}, {}, ["another shape: norm.weight gives (7,)"]),
+        ({"cls_token": None}, {}, ["has no 'cls_token'"]),
+        ({"pos_embed": torch.ones(1, 9, 24)}, {"pretrained_cfg": {}}, ["9 position embeddings"]),
+        ({}, {"architecture": "swin_base_patch4_window7_224"}, ["swin_base_patch4_window7_224"]),
+        ({}, {"model_args": {"act_layer": "quick_gelu"}}, ["act_layer"]),
+    ],
+)
+def test_other_models_of_timm_are_refused_by_name(timm, convert, tmp_path, changes, config, expected):
+    folder, _ = timm(changes, **config)
+    assert_refused(convert(folder), tmp_path, "timm", *expected)
+
+
+# The original JAX files
+
+
+def augreg(name):
+    """The names of google-research/vision_transformer."""
+    for theirs, ours in (("LayerNorm_1", "LayerNorm_2"), ("ProductAttention_0", "ProductAttention_1")):
+        name = name.replace(theirs, ours)
+    return name.replace("MlpBlock_0", "MlpBlock_3")
+
+
+def big_vision(name):
+    return "params/" + name.replace("Transformer/posembed_input/", "")
+
+
+JAX_NAMINGS = {"vision_transformer": augreg, "big_vision": big_vision, "scenic": str}
+
+
+@pytest.mark.parametrize("naming", JAX_NAMINGS)
+def test_jax_weights_compute_what_they_do_in_flax(tmp_path, convert, naming):
+    arrays = jax_arrays()
+    file = tmp_path / "vit.npz"
+    pre_logits = {"pre_logits/kernel": np.ones((24, 24), np.float32), "pre_logits/bias": np.ones(24, np.float32)}
+    np.savez(file, **{JAX_NAMINGS[naming](name): array for name, array in {**arrays, **pre_logits}.items()})
+    vit = read_image_source(str(file)).vit
+    assert vit.config.hidden_act == "gelu_pytorch_tanh" and vit.config.layer_norm_eps == 1e-6
+
+    images = np.random.default_rng(1).normal(size=(2, 1, 24, 24, 3))
+    weights = _Weights(arrays, np.float64)
+    one_frame = {"temporal_encoding_config": {"method": "temporal_sampling", "n_sampled_frames": 1}}
+    tokens = embed(weights, one_frame, images)[:, 0]
+    tokens = np.concatenate([np.broadcast_to(weights("cls"), (2, 1, 24)), tokens], axis=1)
+    tokens = tokens + weights("Transformer/posembed_input/pos_embedding")
+    expected = torch.from_numpy(transformer(weights, "Transformer", tokens, attend))
+    with torch.no_grad():
+        actual = vit.double()(torch.from_numpy(images[:, 0]).permute(0, 3, 1, 2)).last_hidden_state
+    torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
+
+    code, printed, errors, _ = convert(file, "--attention-type", "factorised_self_attention")
+    assert code == 0, errors
+    assert difference(printed) < 1e-5 and "JAX (.npz)" in printed and "values in [-1, 1]" in printed
+    assert f"arrays mapped {len(arrays) - 3} of {len(arrays) + 2} " in printed  # without head, pre-logits, class token
+    assert "head/kernel (classification head)" in printed and "pre_logits/bias (representation layer)" in printed
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"MAPHead_0/probe": np.ones((1, 1, 24))}, ["attention pooling (MAPHead)", "MAPHead_0/probe"]),
+        ({"img/embedding/kernel": np.ones((8, 8, 3, 24))}, ["two towers"]),
+        ({"cls": None}, ["missing: cls"]),
+        (
+            {"Transformer/encoderblock_1/LayerNorm_2/bias": None},
+            ["missing: what becomes layers.1.layernorm_after.bias"],
+        ),
+        ({"Transformer/encoder_norm/bias": np.ones(3)}, ["another shape: Transformer/encoder_norm/bias gives (3,)"]),
+        ({"stem/kernel": np.ones(3)}, ["no place for: stem/kernel"]),
+        ({"embedding/kernel": None}, ["has no embedding/kernel"]),
+        ({"head/bias": np.array([Attack()], dtype=object)}, ["not a whole .npz of plain arrays"]),
+    ],
+)
+def test_other_npz_files_are_refused_by_name(tmp_path, convert, changes, expected):
+    arrays = {augreg(name): array for name, array in jax_arrays().items()} | changes
+    file = tmp_path / "other.npz"
+    np.savez(file, **{name: array for name, array in arrays.items() if array is not None})
+    assert_refused(convert(file), tmp_path, "other.npz", *expected)
+    assert not EXECUTED
+
+
+def test_bfloat16_npz(tmp_path):
+    """numpy has no bfloat16, and gives what big_vision wrote as such as two nameless bytes."""
+    arrays = jax_arrays()
+    halves = {name: (array.view(np.uint32) >> 16).astype(np.uint16).view("V2") for name, array in arrays.items()}
+    np.savez(tmp_path / "halves.npz", **halves)
+    cls_token = read_image_source(str(tmp_path / "halves.npz")).vit.embeddings.cls_token
+    torch.testing.assert_close(cls_token, torch.from_numpy(arrays["cls"]), atol=0, rtol=2**-7)

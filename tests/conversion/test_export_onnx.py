@@ -1,0 +1,349 @@
+"""Exported graphs run beside PyTorch: the same logits for any batch, and whatever else leaves nothing behind."""
+
+import json
+import re
+import subprocess
+import sys
+
+import export_onnx
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from export_onnx import (
+    DEFAULT_OPSET,
+    INT8_FILE,
+    LEAST_OPSET,
+    MODEL_FILE,
+    REPORT_FILE,
+    main,
+    measure_agreement,
+    write_int8,
+    write_onnx,
+)
+from parity import random_clip
+from paths import ROOT
+from tiny_models import ATTENTION_TYPES, case_config, make_clips, make_model
+from torch import nn
+from video_files import write_video
+
+from vivit_hf import ViViTConfig, ViViTVideoProcessor
+from vivit_hf.conversion.weight_files import ConversionError
+from vivit_hf.data.labels import LabelMap
+from vivit_hf.initialisation.model_processor import processor_for
+
+
+SCRIPT = ROOT / "conversion" / "export_onnx.py"
+CASES = [*ATTENTION_TYPES, "average_pool_baseline", "uniform_frames"]
+LABELS = {0: "wave", 1: "Größe", 2: "run", 3: "sit", 4: "jump"}
+FILES = {MODEL_FILE, "config.json", "preprocessor_config.json", REPORT_FILE}
+
+
+def session(path):
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4  # of the errors that are asked for here, too
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run_onnx(path, clips):
+    (logits,) = session(path).run(None, {"pixel_values": clips.numpy()})
+    return torch.from_numpy(logits)
+
+
+def metadata(path):
+    return {entry.key: entry.value for entry in onnx.load(path, load_external_data=False).metadata_props}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def exported(request, tmp_path_factory):
+    """A model, and the file that it is exported to."""
+    model = make_model(case_config(request.param))
+    path = tmp_path_factory.mktemp("exported") / MODEL_FILE
+    write_onnx(model, path, DEFAULT_OPSET, {"key": "value"})
+    return model, path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny Model 2 with named labels and a processor, as `save_pretrained` writes them."""
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def save_tiny(folder, processor=None, **overrides):
+    fields = {"id2label": LABELS, **overrides}
+    if "num_labels" in overrides:
+        del fields["id2label"]
+    model = make_model(case_config("factorised_encoder", **fields))
+    model.save_pretrained(folder)
+    made = processor_for(model.config)
+    for name, value in (processor or {}).items():
+        setattr(made, name, value)
+    made.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def export(tmp_path, folder, capfd):
+    """What runs the command: (exit code, standard output without line breaks, standard error, output folder)."""
+
+    def run(*arguments, model=folder):
+        capfd.readouterr()  # what was printed before
+        output = tmp_path / "exported"
+        code = main(["--model", str(model), "--output", str(output), *map(str, arguments)])
+        printed, errors = capfd.readouterr()
+        return code, re.sub(r"[\s│]+", " ", printed), errors, output
+
+    return run
+
+
+def assert_refused(result, tmp_path, *expected):
+    """Exit code 1, one line that names what is wrong, and nothing left behind."""
+    code, _, errors, output = result
+    assert code == 1, errors
+    assert errors.startswith("error: ") and errors.count("\n") == 1, errors
+    for text in expected:
+        assert str(text) in errors
+    assert not output.exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+# The graph
+
+
+def test_every_batch_gives_the_logits_of_pytorch(exported):
+    model, path = exported
+    for batch in (1, 2, 5):
+        clips = make_clips(model.config, batch, seed=batch)
+        with torch.no_grad():
+            expected = model(clips).logits
+        actual = run_onnx(path, clips)
+        assert actual.shape == expected.shape == (batch, 5)
+        assert (actual - expected).abs().max() < 1e-4
+        assert expected.std(dim=-1).min() > 1e-2  # or anything would agree
+
+
+@pytest.mark.parametrize(
+    ("sizes", "index", "got", "expected"),
+    [({"num_frames": 7}, 1, 7, 8), ({"image_size": (32, 40)}, 3, 32, 24), ({"image_size": (24, 48)}, 4, 48, 40)],
+)
+def test_another_clip_is_an_error_that_names_it(exported, sizes, index, got, expected):
+    model, path = exported
+    with pytest.raises(Exception, match=rf"pixel_values(.|\n)*index: {index} Got: {got} Expected: {expected}"):
+        run_onnx(path, make_clips(model.config, 2, **sizes))
+
+
+def test_the_file_is_valid_and_says_nothing_of_this_machine(exported):
+    _, path = exported
+    onnx.checker.check_model(path, full_check=True)
+    assert [file.name for file in path.parent.iterdir() if "int8" not in file.name] == [MODEL_FILE]
+    content = path.read_bytes()
+    assert str(ROOT).encode() not in content and b"stack_trace" not in content
+    assert metadata(path) == {"key": "value"}
+
+
+def test_int8_runs_with_every_batch_and_quantises_every_linear_layer(exported):
+    model, path = exported
+    quantised = path.with_name(INT8_FILE)
+    write_int8(path, quantised)
+    onnx.checker.check_model(quantised, full_check=True)
+    operators = [node.op_type for node in onnx.load(quantised).graph.node]
+    assert operators.count("MatMulInteger") == sum(isinstance(module, nn.Linear) for module in model.modules())
+    assert quantised.stat().st_size < path.stat().st_size
+    for batch in (1, 2, 5):
+        clips = make_clips(model.config, batch, seed=batch)
+        with torch.no_grad():
+            expected = model(clips).logits
+        difference = (run_onnx(quantised, clips) - expected).abs().max()
+        assert 1e-4 < difference < 0.1 * expected.abs().max()
+
+
+def test_the_weights_stand_in_a_file_of_their_own_where_one_would_be_too_large(tmp_path, monkeypatch):
+    model = make_model(case_config("spatio_temporal"))
+    monkeypatch.setattr(export_onnx, "MOST_BYTES_IN_ONE_FILE", 1000)
+    write_onnx(model, tmp_path / MODEL_FILE, DEFAULT_OPSET, {"key": "value"})
+    write_int8(tmp_path / MODEL_FILE, tmp_path / INT8_FILE, is_large=True)
+    files = {file.name for file in tmp_path.iterdir()}
+    assert files == {MODEL_FILE, f"{MODEL_FILE}.data", INT8_FILE, f"{INT8_FILE}.data"}
+    for name in (MODEL_FILE, INT8_FILE):
+        assert export_onnx._bytes(tmp_path / name) > 4 * (tmp_path / name).stat().st_size / 3
+    assert metadata(tmp_path / MODEL_FILE) == {"key": "value"}
+    clips = make_clips(model.config, 3)
+    with torch.no_grad():
+        expected = model(clips).logits
+    assert (run_onnx(tmp_path / MODEL_FILE, clips) - expected).abs().max() < 1e-4
+    assert (run_onnx(tmp_path / INT8_FILE, clips) - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_an_opset_is_what_was_asked_for(tmp_path):
+    model = make_model(case_config("spatio_temporal"))
+    write_onnx(model, tmp_path / MODEL_FILE, LEAST_OPSET)
+    (opset,) = onnx.load(tmp_path / MODEL_FILE).opset_import
+    assert opset.version == LEAST_OPSET
+    clips = make_clips(model.config, 3)
+    with torch.no_grad():
+        assert (run_onnx(tmp_path / MODEL_FILE, clips) - model(clips).logits).abs().max() < 1e-4
+
+
+# What int8 costs
+
+
+def test_agreement_is_of_classes_and_of_probabilities():
+    expected = torch.tensor([[0.0, 1.0], [0.0, 1.0], [2.0, 0.0], [2.0, 0.0]])
+    actual = torch.tensor([[0.0, 1.0], [1.0, 0.0], [2.0, 0.0], [3.0, 0.0]])
+    agreement = measure_agreement(actual, expected, LabelMap({"": ("a", "b")}))
+    differences = [0, (2.718281828 - 1) / (2.718281828 + 1), 0, 1 / (1 + np.exp(-3)) - 1 / (1 + np.exp(-2))]
+    assert agreement.top1_agreement == 0.75
+    assert agreement.max_abs_difference_of_probabilities == pytest.approx(max(differences), rel=1e-5)
+    assert agreement.mean_abs_difference_of_probabilities == pytest.approx(np.mean(differences), rel=1e-5)
+
+
+def test_agreement_on_groups_is_agreement_on_each():
+    label_map = LabelMap({"noun": ("a", "b"), "verb": ("c", "d", "e")})
+    expected = torch.tensor([[0.0, 1.0, 3.0, 0.0, 0.0], [0.0, 1.0, 3.0, 0.0, 0.0]])
+    actual = torch.tensor([[0.0, 2.0, 3.0, 0.0, 0.0], [0.0, 1.0, 3.0, 0.0, 4.0]])
+    assert measure_agreement(actual, expected, label_map).top1_agreement == 0.5
+    several = measure_agreement(actual, expected, LabelMap({"": tuple("abcde")}, has_several=True))
+    assert several.max_abs_difference_of_probabilities == pytest.approx(1 / (1 + np.exp(-4)) - 0.5, rel=1e-5)
+
+
+def test_logits_that_are_not_finite_do_not_agree():
+    logits = torch.zeros(2, 2)
+    with pytest.raises(ConversionError, match="not finite"):
+        measure_agreement(logits / 0, logits, LabelMap({"": ("a", "b")}))
+
+
+# The script
+
+
+def test_the_script_writes_the_whole_folder(tmp_path, folder):
+    output = tmp_path / "exported"
+    command = [sys.executable, SCRIPT, "--model", folder, "--output", output, "--int8", "--num-clips-checked", 6]
+    process = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    assert {path.name for path in output.iterdir()} == FILES | {INT8_FILE}
+
+    config = ViViTConfig.from_pretrained(output)
+    assert config.id2label == LABELS
+    assert ViViTVideoProcessor.from_pretrained(output).num_frames == config.num_frames
+    for name in (MODEL_FILE, INT8_FILE):
+        said = metadata(output / name)
+        assert json.loads(said["id2label"]) == {str(index): label for index, label in LABELS.items()}
+        assert (said["num_frames"], said["image_size"], said["value_range"]) == ("8", "[24, 40]", "[-1.0, 1.0]")
+        assert said["expects"].startswith("pixel_values (batch, 8, 3, 24, 40) of float32")
+        assert said["model"] == "model"  # and not where it was
+
+    report = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))
+    clips = torch.cat([random_clip(config, seed) for seed in range(6)])
+    model = make_model(case_config("factorised_encoder", id2label=LABELS))
+    with torch.no_grad():
+        expected = model(clips).logits
+    assert (run_onnx(output / MODEL_FILE, clips) - expected).abs().max() < 1e-4
+    assert report["float32"]["max_abs_difference_of_logits"] < 1e-4
+    # One by one: in a batch, the activations of all clips are on one scale.
+    quantised = torch.cat([run_onnx(output / INT8_FILE, clip[None]) for clip in clips])
+    difference = (quantised.softmax(dim=-1) - expected.softmax(dim=-1)).abs()
+    int8 = report["int8"]
+    assert int8["top1_agreement"] == (quantised.argmax(dim=-1) == expected.argmax(dim=-1)).double().mean().item()
+    assert int8["max_abs_difference_of_probabilities"] == pytest.approx(difference.max().item(), abs=1e-5)
+    assert int8["mean_abs_difference_of_probabilities"] == pytest.approx(difference.mean().item(), abs=1e-5)
+    assert difference.max() > 1e-4
+    assert report["clips"]["count"] == 6 and report["input"]["shape"] == ["batch", 8, 3, 24, 40]
+    for part in ("float32", "int8"):
+        assert report[part]["bytes"] == (output / report[part]["file"]).stat().st_size
+
+    printed = re.sub(r"[\s│]+", " ", process.stdout)
+    assert float(re.search(r"max abs difference (\S+):", printed)[1]) < 1e-4
+    assert f"top-1 agreement {int8['top1_agreement']:.3f}" in printed
+    assert f"{int8['max_abs_difference_of_probabilities']:.1e} at most" in printed
+
+
+def test_videos_are_checked_with(tmp_path, export):
+    videos = tmp_path / "videos"
+    for index in range(6):
+        (videos / str(index // 2)).mkdir(parents=True, exist_ok=True)
+        write_video(videos / str(index // 2) / f"{index}.mp4", num_frames=18 + index, width=96)
+    code, printed, errors, output = export("--videos", videos, "--num-clips-checked", 4)
+    assert (code, errors) == (0, "")
+    assert "one of each of 4 videos of the 6 in videos" in printed
+    for path in output.iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), f"{path.name} tells where it was made"
+    report = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))
+    assert report["clips"]["files"] == ["0/0.mp4", "1/2.mp4", "1/3.mp4", "2/5.mp4"]
+    assert "int8" not in report and {path.name for path in output.iterdir()} == FILES
+
+    (videos / "1" / "2.mp4").write_bytes(b"no video")
+    (tmp_path / "exported").rename(tmp_path / "first")
+    assert_refused(export("--videos", videos, "--num-clips-checked", 4), tmp_path, "2.mp4")
+
+
+def test_a_graph_that_computes_something_else_is_not_kept(tmp_path, export, monkeypatch):
+    def write_damaged(model, *arguments):
+        with torch.no_grad():
+            model.vivit.encoder.layer[1].mlp.fc2.weight.view(-1)[-1] += 1e-1
+        write_onnx(model, *arguments)
+
+    monkeypatch.setattr(export_onnx, "write_onnx", write_damaged)
+    assert_refused(export(), tmp_path, "parity: logits", "nothing was written")
+
+
+def test_a_batch_that_is_a_constant_is_not_kept(tmp_path, export, monkeypatch):
+    static = torch.export.Dim.STATIC
+    monkeypatch.setattr(torch.export, "Dim", lambda name: static)
+    assert_refused(export(), tmp_path, "cannot run model.onnx", "index: 0 Got: 1 Expected: 2")
+
+
+def test_a_full_output_folder_is_left_alone(tmp_path, export):
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "precious.txt").write_text("keep")
+    code, _, errors, output = export()
+    assert code == 1 and "not an empty folder" in errors
+    assert [path.name for path in output.iterdir()] == ["precious.txt"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--opset", 17], "--opset 17 is too old: torch exports from 18 on"),
+        (["--num-clips-checked", 3], "--num-clips-checked 3 is too few: 4 are needed"),
+        (["--videos", "nowhere"], "nowhere"),
+    ],
+)
+def test_options_that_cannot_be_met_are_refused(tmp_path, export, options, expected):
+    assert_refused(export(*options), tmp_path, expected)
+
+
+def test_an_opset_that_torch_does_not_know_is_refused(export):
+    code, _, errors, output = export("--opset", 99)
+    assert code == 1 and not output.exists()
+    assert "to opset 99" in errors and "choose another --opset, such as 20" in errors
+
+
+def test_models_that_cannot_be_exported_are_refused(tmp_path, export):
+    def refuse(name, *expected, options=(), **fields):
+        assert_refused(export(*options, model=save_tiny(tmp_path / name, **fields)), tmp_path, *expected)
+
+    refuse("headless", "num_labels=0", num_labels=0)
+    refuse("regression", "leave --int8 out", options=["--int8"], problem_type="regression")
+    refuse("longer", "num_frames=9, but config.json has 8", processor={"num_frames": 9})
+    (tmp_path / "empty").mkdir()
+    assert_refused(export(model=tmp_path / "empty"), tmp_path, "empty has no config.json")
+    assert_refused(export(model=tmp_path / "nowhere"), tmp_path, "nowhere")
+
+    write_video(tmp_path / "one.mp4")
+    assert_refused(export("--videos", tmp_path), tmp_path, "has 1 video files; expected 4 or more")
+    for index in range(4):
+        write_video(tmp_path / f"{index}.mp4", num_frames=18, width=96)
+    wrong = {"crop_size": {"height": 24, "width": 24}}
+    refuse("cropped", "(1, 8, 3, 24, 24)", "crop_size", options=["--videos", tmp_path], processor=wrong)
+
+
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    for option in ("--model", "--output", "--int8", "--videos", "--num-clips-checked", "--opset"):
+        assert option in printed

@@ -1,0 +1,45 @@
+"""Fully sharded training (FSDP2) on two processes equals training on one, for every variant."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from fsdp_worker import build, train
+from paths import TESTS
+from tiny_models import ATTENTION_TYPES
+
+from vivit_hf import ViViTForVideoClassification
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    output = tmp_path_factory.mktemp("fsdp") / "results.pt"
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--master_port=0"]
+    command = [sys.executable, *torchrun, str(TESTS / "fsdp_worker.py"), str(output)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert process.returncode == 0, process.stderr[-3000:]
+    return torch.load(output, weights_only=True)
+
+
+@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
+def test_shards_train_like_the_whole_model(sharded, attention_type):
+    result = sharded[attention_type]
+    model, clips, labels = build(attention_type)
+    losses = train(model, clips, labels)
+    layers = model.config.num_hidden_layers + (
+        model.config.num_temporal_layers if attention_type == "factorised_encoder" else 0
+    )
+    assert result["world_size"] == 2 and result["wrapped"] > layers
+    assert 0.4 < result["local_share"] < 0.6, "each process holds a half"
+    torch.testing.assert_close(result["losses"], losses, atol=1e-6, rtol=1e-5)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(result["state"][name], tensor, atol=2e-6, rtol=1e-4, msg=name)
+
+
+def test_the_configuration_file_wraps_the_layers_that_there_are():
+    settings = yaml.safe_load((TESTS.parent / "examples" / "fsdp2.yaml").read_text())["fsdp_config"]
+    named = set(settings["fsdp_transformer_layer_cls_to_wrap"].split(","))
+    known = set(ViViTForVideoClassification._no_split_modules)
+    assert named == {name for name in known if name.endswith("Layer")}
