@@ -68,7 +68,7 @@ def test_speed_benchmark_runs_on_tiny_sizes(tmp_path):
         assert any(name.startswith("float32, batch 1: ") and f"Model {number}, share" in name for name in names)
     assert sum("training step" in name for name in names) == 10
     values = {row["name"]: row["value"] for row in rows}
-    assert values["import of vivit_hf over that of transformers' model"] > 0.5
+    assert values["import of the model and processor over transformers' own"] > 0.5
     assert values["from_pretrained over reading the bytes"] > 0
     assert values["vivit-hf classify: first answer of the demo model"] > 0.5
     assert "skipped: lucidrains' ViViT" in process.stdout
