@@ -354,7 +354,9 @@ def measure_start(bench: Bench, folder: Path) -> None:
     # Importing PreTrainedModel is what no answer of any transformers model can do without.
     ratio = median_ratio(seconds["answer"], seconds["base class"])
     bench.add(at_most("vivit-hf classify: first answer over import of PreTrainedModel", ratio, "x", 1.25))
-    bench.add(at_most("vivit-hf classify: first answer of the demo model", statistics.median(seconds["answer"]), "s", 4))
+    bench.add(
+        at_most("vivit-hf classify: first answer of the demo model", statistics.median(seconds["answer"]), "s", 4)
+    )
 
     saved = folder / "model"
     bench.model("Model 2").cpu().save_pretrained(saved)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from moving_shapes import MOTIONS, write_moving_shapes
+from paper_table import PAPER, count
 from paths import ROOT
 from tiny_models import make_model
 from transformers import ViTConfig, ViTModel, VivitConfig, VivitForVideoClassification
@@ -97,8 +98,6 @@ def test_the_first_snippet_runs_in_an_interpreter_of_its_own(folder):
 
 def test_numbers_of_the_variants_table_are_the_counted_ones():
     """The first number of each cell is ours, the one in brackets the paper's."""
-    from test_paper import PAPER, count
-
     rows = re.findall(r"^\| `factorised.*$|^\| `spatio.*$", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert len(rows) == len(PAPER) == 5
     for row, (preset, parameters, multiply_adds) in zip(rows, PAPER, strict=True):
@@ -108,9 +107,16 @@ def test_numbers_of_the_variants_table_are_the_counted_ones():
         assert cells[4] == f"{counted[1]:.1f} ({multiply_adds})"
 
 
-LINKS = sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text(encoding="utf-8"))))
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]
+LINKS = sorted(
+    {
+        (document.relative_to(ROOT).as_posix(), target)
+        for document in DOCUMENTS
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", document.read_text(encoding="utf-8"))
+    }
+)
 
 
-@pytest.mark.parametrize("target", LINKS)
-def test_links_to_files_lead_somewhere(target):
-    assert (README.parent / target).exists()
+@pytest.mark.parametrize(("document", "target"), LINKS)
+def test_links_to_files_lead_somewhere(document, target):
+    assert (ROOT / document).parent.joinpath(target).exists()
