@@ -28,7 +28,7 @@ from transformers.utils import logging
 import vivit_hf
 from vivit_hf import ViViTConfig, ViViTVideoProcessor
 from vivit_hf.conversion.weight_files import ConversionError, read_json
-from vivit_hf.model_card import write_model_card
+from vivit_hf.hub.model_card import write_model_card
 
 
 LABEL_FILES_REPOSITORY = "huggingface/label-files"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, upload_file
+from huggingface_hub import HfApi, hf_hub_download, upload_file
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -122,6 +122,15 @@ def push(folder: Path) -> dict[str, Any]:
     model.push_to_hub("sharded", max_shard_size="60KB")
     sharded = AutoModelForVideoClassification.from_pretrained(SHARDED)
 
+    saved = []
+    for number, limit in enumerate(("5GB", "60KB", "5GB")):
+        model.save_pretrained(folder / f"saved {number}", push_to_hub=True, repo_id="saved", max_shard_size=limit)
+        saved.append(HfApi().model_info("tester/saved").sha)
+    model.push_to_hub("adapted")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        upload_file(path_or_fileobj=b"{}", path_in_repo=name, repo_id="tester/adapted")
+    model.push_to_hub("adapted")
+
     sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 4, "num_temporal_layers": 4}
     larger = make_model(tiny_config("factorised_encoder", **sizes))
     larger.push_to_hub("larger")
@@ -133,6 +142,7 @@ def push(folder: Path) -> dict[str, Any]:
             "larger": larger(clips()).logits,
             "sharded": sharded(clips()).logits,
             "report": report.to_markdown(),
+            "saved": saved,
             "loaded": loaded(REPOSITORY),
             "scores": scores(REPOSITORY),
             "snippet": run_snippet(card, 0),
@@ -153,6 +163,10 @@ def push_errors(model: Any) -> dict[str, tuple[str, str]]:
         "missing": error_of(lambda: load("tester/nothing")),
         "someone's private": error_of(lambda: load("someone/private")),
         "gated": error_of(lambda: load("tester/gated", token="hf_reader")),
+        "truncated": error_of(lambda: load("tester/truncated")),
+        "pickle": error_of(lambda: load("tester/pickle")),
+        "index": error_of(lambda: load("tester/index")),
+        "outside": error_of(lambda: load("tester/outside")),
     }
 
 
@@ -169,6 +183,7 @@ def elsewhere(folder: Path) -> dict[str, Any]:
     processor = AutoImageProcessor.from_pretrained(REPOSITORY, trust_remote_code=True)
     model.save_pretrained(folder / "saved elsewhere")
     processor.save_pretrained(folder / "saved elsewhere")
+    model.push_to_hub("passed-on", max_shard_size="60KB")
     model.push_to_hub("passed-on")
     processor.push_to_hub("passed-on")
     return result

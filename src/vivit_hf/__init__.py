@@ -14,11 +14,11 @@ from .hub.import_hooks import call_after_import
 if TYPE_CHECKING:
     from .configuration_vivit import ViViTConfig
     from .frame_sampling import sample_frames_uniformly
+    from .hub.model_card import write_model_card
     from .inference.finite_outputs import NonFiniteError
     from .inference.prediction import demo_model_path
     from .inference.streaming import StreamingClassifier
     from .initialisation.from_image import InitialisationReport, config_from_vit, initialise_from_vit
-    from .model_card import write_model_card
     from .modeling_vivit import ViViTForVideoClassification, ViViTModel, ViViTPreTrainedModel
     from .video_decoding import VideoReader
     from .video_processing_vivit import ViViTVideoProcessor
@@ -61,7 +61,7 @@ _MODULES = {
     "demo_model_path": "inference.prediction",
     "initialise_from_vit": "initialisation.from_image",
     "sample_frames_uniformly": "frame_sampling",
-    "write_model_card": "model_card",
+    "write_model_card": "hub.model_card",
 }
 
 

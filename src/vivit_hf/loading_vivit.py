@@ -1,29 +1,39 @@
 """
-Loading that accounts for every key: our own checkpoints, and those of transformers' own Vivit (Model 1).
+Loading and saving of checkpoints: our own, and those of transformers' own Vivit (Model 1).
 
-Foreign names are changed only while loading. What is saved has the names of `state_dict()`, which is what `Trainer`
-reads when it resumes or goes back to the best model.
+Foreign names are changed only while loading. Saved files have the names of `state_dict()`, which `Trainer` reads when
+it resumes or returns to the best model.
 """
 
 import copy
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import CommitInfo, HfApi
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import CONFIG_NAME, cached_file, logging
 
 from .configuration_vivit import ViViTConfig
 from .limits_vivit import MOST_NEW_PARAMETERS
-from .model_files import check_weight_indices, check_weights, named_json_errors
+from .model_files import check_weight_indices, check_weights, named_json_errors, stale_weights_removed, upload
 
 
-_Base: Any = PreTrainedModel if TYPE_CHECKING else object  # a mixin, but of what a type checker should know
+_Base: Any = PreTrainedModel if TYPE_CHECKING else object  # a mixin that type checkers treat as a model
 
 logger = logging.get_logger(__name__)
 
-# Both key layouts of transformers' Vivit: the one in its files, and the one it has in memory from 5.10 on, which FSDP,
-# peft and plain dumps of a state dict write.
+# Where the Auto classes find our classes in a saved folder if this package is not installed.
+AUTO_MAP = {
+    "AutoConfig": "configuration_vivit.ViViTConfig",
+    "AutoModel": "modeling_vivit.ViViTModel",
+    "AutoModelForVideoClassification": "modeling_vivit.ViViTForVideoClassification",
+}
+
+# Both key layouts of transformers' Vivit: that of its files, and that of its modules from 5.10 on, which FSDP, peft and
+# plain dumps of a state dict write.
 TRANSFORMERS_VIVIT_NAMES = {
     r"(?<!encoder\.)\blayers\.": "encoder.layer.",
     r"attention\.attention\.query": "attention.q_proj",
@@ -37,21 +47,14 @@ TRANSFORMERS_VIVIT_NAMES = {
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 _CONFIG_ARGUMENTS = {
     *ViViTConfig.__annotations__,
-    *(
-        "id2label",
-        "label2id",
-        "num_labels",
-        "problem_type",
-        "output_hidden_states",
-        "output_attentions",
-        "return_dict",
-    ),
+    *("id2label", "label2id", "num_labels", "problem_type"),
+    *("output_hidden_states", "output_attentions", "return_dict"),
 }
 _SIZES = ("num_frames", "image_size", "num_sampled_frames")
 
 
-class CheckpointLoadingMixin(_Base):
-    """`from_pretrained` for the ViViT models."""
+class CheckpointMixin(_Base):
+    """`from_pretrained`, `save_pretrained` and `push_to_hub` of the ViViT models."""
 
     # transformers' VivitModel has a pooler that its classifier does not use; ours has none.
     _keys_to_ignore_on_load_unexpected = [r"^(vivit\.)?pooler\.dense\.(weight|bias)$"]
@@ -67,35 +70,29 @@ class CheckpointLoadingMixin(_Base):
         **kwargs: Any,
     ) -> Any:
         """
-        A ViViT from a folder or a Hub id; checkpoints of transformers' own Vivit load as Model 1.
+        Load a ViViT from a folder or a Hub id; checkpoints of transformers' own Vivit load as Model 1.
 
         Any field of the configuration can be overridden. `num_frames`, `image_size` and `num_sampled_frames`
-        interpolate the position embeddings. `num_labels`, or label names other than the stored ones, give a fresh
-        classifier, named in the log, and leave the rest as it is (real names for a classifier that was saved with
-        `LABEL_0`, ... keep it).
-        All other arguments are those of `transformers.PreTrainedModel.from_pretrained`.
+        interpolate the position embeddings. `num_labels`, or label names that differ from the stored ones, replace
+        the classifier by a new one and log its name; new names for a classifier that was saved with `LABEL_0`, ...
+        keep it. All other arguments are those of `transformers.PreTrainedModel.from_pretrained`.
 
         Raises:
-            ValueError: if a key of the checkpoint has no place in the model, or a parameter of the model other than
-                the classifier is not in the checkpoint; for files that are damaged, that could only be read by running
-                code in them, or that name files outside of their folder.
+            ValueError: if a key of the checkpoint has no place in the model; if a parameter of the model other than
+                the classifier is not in the checkpoint; if a file is damaged, needs code in it to be run, or names
+                files outside its folder.
         """
+        source = pretrained_model_name_or_path
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         try:
-            with named_json_errors(pretrained_model_name_or_path, "config.json"):
-                raw, _ = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
+            with named_json_errors(source, "config.json"):
+                raw, _ = PretrainedConfig.get_config_dict(source, **hub)
         except (OSError, TypeError):
             raw = {}
-        if not raw:  # a state dict, an adapter, or nothing at all: transformers knows what to do or what to say
-            return super().from_pretrained(
-                pretrained_model_name_or_path,
-                *model_args,
-                config=config,
-                ignore_mismatched_sizes=ignore_mismatched_sizes,
-                output_loading_info=output_loading_info,
-                **kwargs,
-            )
-        stored = ViViTConfig.from_dict(ViViTConfig.translate(raw, pretrained_model_name_or_path))
+        if not raw:  # a state dict, an adapter, or nothing: transformers loads it or explains why not
+            options = {"ignore_mismatched_sizes": ignore_mismatched_sizes, "output_loading_info": output_loading_info}
+            return super().from_pretrained(source, *model_args, config=config, **options, **kwargs)
+        stored = ViViTConfig.from_dict(ViViTConfig.translate(raw, source))
         target = _target_config(config, raw, kwargs)
 
         # The checkpoint is read in its own sizes, and the position embeddings are interpolated afterwards.
@@ -106,31 +103,83 @@ class CheckpointLoadingMixin(_Base):
                 setattr(as_stored, name, getattr(stored, name))
         if raw.get("model_type") == "vivit":
             kwargs["key_mapping"] = {**TRANSFORMERS_VIVIT_NAMES, **(kwargs.get("key_mapping") or {})}
-        new_head = target.num_labels != stored.num_labels
-        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-        check_weight_indices(folder)
+        check_weight_indices(Path(source, kwargs.get("subfolder") or ""))
         try:
             model, info = super().from_pretrained(
-                pretrained_model_name_or_path,
+                source,
                 *model_args,
                 config=as_stored,
-                ignore_mismatched_sizes=True,  # what does not match is an error below, together with the rest
+                ignore_mismatched_sizes=True,  # mismatches are reported below, together with the other problems
                 output_loading_info=True,
                 **kwargs,
             )
         except Exception:
-            check_weights(folder)  # if they are the cause, its error names the file
+            _check_files(source, hub)  # if a file is the cause, this error names it
             raise
-        _account_for_keys(model, info, pretrained_model_name_or_path, ignore_mismatched_sizes)
-        vars(model).pop("_weight_conversions", None)  # transformers would rename back to the foreign names on saving
-        if not new_head and _names_other_classes(stored, target) and hasattr(model, "classifier"):
-            _renew_classifier(model, stored, target)
+        _account_for_keys(model, info, source, ignore_mismatched_sizes)
+        vars(model).pop("_weight_conversions", None)  # transformers would save under the foreign names again
+        if target.num_labels == stored.num_labels and hasattr(model, "classifier"):
+            _renew_classifier_of_other_labels(model, stored, target)
         if same_patches and any(getattr(target, name) != getattr(stored, name) for name in _SIZES):
             model.resize_position_embeddings(**{name: getattr(target, name) for name in _SIZES})
         return (model, info) if output_loading_info else model
 
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """
+        Save as `transformers.PreTrainedModel.save_pretrained` does, with the source files that define the model.
+
+        Every Auto class loads the folder with `trust_remote_code=True` where this package is not installed. Weights and
+        adapters of an earlier save, which `from_pretrained` might load instead or in addition, are removed at the end.
+        """
+        if hasattr(self.config, "auto_map"):
+            del self.config.auto_map  # that of the checkpoint it came from, which may define another class
+        if self._auto_class is not None and type(self).__module__.rpartition(".")[2] == "modeling_vivit":
+            self.config.auto_map = dict(AUTO_MAP)
+        with stale_weights_removed(Path(save_directory)) if is_main_process else nullcontext():
+            super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
+        """
+        Push the model to the Hub with a model card, see `vivit_hf.hub.push_to_hub`.
+
+        Without the package, `transformers.PreTrainedModel.push_to_hub` does it, with its own arguments and card.
+        """
+        try:
+            from vivit_hf.hub.push import push_to_hub
+        except ImportError:
+            return super().push_to_hub(repo_id, **kwargs)
+        return push_to_hub(self, repo_id, **kwargs)
+
+    def _upload_modified_files(
+        self,
+        working_dir: str | os.PathLike,
+        repo_id: str,
+        files_timestamps: dict[str, float],
+        commit_message: str | None = None,
+        token: bool | str | None = None,
+        create_pr: bool = False,
+        revision: str | None = None,
+        commit_description: str | None = None,
+    ) -> CommitInfo:
+        """Upload as transformers does, and delete the weights of an earlier push in the same commit."""
+        api = HfApi(token=token)
+        if revision is not None and not revision.startswith("refs/pr") and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        paths = [path for path in sorted(Path(working_dir).iterdir()) if path.is_file()]
+        return upload(
+            api,
+            repo_id,
+            [path for path in paths if path.stat().st_mtime != files_timestamps.get(path.name)],
+            commit_message=commit_message or "Upload model",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
     def _move_missing_keys_from_meta_to_device(self, missing_keys: Any, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, but only so much memory is taken for parameters that no file holds."""
+        """Do as transformers does, but limit the memory for parameters that no file holds."""
         shapes = {name: parameter for name, parameter in self.named_parameters() if name in set(missing_keys)}
         count = sum(parameter.numel() for parameter in shapes.values())
         if count > MOST_NEW_PARAMETERS:
@@ -143,7 +192,7 @@ class CheckpointLoadingMixin(_Base):
 
 
 def _target_config(config: Any, raw: dict[str, Any], kwargs: dict[str, Any]) -> ViViTConfig:
-    """The configuration that the caller asks for; takes its fields out of `kwargs`."""
+    """Return the configuration that the caller asks for, and remove its fields from `kwargs`."""
     if isinstance(config, ViViTConfig):
         return copy.deepcopy(config)
     overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in _CONFIG_ARGUMENTS}
@@ -154,12 +203,28 @@ def _target_config(config: Any, raw: dict[str, Any], kwargs: dict[str, Any]) -> 
     return ViViTConfig.from_dict(raw, **overrides)
 
 
+def _check_files(source: Any, hub: dict[str, Any]) -> None:
+    """Raise a ValueError that names the first damaged file of weights in a folder, or in the cache of a Hub id."""
+    try:
+        config = cached_file(source, CONFIG_NAME, **{**hub, "force_download": False})
+    except OSError:
+        return
+    if config is not None:
+        folder = Path(config).parent
+        check_weight_indices(folder, is_complete=os.path.isdir(source))
+        check_weights(folder)
+
+
 def _account_for_keys(model: Any, info: dict[str, Any], source: Any, ignore_mismatched_sizes: bool) -> None:
+    """Raise a ValueError unless checkpoint and model have the same parameters, the classifier aside."""
+
     def is_head(name: str) -> bool:
         return name.startswith("classifier.")
 
+    has_head = hasattr(model, "classifier") and not isinstance(model.classifier, nn.Identity)
+    unused_head = [] if has_head else sorted(filter(is_head, info["unexpected_keys"]))
     problems = {
-        "in the checkpoint, without a place in the model": [n for n in info["unexpected_keys"] if not is_head(n)],
+        "in the checkpoint, without a place in the model": [n for n in info["unexpected_keys"] if n not in unused_head],
         "in the model, but not in the checkpoint": [n for n in info["missing_keys"] if not is_head(n)],
         "of another shape in the checkpoint": [
             f"{name} {tuple(there)} -> {tuple(here)}"
@@ -167,41 +232,36 @@ def _account_for_keys(model: Any, info: dict[str, Any], source: Any, ignore_mism
             if not (is_head(name) or ignore_mismatched_sizes)
         ],
     }
-    if hasattr(model, "classifier") and not isinstance(model.classifier, nn.Linear):
-        is_head_left = [name for name in info["unexpected_keys"] if is_head(name)]
-        if is_head_left:
-            logger.warning("Left out %s: the model has no labels (`num_labels=0`).", ", ".join(sorted(is_head_left)))
-    found = {what: sorted(names) for what, names in problems.items() if names}
-    if found:
-        lines = [
-            f"  {len(names)} {what}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
-            for what, names in found.items()
-        ]
+    if unused_head and hasattr(model, "classifier"):
+        logger.warning("Left out %s: the model has no labels (`num_labels=0`).", ", ".join(unused_head))
+    lines = [
+        f"  {len(names)} {what}: {', '.join(sorted(names)[:8])}{', ...' if len(names) > 8 else ''}\n"
+        for what, names in problems.items()
+        if names
+    ]
+    if lines:
         raise ValueError(
             f"The weights of {source} do not fit a {type(model).__name__} with this configuration "
-            f"(attention_type={model.config.attention_type!r}, pooling={model.config.pooling!r}):\n"
-            + "\n".join(lines)
-            + "\nLoad it with the configuration that it was saved with, or convert it first."
+            f"(attention_type={model.config.attention_type!r}, pooling={model.config.pooling!r}):\n{''.join(lines)}"
+            "Load it with the configuration that it was saved with, or convert it first."
         )
 
 
-def _names_other_classes(stored: ViViTConfig, target: ViViTConfig) -> bool:
-    generic = {index: f"LABEL_{index}" for index in range(stored.num_labels)}
-    return stored.id2label != target.id2label and stored.id2label != generic
-
-
-def _renew_classifier(model: Any, stored: ViViTConfig, target: ViViTConfig) -> None:
+def _renew_classifier_of_other_labels(model: Any, stored: ViViTConfig, target: ViViTConfig) -> None:
+    """Initialise the classifier anew if its labels have other names than the stored ones, generic names aside."""
+    changed = [index for index in target.id2label if stored.id2label.get(index) != target.id2label[index]]
+    if not changed or stored.id2label == {index: f"LABEL_{index}" for index in range(stored.num_labels)}:
+        return
     if model.classifier.weight.is_meta:
         raise ValueError(
-            "The classifier is offloaded and cannot be made anew for other labels. Load the model with these labels "
-            "and without a `device_map` that offloads the classifier, save it, and load that."
+            "The classifier is offloaded, so it cannot be initialised for new labels. Load the model with these labels "
+            "and without a `device_map` that offloads the classifier, save it, and load the saved folder."
         )
     nn.init.normal_(model.classifier.weight, std=model.config.initializer_range)
     nn.init.zeros_(model.classifier.bias)
-    changed = [index for index in target.id2label if stored.id2label.get(index) != target.id2label[index]]
     first = changed[0]
     logger.warning(
-        "classifier.weight and classifier.bias are newly initialised: %d of the %d labels are other ones than the "
+        "classifier.weight and classifier.bias are newly initialised: %d of the %d labels differ from the "
         "checkpoint's (%d was %r and is now %r). To rename classes and keep the classifier, load it first and then "
         "change `model.config.id2label`.",
         *(len(changed), target.num_labels, first, stored.id2label.get(first), target.id2label[first]),

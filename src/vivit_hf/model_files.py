@@ -1,33 +1,38 @@
 """
-The files of a model folder: checked before they are trusted, and replaced as a whole.
+The files of a model folder: checks before they are trusted, and removal of the weights of an earlier save.
 
-A folder may come from a stranger. What is wrong with a file is an error that names it, and no file outside of the
-folder is read.
+A folder may come from a stranger. An error names the damaged file, and no file outside the folder is read.
 """
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from safetensors import SafetensorError, safe_open
+from transformers.utils import logging
 
 
-# Every layout of weights. `from_pretrained` takes the first that it finds, also one from an earlier save.
+logger = logging.get_logger(__name__)
+
+# Every layout of the weights of a model: `from_pretrained` loads the first that it finds, also one of an earlier save.
 WEIGHTS = (
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json"),
 )
+# `from_pretrained` loads an adapter that it finds beside the weights.
+ADAPTERS = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model*.bin")
 _INDICES = ("*.safetensors.index*.json", "*.bin.index*.json")
 
 
 @contextmanager
 def named_json_errors(source: Any, file: str) -> Iterator[None]:
-    """Name the file in what Python and transformers raise while they read the JSON file of a folder or repository."""
+    """Name the file in the errors of Python and transformers when they read JSON of a folder or repository."""
     try:
         yield
     except RecursionError:
@@ -41,8 +46,12 @@ def named_json_errors(source: Any, file: str) -> Iterator[None]:
         raise ValueError(f"The {file} of {source} cannot be read: {error}") from error
 
 
-def check_weight_indices(folder: Path) -> None:
-    """ValueError for an index of sharded weights that is damaged, or that names files outside of its folder."""
+def check_weight_indices(folder: Path, is_complete: bool = True) -> None:
+    """
+    Raise a ValueError for an index of sharded weights that is damaged, or that names files outside its folder.
+
+    In a complete folder, all files that it names must exist; a cache may lack those of an interrupted download.
+    """
     for path in sorted(path for pattern in _INDICES for path in folder.glob(pattern)):
         with named_json_errors(folder, path.name):
             index = json.loads(path.read_text(encoding="utf-8"))
@@ -54,8 +63,8 @@ def check_weight_indices(folder: Path) -> None:
                 raise ValueError(
                     f"The {path.name} of {folder} names the file {name!r}; weights must lie in the same folder."
                 )
-            if not (folder / name).is_file():
-                raise ValueError(f"The {path.name} of {folder} names the file {name!r}, which is not there.")
+            if is_complete and not (folder / name).is_file():
+                raise ValueError(f"The {path.name} of {folder} names the file {name!r}, which does not exist.")
 
 
 def _is_file_name(name: str) -> bool:
@@ -63,53 +72,70 @@ def _is_file_name(name: str) -> bool:
 
 
 def check_weights(folder: Path) -> None:
-    """ValueError for the first file of weights that cannot be read, or not without running the code in it."""
+    """Raise a ValueError for the first file of weights that is damaged or cannot be read without running its code."""
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is damaged: {error}. Download or save it again.") from error
+            raise ValueError(
+                f"{path} is damaged: {error}. Save it again, or download it again (`force_download=True`)."
+            ) from error
     for path in sorted(folder.glob("pytorch_model*.bin")):  # others, such as training_args.bin, hold no weights
         try:
             with torch.device("meta"):
                 weights = torch.load(path, map_location="meta", weights_only=True)
-        except Exception as error:  # whatever it is, the file holds no weights that can be read
+        except Exception as error:  # the unpickler raises almost any kind of error
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"{path} is damaged, or holds more than tensors, which only code inside the file could read; such code "
-                f"is not run ({type(error).__name__}: {reason}). Ask for the weights as safetensors."
+                f"{path} is damaged, or holds objects that only code in the file can read, which is not run "
+                f"({type(error).__name__}: {reason}). Ask for the weights as safetensors."
             ) from error
         if not isinstance(weights, dict) or not all(isinstance(one, torch.Tensor) for one in weights.values()):
             raise ValueError(f"{path} does not hold a state dict: names and their tensors.")
 
 
-def is_weight_file(name: str) -> bool:
-    """Whether a file of this name, without a folder, holds weights or an index of weights."""
-    return any(fnmatch(name, pattern) for pattern in WEIGHTS)
+def stale_weights(there: Iterable[str], written: Iterable[str]) -> list[str]:
+    """
+    Return the file names in `there` that a save made stale which wrote the names in `written`.
+
+    These are weights in another layout and adapters, provided that the save wrote the weights of a whole model. A save
+    of an adapter, or of a variant such as fp16, makes nothing stale.
+    """
+    written = set(written)
+    if not any(_matches(name, WEIGHTS) for name in written):
+        return []
+    return [name for name in there if name not in written and _matches(name, (*WEIGHTS, *ADAPTERS))]
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 @contextmanager
 def stale_weights_removed(folder: Path) -> Iterator[None]:
-    """
-    Around a save into `folder`: at its end, remove the weights that it has not written.
-
-    After an error, or where no weights were written (an adapter, a variant such as fp16), every file stays.
-    """
+    """Remove the `stale_weights` of a folder after a save into it; an error leaves every file in place."""
     before = _states(folder)
     yield
     after = _states(folder)
-    if any(before.get(path) != state for path, state in after.items()):
-        for path, state in after.items():
-            if before.get(path) == state:
-                path.unlink()
+    stale = stale_weights(after, [name for name, state in after.items() if before.get(name) != state])
+    for name in stale:
+        (folder / name).unlink()
+    if adapters := [name for name in stale if _matches(name, ADAPTERS)]:
+        logger.warning("Removed %s of an earlier save from %s.", ", ".join(adapters), folder)
 
 
-def _states(folder: Path) -> dict[Path, tuple[int, int, int]]:
-    """The files of weights in a folder, and what changes when one is written: inode, size and time."""
-    states = {}
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if is_weight_file(path.name):
-            state = path.stat()
-            states[path] = (state.st_ino, state.st_size, state.st_mtime_ns)
-    return states
+def _states(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Return the inode, size and time of every file, one of which changes when the file is written."""
+    files = [entry for entry in os.scandir(folder) if entry.is_file()] if folder.is_dir() else []
+    states = {entry.name: entry.stat() for entry in files}
+    return {name: (state.st_ino, state.st_size, state.st_mtime_ns) for name, state in states.items()}
+
+
+def upload(api: HfApi, repo_id: str, paths: Iterable[Path], *, revision: str | None, **commit: Any) -> CommitInfo:
+    """Commit files to a repository on the Hub, without their folders, and delete its `stale_weights`."""
+    files = {path.name: path for path in paths}
+    stale = stale_weights(api.list_repo_files(repo_id, revision=revision), files)
+    additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
+    deletions = [CommitOperationDelete(path_in_repo=name) for name in stale]
+    return api.create_commit(repo_id, [*additions, *deletions], revision=revision, **commit)

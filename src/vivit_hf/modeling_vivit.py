@@ -29,9 +29,8 @@ from .layers_vivit import (
     ViViTFactorisedSelfAttentionLayer,
     ViViTLayer,
 )
-from .loading_vivit import CheckpointLoadingMixin
+from .loading_vivit import CheckpointMixin
 from .loss_vivit import infer_problem_type, video_classification_loss
-from .pushing_vivit import HubPushMixin
 
 
 POOLINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -56,7 +55,7 @@ def _check_arguments(kwargs: dict[str, Any]) -> None:
             )
 
 
-class ViViTPreTrainedModel(AutoClassMixin, CheckpointLoadingMixin, HubPushMixin, PreTrainedModel):
+class ViViTPreTrainedModel(AutoClassMixin, CheckpointMixin, PreTrainedModel):
     """Loading, saving and initialisation that the ViViT models share."""
 
     config: ViViTConfig

@@ -20,8 +20,8 @@ from vit_models import make_vit, perturb, write_layout
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
 from vivit_hf.conversion import weight_files
 from vivit_hf.conversion.image_sources import read_image_source
+from vivit_hf.hub.model_card import read_initialisation
 from vivit_hf.initialisation.from_image import TUBELET_INITS, config_from_vit, initialise_from_vit
-from vivit_hf.model_card import read_initialisation
 
 
 SETTINGS = {

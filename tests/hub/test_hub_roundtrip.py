@@ -13,38 +13,21 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard
 from paths import TESTS
 from python_without import python_without
+from tiny_models import make_model, tiny_config
 from transformers import ViTConfig, ViTModel
+from transformers.dynamic_module_utils import get_imports
 from video_files import write_video
 
 import vivit_hf
 
 
 NAME = "tester/vivit-tiny"
-CODE = {
-    *("configuration_vivit.py", "embeddings_vivit.py", "layers_vivit.py", "loading_vivit.py", "loss_vivit.py"),
-    *(
-        "modeling_vivit.py",
-        "fast_paths_vivit.py",
-        "pushing_vivit.py",
-        "auto_class.py",
-        "model_card.py",
-        "frame_sampling.py",
-    ),
-    *(
-        "video_processing_vivit.py",
-        "processing_parameters.py",
-        "processor_files.py",
-        "limits_vivit.py",
-        "model_files.py",
-        "video_container.py",
-        "video_decoding.py",
-        "video_frames.py",
-        "video_download.py",
-        "video_sources.py",
-        "frame_index.py",
-        "frame_conversion.py",
-    ),
-}
+SOURCE = Path(vivit_hf.__file__).parent
+CODE = {path.name for path in SOURCE.glob("*.py")} - {"__init__.py", "__main__.py"}
+
+
+def weight_files(names):
+    return sorted(name for name in names if ".safetensors" in name)
 
 
 class Client:
@@ -88,8 +71,23 @@ def client(hub, tmp_path_factory):
     return Client(hub, folder)
 
 
+def damaged_repositories(folder):
+    """Files of repositories by their name: each has weights that nobody can load."""
+    make_model(tiny_config("factorised_encoder")).save_pretrained(folder)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    weights, index = files.pop("model.safetensors"), b'{"metadata": {}, "weight_map": {"a": "../b.safetensors"}}'
+    return {
+        "tester/truncated": {**files, "model.safetensors": weights[: len(weights) // 2]},
+        "tester/pickle": {**files, "pytorch_model.bin": b"hello" * 100},
+        "tester/index": {**files, "model.safetensors.index.json": b"{"},
+        "tester/outside": {**files, "model.safetensors.index.json": index},
+    }
+
+
 @pytest.fixture(scope="module")
 def pushed(hub, client):
+    for name, files in damaged_repositories(client.folder / "sound").items():
+        hub.create_repository(name, files)
     hub.create_repository("tester/gated", {"config.json": b"{}"}).gated = True
     hub.create_repository("someone/private", {"config.json": b"{}"}).private = True
     return client.run_with_package("push")
@@ -118,22 +116,29 @@ def test_a_push_leaves_weights_configuration_processor_code_and_card(hub, pushed
     rest = {".gitattributes", "README.md", "config.json", "model.safetensors"}
     rest |= {"preprocessor_config.json", "video_preprocessor_config.json"}
     assert set(files) == rest | CODE
-    source = Path(vivit_hf.__file__).parent
-    assert all(files[name] == (source / name).read_bytes() for name in CODE)
+    assert all(files[name] == (SOURCE / name).read_bytes() for name in CODE)
     assert repository.private
     assert ("POST", "/api/repos/create", 409, None) in hub.requests, "the second push finds it there"
     assert pushed["repository"] == NAME and pushed["commit"].endswith(repository.branches["main"])
     assert hub.digest(files["model.safetensors"]) in repository.large, "weights go by LFS"
 
 
-def test_code_that_travels_reaches_no_other_file():
-    """transformers follows `from .name import x`, one dot and one level, and nothing else."""
-    source = Path(vivit_hf.__file__).parent
+def test_a_saved_folder_holds_the_files_that_load_it_and_no_wing(model, tmp_path):
+    """transformers copies what `from .name import x` reaches: together the whole root, and nothing below it."""
+    model.save_pretrained(tmp_path / "model")
+    vivit_hf.ViViTVideoProcessor().save_pretrained(tmp_path / "processor")
+    model_code, processor_code = (
+        {path.name for path in (tmp_path / name).glob("*.py")} for name in ("model", "processor")
+    )
+    assert model_code | processor_code == CODE
+    assert "modeling_vivit.py" in model_code and not [name for name in model_code if name.startswith("video_")]
+    assert "video_processing_vivit.py" in processor_code and "modeling_vivit.py" not in processor_code
+    assert not [path for path in tmp_path.glob("*/*") if path.is_dir()]
+
+
+def test_code_that_travels_does_not_require_the_package():
     for name in CODE:
-        text = (source / name).read_text()
-        for line in re.findall(r"^\s*(?:from|import) +[.]*(?:vivit_hf\S*|\.\S*).*$", text, re.MULTILINE):
-            module = re.fullmatch(r"\s*from \.(\w+) import .+", line)
-            assert module and f"{module[1]}.py" in CODE, f"{name}: {line}"
+        assert "vivit_hf" not in get_imports(SOURCE / name), name
 
 
 def test_the_card_has_the_hubs_metadata_and_says_where_the_weights_come_from(card, pushed):
@@ -153,12 +158,31 @@ def test_the_card_has_the_hubs_metadata_and_says_where_the_weights_come_from(car
 
 
 def test_weights_above_the_limit_are_sharded_and_replace_the_single_file(hub, pushed):
-    weights = sorted(name for name in hub.repositories["tester/sharded"].files if "safetensors" in name)
+    weights = weight_files(hub.repositories["tester/sharded"].files)
     count = len(weights) - 1
     assert count > 1
     expected = [f"model-{index:05}-of-{count:05}.safetensors" for index in range(1, count + 1)]
     assert weights == [*expected, "model.safetensors.index.json"]
     assert torch.equal(pushed["sharded"], pushed["logits"])
+
+
+def test_saving_with_push_to_hub_replaces_weights_in_another_layout(hub, pushed):
+    assert weight_files(hub.repositories["tester/saved"].files) == ["model.safetensors"]
+    for commit in pushed["saved"]:
+        names = weight_files(hub.repositories["tester/saved"].commits[commit])
+        assert ("model.safetensors" in names) == (len(names) == 1), names
+    assert [len(weight_files(hub.repositories["tester/saved"].commits[commit])) > 1 for commit in pushed["saved"]] == [
+        *(False, True, False)
+    ]
+
+
+def test_a_push_without_the_package_replaces_weights_in_another_layout(hub, elsewhere):
+    assert weight_files(hub.repositories["tester/passed-on"].files) == ["model.safetensors"]
+
+
+def test_a_whole_model_replaces_an_adapter(hub, pushed):
+    files = hub.repositories["tester/adapted"].files
+    assert "model.safetensors" in files and not [name for name in files if "adapter" in name]
 
 
 # Back again
@@ -192,9 +216,9 @@ def test_without_the_package_code_runs_only_when_trusted(elsewhere):
 
 def test_what_is_saved_and_pushed_elsewhere_loads_anywhere(hub, client, pushed, elsewhere):
     """Also where PyAV is missing: only reading video files needs it."""
-    assert {name: hub.repositories["tester/passed-on"].files[name] for name in CODE} == {
-        name: hub.repositories[NAME].files[name] for name in CODE
-    }
+    passed_on, original = hub.repositories["tester/passed-on"].files, hub.repositories[NAME].files
+    assert {name: passed_on[name] for name in CODE} == {name: original[name] for name in CODE}
+    assert "automatically generated" in passed_on["README.md"].decode(), "without the package, transformers' own card"
     bare = client.run_without("bare", "vivit_hf", "_vivit_hf", "av")
     assert bare["found"] == {"vivit_hf": None, "av": None}
     assert len(bare["loaded"]) == 3
@@ -253,6 +277,10 @@ ERRORS = {
     "missing": ("OSError", ["tester/nothing", "not a valid model identifier"]),
     "someone's private": ("OSError", ["someone/private", "private repository"]),
     "gated": ("OSError", ["tester/gated", "gated repo"]),
+    "truncated": ("ValueError", ["model.safetensors is damaged", "force_download=True"]),
+    "pickle": ("ValueError", ["pytorch_model.bin is damaged", "safetensors"]),
+    "index": ("ValueError", ["model.safetensors.index.json", "cannot be read"]),
+    "outside": ("ValueError", ["model.safetensors.index.json", "'../b.safetensors'", "same folder"]),
 }
 
 

@@ -7,7 +7,8 @@ from huggingface_hub import ModelCard
 from tiny_models import make_model, tiny_config
 
 from vivit_hf import ViViTForVideoClassification, ViViTModel, ViViTVideoProcessor, write_model_card
-from vivit_hf.model_card import VARIANTS, read_initialisation
+from vivit_hf.hub.model_card import VARIANTS, read_initialisation
+from vivit_hf.hub.push import known_origin
 
 
 def test_every_variant_is_named(variant, tmp_path):
@@ -81,11 +82,11 @@ def test_where_a_converted_folder_came_from_goes_with_the_model(model, tmp_path)
     model.save_pretrained(tmp_path)
     write_model_card(tmp_path, model, base_model="org/vit", report="| copied | 3 |")
     loaded = ViViTForVideoClassification.from_pretrained(tmp_path)
-    base_model, report = loaded._known_origin("org/new")
+    base_model, report = known_origin(loaded, "org/new")
     (tmp_path / "new").mkdir()
     text = write_model_card(tmp_path / "new", loaded, base_model=base_model, report=report).read_text(encoding="utf-8")
     loaded.name_or_path = "runs/that/are/gone"
-    assert loaded._known_origin("org/new") == (None, None)
+    assert known_origin(loaded, "org/new") == (None, None)
     assert base_model == "org/vit" and text.count("Started from") == 1 and "| copied | 3 |" in text
 
 

@@ -1,8 +1,9 @@
 """Saving over an earlier save: what is loaded afterwards is what was saved last, in whatever layout either was."""
 
+import peft
 import pytest
 import torch
-from tiny_models import make_model, randomise, tiny_config
+from tiny_models import make_clips, make_model, randomise, tiny_config
 from transformers import Trainer, TrainingArguments
 
 from vivit_hf import ViViTForVideoClassification
@@ -64,7 +65,7 @@ def test_a_save_that_fails_removes_nothing(tmp_path, monkeypatch):
 def test_other_files_of_the_folder_stay(tmp_path):
     model = make_model(tiny_config("factorised_encoder"))
     save_single(model, tmp_path)
-    others = {"training_args.bin", "adapter_model.safetensors", "model.fp16.safetensors", "optimizer.pt"}
+    others = {"training_args.bin", "model.fp16.safetensors", "optimizer.pt"}
     for name in others:
         (tmp_path / name).write_bytes(b"x")
     save_sharded(model, tmp_path)
@@ -72,3 +73,26 @@ def test_other_files_of_the_folder_stay(tmp_path):
     model.save_pretrained(tmp_path, variant="fp16")
     model.save_pretrained(tmp_path, is_main_process=False, max_shard_size="20KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
+
+
+def test_a_merged_model_replaces_the_adapter(tmp_path):
+    model = make_model(tiny_config("factorised_encoder"))
+    clips = make_clips(model.config)
+    save_single(model, tmp_path)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path)
+    with torch.no_grad():
+        merged = adapted.merge_and_unload()
+        logits = merged(clips).logits
+        merged.save_pretrained(tmp_path)
+        assert not list(tmp_path.glob("adapter*"))
+        loaded = ViViTForVideoClassification.from_pretrained(tmp_path)
+        torch.testing.assert_close(loaded(clips).logits, logits)
+
+
+def test_an_adapter_leaves_the_weights_beside_it(tmp_path):
+    model = make_model(tiny_config("factorised_encoder"))
+    save_single(model, tmp_path)
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    assert saved_files(tmp_path) >= {"model.safetensors", "adapter_model.safetensors", "adapter_config.json"}

@@ -10,7 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
-from .configuration_vivit import ViViTConfig
+from ..configuration_vivit import ViViTConfig
 
 
 logger = logging.get_logger(__name__)
