@@ -53,7 +53,7 @@ from vivit_hf.conversion.weight_files import (
 )
 from vivit_hf.data.labels import LabelMap
 from vivit_hf.data.scan import find_videos
-from vivit_hf.inference.evaluation import to_probabilities
+from vivit_hf.inference.views import to_probabilities
 from vivit_hf.initialisation.model_processor import processor_for
 
 

@@ -31,7 +31,8 @@ from vivit_hf.data.labels import LabelMap
 from vivit_hf.data.scan import find_videos
 from vivit_hf.data.whole_files import as_utf8, written_whole
 from vivit_hf.inference.fingerprints import hub_commit, model_fingerprint
-from vivit_hf.inference.prediction import VideoPrediction, describe_views, predict_videos
+from vivit_hf.inference.prediction import VideoPrediction, predict_videos
+from vivit_hf.inference.views import describe_views
 from vivit_hf.video_sources import source_name
 
 

@@ -30,9 +30,10 @@ from vivit_hf.cli.output import as_cell
 from vivit_hf.data.annotations import AnnotationError, Annotations, LabelledVideo, read_videos
 from vivit_hf.data.labels import LabelMap
 from vivit_hf.data.whole_files import as_utf8, written_whole
-from vivit_hf.explain.charts import draw_confusion_matrix
-from vivit_hf.inference.evaluation import AVERAGINGS, classification_metrics, confusion_matrix, describe_chance
-from vivit_hf.inference.prediction import VideoPrediction, describe_views, predict_videos
+from vivit_hf.inference.confusion_matrix import confusion_matrix, draw_confusion_matrix
+from vivit_hf.inference.metrics import classification_metrics, describe_chance
+from vivit_hf.inference.prediction import VideoPrediction, predict_videos
+from vivit_hf.inference.views import AVERAGINGS, describe_views
 from vivit_hf.video_sources import source_name
 
 

@@ -33,10 +33,10 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 from vivit_hf import ViViTForVideoClassification, write_model_card
 from vivit_hf.data.annotations import AnnotationError
 from vivit_hf.data.labels import LabelMap, class_weights
-from vivit_hf.explain.charts import draw_batch
+from vivit_hf.explain.batch_picture import draw_batch
 from vivit_hf.hub.model_card import is_repo_id
-from vivit_hf.inference.evaluation import AVERAGINGS, describe_chance
-from vivit_hf.inference.prediction import describe_views
+from vivit_hf.inference.metrics import describe_chance
+from vivit_hf.inference.views import AVERAGINGS, describe_views
 from vivit_hf.training.augmentation import ClipAugmentation, names_with_sides
 from vivit_hf.training.clips import StreamedClips, VideoClips
 from vivit_hf.training.mixing import ClipCollator

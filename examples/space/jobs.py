@@ -20,12 +20,13 @@ import torch
 
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor, demo_model_path
 from vivit_hf.data.labels import LabelMap
-from vivit_hf.explain.overlays import explain_clip, save_explanation
-from vivit_hf.inference.evaluation import average_views, to_probabilities
+from vivit_hf.explain.explanation import explain_clip
+from vivit_hf.explain.pictures import save_explanation
 from vivit_hf.inference.finite_outputs import check_finite
-from vivit_hf.inference.prediction import describe_views, predict_views
+from vivit_hf.inference.segments import Segment
 from vivit_hf.inference.streaming import StreamingClassifier
-from vivit_hf.inference.timeline import Segment, video_timeline
+from vivit_hf.inference.timeline import video_timeline
+from vivit_hf.inference.views import average_views, describe_views, predict_views, to_probabilities
 from vivit_hf.video_decoding import VideoReader
 from vivit_hf.video_sources import VideoDecodingError, VideoLimitError, VideoLimits
 

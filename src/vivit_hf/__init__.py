@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from .configuration_vivit import ViViTConfig
     from .frame_sampling import sample_frames_uniformly
     from .hub.model_card import write_model_card
+    from .inference.demo_model import demo_model_path
     from .inference.finite_outputs import NonFiniteError
-    from .inference.prediction import demo_model_path
     from .inference.streaming import StreamingClassifier
     from .initialisation.from_image import InitialisationReport, config_from_vit, initialise_from_vit
     from .modeling_vivit import ViViTForVideoClassification, ViViTModel, ViViTPreTrainedModel
@@ -58,7 +58,7 @@ _MODULES = {
     "VideoDecodingError": "video_sources",
     "VideoReader": "video_decoding",
     "config_from_vit": "initialisation.from_image",
-    "demo_model_path": "inference.prediction",
+    "demo_model_path": "inference.demo_model",
     "initialise_from_vit": "initialisation.from_image",
     "sample_frames_uniformly": "frame_sampling",
     "write_model_card": "hub.model_card",

@@ -17,7 +17,8 @@ from video_files import damage_packet, write_video
 
 from vivit_hf import VideoDecodingError, VideoReader, ViViTVideoProcessor
 from vivit_hf.inference.live_video import LiveVideo
-from vivit_hf.inference.timeline import stream_windows
+from vivit_hf.inference.timeline import file_windows
+from vivit_hf.inference.watch import live_windows
 from vivit_hf.video_processing_vivit import reader_size
 
 
@@ -134,9 +135,9 @@ def test_a_pipe_is_read_as_it_is_written(video, tmp_path):
 def test_windows_of_a_live_source_are_those_of_the_file(camera, video):
     model = make_model(tiny_config("factorised_encoder", image_size=(24, 24)))
     processor = ViViTVideoProcessor(num_frames=8, frame_stride=2, size={"shortest_edge": 32}, crop_size=24)
-    from_file = list(stream_windows(model, processor, video))
+    from_file = list(file_windows(model, processor, video))
     with connect(camera(), policy="wait", size=reader_size(processor)) as live:
-        found = list(stream_windows(model, processor, live))
+        found = list(live_windows(model, processor, live))
     assert len(found) == len(from_file) == (30 - 8) // 2 + 1
     for one, other in zip(found, from_file, strict=True):
         np.testing.assert_allclose(one.logits, other.logits, atol=1e-5)

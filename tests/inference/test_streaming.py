@@ -12,9 +12,7 @@ from tiny_models import ATTENTION_TYPES, make_model, tiny_config
 from video_files import write_video
 
 from vivit_hf import StreamingClassifier, ViViTVideoProcessor
-from vivit_hf.inference.prediction import predict_videos, predict_views
-from vivit_hf.inference.streaming import predict_clips
-from vivit_hf.inference.timeline import stream_windows
+from vivit_hf.inference.timeline import file_windows
 
 
 SIZE = {"size": {"shortest_edge": 28}, "crop_size": {"height": 24, "width": 40}}
@@ -121,31 +119,13 @@ def test_the_windows_of_a_file_of_300_frames(tmp_path, hop):
     """Decoded as a stream, the frames are those of `frames_at`, to the bit, B-frames included."""
     path = write_video(tmp_path / "video.mp4", make_frames(300, 48, 80), options={"bf": "2"}, gop=50)
     stream = make_stream(hop, frame_stride=2)
-    found = list(stream_windows(stream.model, stream.processor, path, hop=hop))
+    found = list(file_windows(stream.model, stream.processor, path, hop=hop))
     assert len(found) == math.ceil((150 - 8) / hop) + 1  # the last one ends with the file
     for window in found:
         first = window.first_frame * 2
         clip = stream.processor(path, do_sample_frames=False)["pixel_values"][:, first : first + 16 : 2]
         with torch.no_grad():
             torch.testing.assert_close(window.logits, stream.model(clip).logits[0], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("variant", ["factorised_encoder", "spatio_temporal"])
-def test_a_cut_is_seen_in_every_window_that_holds_it(variant):
-    """Not a flicker, a slow change, nor the noise of a still picture."""
-    rng = np.random.default_rng(0)
-    first, second = rng.integers(0, 256, (2, 6, 10, 3)).repeat(8, axis=1).repeat(8, axis=2)
-    frames = np.stack([first] * 20 + [second] * 20).astype(np.float64)
-    brightness = 1 + 0.1 * np.sin(np.arange(40))[:, None, None, None]
-    frames = (frames * brightness * 0.9 + rng.normal(0, 2, frames.shape)).clip(0, 255).astype(np.uint8)
-    stream = make_stream(1, attention_type=variant)
-    windows = stream.push(frames)
-    assert len(windows) == 33
-    for window in windows:
-        assert window.cut == (20 if window.start < 20 <= window.end else None)
-    stream.reset()
-    fade = np.stack([first + (second - first) * share for share in np.linspace(0, 1, 40)]).astype(np.uint8)
-    assert all(window.cut is None for window in stream.push(fade))
 
 
 def test_memory_is_flat_over_10000_frames():
@@ -265,63 +245,3 @@ def test_models_that_return_tuples_stream_too():
         stream.model.config.return_dict = False
         found = stream.push(frames) + stream.last_window()
         assert all(torch.equal(a.logits, b.logits) for a, b in zip(found, expected, strict=True))
-
-
-def test_clips_of_another_length_are_refused_whether_or_not_they_share_tubelets():
-    """The embeddings of a short clip would be interpolated, and the scores be those of no training."""
-    model = make_model(tiny_config("factorised_encoder"))
-    processor = ViViTVideoProcessor(num_frames=4, **SIZE)
-    features = processor(make_frames(9), num_clips=4)
-    for ids in (features.frame_ids, None):
-        with pytest.raises(ValueError, match=r"The model expects clips of \(8, 24, 40\).*got \(4, 24, 40\)"):
-            predict_clips(model, features["pixel_values"], ids)
-
-
-def count_tubelets(model):
-    """How many tubelets go through the spatial encoder, in a list."""
-    seen = []
-    encode = model.vivit.encode_space
-
-    def counted(tokens, *arguments, **keywords):
-        seen.append(tokens.shape[0] * tokens.shape[1])
-        return encode(tokens, *arguments, **keywords)
-
-    model.vivit.encode_space = counted
-    return seen
-
-
-@pytest.mark.parametrize("num_crops", [1, 3])
-def test_clips_of_one_video_share_their_tubelets(tmp_path, num_crops):
-    """4 clips of 8 frames in 14: they begin at 0, 2, 4 and 6, and hold 7 tubelets instead of 16."""
-    path = write_video(tmp_path / "video.mp4", make_frames(14, 48, 100))
-    model = make_model(tiny_config("factorised_encoder", image_size=(24, 24)))
-    processor = ViViTVideoProcessor(num_frames=8, frame_stride=1, size={"shortest_edge": 24}, crop_size=24)
-    features = processor([path, path], num_clips=4, num_crops=num_crops)
-    with torch.no_grad():
-        expected = model(features["pixel_values"]).logits
-    seen = count_tubelets(model)
-    found = predict_clips(model, features["pixel_values"], features.frame_ids)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    assert sum(seen) == 7 * num_crops, "the same file twice is the same, where the numbers say so"
-
-    seen.clear()
-    batch = features["pixel_values"].unflatten(0, (2, -1))
-    ids = features.frame_ids.reshape(2, 4 * num_crops, -1)
-    torch.testing.assert_close(predict_views(model, batch, 16, ids).flatten(0, 1), expected, atol=1e-5, rtol=1e-5)
-    assert sum(seen) == 2 * 7 * num_crops, "frames of one video are none of another"
-
-    seen.clear()
-    (prediction,) = predict_videos(model, processor, [path], num_clips=4, num_crops=num_crops, averaging="logits")
-    torch.testing.assert_close(
-        torch.from_numpy(prediction.logits), expected[: 4 * num_crops].mean(0), atol=1e-5, rtol=1e-5
-    )
-    assert sum(seen) == 7 * num_crops
-
-
-def test_random_crops_share_nothing(tmp_path):
-    path = write_video(tmp_path / "video.mp4", make_frames(14, 48, 100))
-    processor = ViViTVideoProcessor(num_frames=8, frame_stride=1, size={"shortest_edge": 24}, crop_size=24)
-    ids = processor(path, num_clips=4, crop_position="random", generator=0).frame_ids
-    assert len(np.unique(ids)) == ids.size
-    given = processor(make_frames(14), num_clips=2).frame_ids
-    assert np.array_equal(given, np.stack([np.arange(8), np.arange(6, 14)]))

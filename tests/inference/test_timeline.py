@@ -1,12 +1,8 @@
-"""When things happen in a long video: known boundaries are found, and what a timeline promises holds for any scores."""
-
-import itertools
+"""When things happen in a long video: known boundaries are found, and every window is the model's on these frames."""
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from moving_shapes import MOTIONS, Scene, write_video
 from video_files import damage_packet
 from video_files import write_video as write_test_video
@@ -14,17 +10,14 @@ from video_files import write_video as write_test_video
 from vivit_hf import (
     VideoDecodingError,
     VideoReader,
-    ViViTConfig,
     ViViTForVideoClassification,
     ViViTVideoProcessor,
     demo_model_path,
 )
 from vivit_hf.inference.live_video import LiveVideo
-from vivit_hf.inference.streaming import WindowPrediction
-from vivit_hf.inference.timeline import merge_windows, stream_windows, video_timeline
-
-
-CONFIG = ViViTConfig.from_preset("vivit-tiny", num_labels=3, id2label={0: "a", 1: "b", 2: "c"})
+from vivit_hf.inference.segments import merge_windows
+from vivit_hf.inference.timeline import file_windows, video_timeline
+from vivit_hf.inference.watch import live_windows
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +63,7 @@ def test_boundaries_within_one_take_are_found_by_the_windows_alone(demo, tmp_pat
         scene = Scene.draw(np.random.default_rng([8, seed]), 24, 80, 96)
         there = scene.render("up_left", 48)
         write_video(tmp_path / "turn.mp4", np.concatenate([there, there[::-1]]), fps=12)
-        windows = list(stream_windows(model, processor, tmp_path / "turn.mp4", hop=hop))
+        windows = list(file_windows(model, processor, tmp_path / "turn.mp4", hop=hop))
         first, second = merge_windows(windows, model.config)
         assert (first.label, second.label) == ("up_left", "down_right")
         assert first.end == second.start == pytest.approx(4.0, abs=0.67)
@@ -80,101 +73,12 @@ def test_boundaries_within_one_take_are_found_by_the_windows_alone(demo, tmp_pat
 def test_the_last_window_ends_with_the_last_frame(demo, tmp_path):
     model, processor = demo
     path = write_test_video(tmp_path / "video.mp4", num_frames=90)
-    windows = list(stream_windows(model, processor, path, hop=10))
+    windows = list(file_windows(model, processor, path, hop=10))
     assert [window.first_frame for window in windows] == [*range(0, 80, 10), 90 - 16]
     with torch.no_grad():
         clip = processor(path, do_sample_frames=False)["pixel_values"][:, -16:]
         torch.testing.assert_close(windows[-1].logits, model(clip).logits[0], atol=1e-5, rtol=1e-5)
-    assert len(list(stream_windows(model, processor, path, hop=37))) == 3  # 0, 37 and 74, which is the last one
-
-
-def windows_of(labels, hop=1.0, length=3.0, sharpness=6.0, cuts=()):
-    """Windows that are sure of one label each, and see the first cut that is in them."""
-    logits = sharpness * torch.nn.functional.one_hot(torch.tensor(labels), 3).float()
-    return [
-        WindowPrediction(
-            start, start + length, place, row, cut=next((cut for cut in cuts if start < cut <= start + length), None)
-        )
-        for place, (start, row) in enumerate(zip(hop * np.arange(len(labels)), logits, strict=True))
-    ]
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    labels=st.lists(st.integers(0, 2), min_size=1, max_size=40),
-    hop=st.sampled_from([0.5, 1.0, 2.5, 4.0]),
-    min_duration=st.sampled_from([None, 0.0, 2.0, 100.0]),
-    cuts=st.lists(st.integers(0, 400).map(lambda tenths: tenths / 10), max_size=20).map(sorted),
-)
-def test_segments_cover_what_the_windows_saw_without_gap_or_overlap(labels, hop, min_duration, cuts):
-    windows = windows_of(labels, hop, cuts=cuts)
-    segments = list(merge_windows(windows, CONFIG, min_duration=min_duration))
-    assert segments[0].start == 0 and segments[-1].end == windows[-1].end
-    for segment, following in itertools.pairwise(segments):
-        assert segment.end == following.start and segment.label != following.label
-    assert all(segment.end > segment.start and 0 < segment.score <= 1 for segment in segments)
-    assert {segment.label for segment in segments} <= {"abc"[label] for label in labels}
-    if min_duration and len(segments) > 1:
-        # What is short is divided among its neighbours; they only grow.
-        assert all(segment.end - segment.start >= min_duration - 1e-9 for segment in segments)
-
-
-def test_two_labels_meet_in_the_middle_of_what_lies_between():
-    """Windows of 3 s see a third label for 2 s where two meet."""
-    labels = [0] * 6 + [1] * 2 + [2] * 6
-    (first, second) = merge_windows(windows_of(labels), CONFIG)
-    assert (first.label, second.label) == ("a", "c") and first.end == second.start
-    whole = list(merge_windows(windows_of(labels), CONFIG, min_duration=0))
-    assert [segment.label for segment in whole] == ["a", "b", "c"]
-    assert first.end == pytest.approx((whole[1].start + whole[1].end) / 2)
-    assert [one.label for one in merge_windows(windows_of([0] * 6 + [1] + [0] * 6), CONFIG)] == ["a"]
-
-
-def test_a_cut_is_the_boundary_if_it_is_near():
-    """Windows of 3 s, one per second: those from 6 s on are sure of the second label, so that half begins at 7 s."""
-    labels = [0] * 6 + [1] * 8
-
-    def boundary(*cuts, **options):
-        first, second = merge_windows(windows_of(labels, cuts=cuts), CONFIG, **options)
-        assert first.end == second.start
-        return first.end
-
-    usual = boundary()
-    assert 6 <= usual <= 8
-    assert boundary(usual + 0.9) == usual + 0.9 and boundary(usual - 0.9) == usual - 0.9
-    assert boundary(usual - 2.0, usual + 0.7, usual + 3.0) == usual + 0.7
-    assert boundary(usual - 2.4) == usual and boundary(usual + 2.4) == usual
-    assert boundary(usual - 0.9, min_duration=usual - 0.5) == usual  # it would leave the first one too short
-
-
-def test_what_windows_see_across_a_cut_is_no_segment():
-    """Windows of 3 s, one per half second, of which six agree on a third label."""
-    labels = [0] * 12 + [2] * 6 + [1] * 16
-    _, third, _ = merge_windows(windows_of(labels, hop=0.5), CONFIG)
-    assert third.label == "c" and third.end - third.start == pytest.approx(2.5)
-    first, second = merge_windows(windows_of(labels, hop=0.5, cuts=[third.start + 1.1]), CONFIG)
-    assert (first.label, first.end, second.label) == ("a", third.start + 1.1, "b")
-
-
-def test_segments_below_the_least_score_are_left_out():
-    windows = windows_of([0] * 6, sharpness=6.0) + [
-        WindowPrediction(place, place + 3.0, place, torch.tensor([0.0, 0.2, 0.0])) for place in range(6, 14)
-    ]
-    assert [segment.label for segment in merge_windows(windows, CONFIG)] == ["a", "b"]
-    assert [segment.label for segment in merge_windows(windows, CONFIG, min_score=0.6)] == ["a"]
-
-
-def test_a_timeline_comes_while_the_video_is_still_read():
-    """Each segment as soon as the next one lasts: a live source is not waited for to its end."""
-    taken = []
-
-    def windows():
-        for window in windows_of([0] * 10 + [1] * 10 + [2] * 10):
-            taken.append(window)
-            yield window
-
-    first = next(merge_windows(windows(), CONFIG))
-    assert first.label == "a" and len(taken) < 25
+    assert len(list(file_windows(model, processor, path, hop=37))) == 3  # 0, 37 and 74, which is the last one
 
 
 @pytest.mark.parametrize("policy", ["repeat_last", "loop"])
@@ -184,8 +88,10 @@ def test_a_video_shorter_than_a_window_has_one(demo, tmp_path, policy, source):
     processor = ViViTVideoProcessor.from_dict({**processor.to_dict(), "short_video_policy": policy})
     path = write_test_video(tmp_path / "short.mkv", num_frames=7)
     with open(path, "rb") as file:
-        opened = {"file": path, "pipe": file}.get(source) or LiveVideo(file, policy="wait")
-        (window,) = stream_windows(model, processor, opened)
+        if source == "live":
+            (window,) = live_windows(model, processor, LiveVideo(file, policy="wait"))
+        else:
+            (window,) = file_windows(model, processor, {"file": path, "pipe": file}[source])
     with torch.no_grad():
         expected = model(processor(path)["pixel_values"]).logits[0]
     # A live source hands over frames that the processor resizes; from a file they are resized as they are decoded.
@@ -199,7 +105,7 @@ def test_a_short_video_can_be_an_error(demo, tmp_path):
     model, processor = demo
     processor = ViViTVideoProcessor.from_dict({**processor.to_dict(), "short_video_policy": "error"})
     with pytest.raises(ValueError, match="needs 16 frames and the video has 7"):
-        list(stream_windows(model, processor, write_test_video(tmp_path / "short.mp4", num_frames=7)))
+        list(file_windows(model, processor, write_test_video(tmp_path / "short.mp4", num_frames=7)))
 
 
 def test_a_video_of_one_frame_has_a_segment(demo, tmp_path):
@@ -214,7 +120,7 @@ def test_a_part_of_a_video(demo, tmp_path, rate):
     model, processor = demo
     processor = ViViTVideoProcessor.from_dict({**processor.to_dict(), "frames_per_second": rate})
     path = write_test_video(tmp_path / "video.mp4", num_frames=150)
-    windows = list(stream_windows(model, processor, {"path": path, "start": 2.0, "end": 5.0}, hop=8))
+    windows = list(file_windows(model, processor, {"path": path, "start": 2.0, "end": 5.0}, hop=8))
     assert windows[0].start == 2.0 and windows[-1].end == pytest.approx(5.0, abs=0.09) and windows[-1].end < 5.0
     with torch.no_grad():
         clip = processor({"path": path, "start": 2.0}, clip_start="centre", do_sample_frames=False)["pixel_values"]
@@ -223,7 +129,7 @@ def test_a_part_of_a_video(demo, tmp_path, rate):
             windows[0].logits, model(clip[:, : 16 * stride : stride]).logits[0], atol=1e-5, rtol=1e-5
         )
     with pytest.raises(VideoDecodingError, match=r"no frame from 7 s on; the last one is at 5\.960 s"):
-        list(stream_windows(model, processor, {"path": path, "start": 7}))
+        list(file_windows(model, processor, {"path": path, "start": 7}))
 
 
 @pytest.mark.parametrize("kind", ["sound", "damaged"])
@@ -256,7 +162,7 @@ def test_frames_are_cut_as_the_processor_cuts_them(demo, tmp_path, resample, do_
     path = tmp_path / "video.mp4"
     write_video(path, Scene.draw(np.random.default_rng(0), 24, 80, 96).render("up_left", 40), fps=12)
     clips = processor(path, do_sample_frames=False)["pixel_values"]
-    for window in stream_windows(model, processor, path, hop=5):
+    for window in file_windows(model, processor, path, hop=5):
         with torch.no_grad():
             expected = model(clips[:, window.first_frame : window.first_frame + 16]).logits[0]
         torch.testing.assert_close(window.logits, expected, atol=1e-5, rtol=1e-5)
@@ -266,7 +172,7 @@ def test_frames_by_their_rate(demo, tmp_path):
     model, processor = demo
     path = write_test_video(tmp_path / "video.mp4", num_frames=90)
     processor = ViViTVideoProcessor.from_dict({**processor.to_dict(), "frames_per_second": 10.0})
-    windows = list(stream_windows(model, processor, path, hop=4))
+    windows = list(file_windows(model, processor, path, hop=4))
     with VideoReader(path) as reader:
         times = reader.timestamps
         moments = np.arange(0, times[-1] + 1e-6, 0.1)

@@ -7,7 +7,7 @@ from tiny_models import ATTENTION_TYPES, case_config, make_clips, make_model
 from video_files import write_video
 
 from vivit_hf import NonFiniteError, StreamingClassifier, ViViTModel, ViViTVideoProcessor
-from vivit_hf.explain.overlays import explain_clip
+from vivit_hf.explain.explanation import explain_clip
 from vivit_hf.explain.relevance import attention_rollout, gradient_relevance
 from vivit_hf.inference.pipeline import ViViTVideoClassificationPipeline
 from vivit_hf.inference.prediction import predict_videos

@@ -12,7 +12,7 @@ from video_files import http_server, write_video
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
 from vivit_hf.inference.live_video import LiveVideo
 from vivit_hf.inference.prediction import predict_videos
-from vivit_hf.inference.timeline import stream_windows
+from vivit_hf.inference.timeline import file_windows
 from vivit_hf.video_sources import VideoDecodingError, VideoLimits
 
 
@@ -115,9 +115,9 @@ def test_every_way_in_needs_the_permission_and_shows_no_secret(address, model, t
             next(predict_videos(model, one, [address], num_workers=num_workers)) for one in (sealed, permitted)
         )
         assert REFUSED in refused.error and "hunter2" not in refused.error and read.logits is not None
-    assert len(list(stream_windows(model, permitted, address))) >= 1
+    assert len(list(file_windows(model, permitted, address))) >= 1
     with pytest.raises(VideoDecodingError, match=REFUSED):
-        list(stream_windows(model, sealed, address))
+        list(file_windows(model, sealed, address))
     with pytest.raises(VideoDecodingError, match="None of the videos") as caught:
         sealed([address, "http://u:hunter2@a\u2100.com/"], on_error="skip")
     both = permitted([address, "http://[::1", "http://u:hunter2@a\u2100.com/"], on_error="skip")

@@ -14,7 +14,7 @@ from video_files import moving_frames, write_video
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
 from vivit_hf.data.annotations import LabelledVideo
 from vivit_hf.data.labels import LabelMap
-from vivit_hf.inference.evaluation import classification_metrics
+from vivit_hf.inference.metrics import classification_metrics
 from vivit_hf.inference.prediction import predict_videos
 from vivit_hf.training import trainer as training
 from vivit_hf.training.augmentation import ClipAugmentation

@@ -33,7 +33,7 @@ def inspect(
     Example: vivit-hf inspect vivit-b-16x2-fe
     """
     from ..configuration_vivit import ViViTConfig
-    from ..inference.prediction import demo_model_path
+    from ..inference.demo_model import demo_model_path
     from ..initialisation.inspection import describe_model
     from ..video_processing_vivit import ViViTVideoProcessor
 

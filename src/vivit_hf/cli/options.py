@@ -87,7 +87,7 @@ def load(
     from safetensors import SafetensorError
 
     from ..configuration_vivit import ViViTConfig
-    from ..inference.prediction import demo_model_path
+    from ..inference.demo_model import demo_model_path
     from ..modeling_vivit import ViViTForVideoClassification
     from ..video_processing_vivit import ViViTVideoProcessor
 

@@ -71,7 +71,8 @@ def classify(
     Example: vivit-hf classify holiday.mp4 clips/ --model google/vivit-b-16x2-kinetics400
     """
     from ..data.labels import LabelMap
-    from ..inference.prediction import describe_views, predict_videos
+    from ..inference.prediction import predict_videos
+    from ..inference.views import describe_views
     from ..video_sources import source_name
 
     if num_crops == 2:
@@ -237,7 +238,9 @@ def timeline(
     Example: vivit-hf timeline match.mp4 --model my_vivit --hop 8
     """
     from ..inference.finite_outputs import NonFiniteError
-    from ..inference.timeline import Segment, merge_windows, stream_windows
+    from ..inference.segments import Segment, merge_windows, window_segments
+    from ..inference.timeline import file_windows
+    from ..inference.watch import live_windows
     from ..video_processing_vivit import reader_size
     from ..video_sources import VideoDecodingError, source_name
 
@@ -266,9 +269,12 @@ def timeline(
                 size=reader_size(processor),
             )
         on_lost = "repeat_last" if on_error == "warn" else "raise"
-        found = stream_windows(classifier, processor, source, hop=hop, on_lost=on_lost)
+        if is_live:
+            found = live_windows(classifier, processor, source, hop=hop)
+        else:
+            found = file_windows(classifier, processor, source, hop=hop, on_lost=on_lost)
         segments = (
-            _window_segments(found, classifier.config)
+            window_segments(found, classifier.config)
             if windows
             else merge_windows(found, classifier.config, min_score=min_score, min_duration=min_duration)
         )
@@ -309,19 +315,6 @@ def _read(segments: Iterator[Any], video: str) -> Iterator[Any]:
         fail(f"Cannot read {video}: {error.strerror or error}.")
 
 
-def _window_segments(found: Iterator[Any], config: Any) -> Iterator[Any]:
-    """Every window by its likeliest label."""
-    from ..data.labels import LabelMap
-    from ..inference.evaluation import to_probabilities
-    from ..inference.timeline import Segment
-
-    label_map = LabelMap.from_config(config)
-    names = next(iter(label_map.groups.values()))
-    for window in found:
-        score, index = to_probabilities(window.logits, label_map)[: len(names)].max(dim=0)
-        yield Segment(window.start, window.end, names[int(index)], float(score))
-
-
 def explain(
     video: Annotated[str, typer.Argument(metavar="VIDEO", help="A file, an http(s) address, or - for standard input.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture or video to write: .png, .mp4 or .gif.")],
@@ -344,7 +337,8 @@ def explain(
     Example: vivit-hf explain holiday.mp4 --output holiday.png --method gradient
     """
     from ..data.labels import LabelMap
-    from ..explain.overlays import METHODS, SUFFIXES, explain_clip, save_explanation
+    from ..explain.explanation import METHODS, explain_clip
+    from ..explain.pictures import SUFFIXES, save_explanation
     from ..inference.finite_outputs import NonFiniteError
     from ..video_sources import VideoDecodingError, source_name
 
@@ -397,7 +391,7 @@ def demo(
     """
     Try everything offline: writes sample videos, classifies them with the demo model, and says how to go on.
     """
-    from ..inference.prediction import demo_model_path
+    from ..inference.demo_model import demo_model_path
 
     samples = sorted((demo_model_path() / "samples").glob("*.mp4"))
     try:

@@ -19,8 +19,8 @@ from torch import nn
 
 from ..data.labels import LabelMap
 from ..embeddings_vivit import check_pixel_values
-from ..inference.evaluation import to_probabilities
 from ..inference.finite_outputs import check_finite
+from ..inference.views import to_probabilities
 
 
 # The dot products that make one sub-layer, side by side, and whether each attends over time.

@@ -1,10 +1,9 @@
-"""From video files to scores: views decoded once per file, in workers, averaged per video."""
+"""Classify video files: decode the views of each file once, in worker processes, and average their scores."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,26 +13,18 @@ from torch.utils.data import DataLoader, Dataset
 from ..data.labels import LabelMap
 from ..video_processing_vivit import ViViTVideoProcessor
 from ..video_sources import VideoDecodingError
-from .evaluation import average_views, to_probabilities
 from .finite_outputs import check_finite
-from .streaming import BATCH, predict_clips
-
-
-def demo_model_path() -> Path:
-    """
-    The folder of a small trained model that ships in the package, to try everything without a download.
-
-    A factorised encoder for 16 frames of 64 x 64 that tells along which diagonal a shape moves: `down_left`,
-    `down_right`, `up_left` or `up_right`. `examples/train_demo_model.py` made it.
-    """
-    return Path(__file__).parents[1] / "demo_model"
+from .views import average_views, predict_views, to_probabilities
 
 
 @dataclass
 class VideoPrediction:
     """
-    `index` of the video in the input; `logits` and `probabilities`, float32 (num_labels,), or `error`. In a regression
-    both are its values.
+    The scores of one video, or the reason why it has none.
+
+    `index`: of the video in the input.
+    `logits`, `probabilities`: float32 (num_labels,), None after an error. In a regression both hold its values.
+    `error`: None if the video was read.
     """
 
     index: int
@@ -51,28 +42,13 @@ class _Views(Dataset):
         return len(self.videos)
 
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, np.ndarray | None, str | None]:
-        """Number, `pixel_values` of the views and their `frame_ids`, or the error."""
+        """Return the index, the `pixel_values` of the views and their `frame_ids`, and the error message, if any."""
         video = self.videos[index]
         try:
             features = self.processor(video() if callable(video) else video, **self.views)
             return index, features["pixel_values"], features.frame_ids, None
         except (VideoDecodingError, OSError, ValueError) as error:
             return index, None, None, str(error)
-
-
-def predict_views(
-    model: torch.nn.Module, pixel_values: torch.Tensor, max_clips: int = BATCH, frame_ids: np.ndarray | None = None
-) -> torch.Tensor:
-    """
-    Logits (batch, views, labels) of (batch, views, frames, channels, height, width), some clips at a time.
-
-    With `frame_ids` (batch, views, frames), what clips of a video share is computed once; see `predict_clips`.
-    """
-    batch, views = pixel_values.shape[:2]
-    if frame_ids is not None:  # frames of one video are none of another
-        frame_ids = (frame_ids * batch + np.arange(batch)[:, None, None]).reshape(batch * views, -1)
-    logits = predict_clips(model, pixel_values.flatten(0, 1), frame_ids, max_clips)
-    return logits.unflatten(0, (batch, views))
 
 
 def predict_videos(
@@ -87,19 +63,20 @@ def predict_videos(
     num_workers: int = 0,
 ) -> Iterator[VideoPrediction]:
     """
-    Classifies videos in their order; one that cannot be read has an `error` in its place.
+    Classify videos in the given order. For a video that cannot be read, the prediction has an `error`.
 
     Args:
-        model: a `ViViTForVideoClassification`, which is used on its device and in its dtype; put it in eval mode.
-        processor: makes clips of the model's frames and size.
-        videos: what the processor takes, or functions without arguments that give it.
-        num_clips, num_crops: the views of a video.
-        averaging: see `average_views`.
+        model: a `ViViTForVideoClassification` in eval mode. It runs on its own device and in its own dtype.
+        processor: makes clips with the model's number of frames and size.
+        videos: inputs of the processor (paths, addresses, arrays ...), or functions without arguments that return one.
+        num_clips, num_crops: views per video.
+        averaging: "probabilities" or "logits", see `average_views`.
         batch_size: clips that the model sees at a time.
-        num_workers: processes that decode.
+        num_workers: processes that decode; 0 decodes in this process.
 
-    Raises ValueError for views that the processor does not give and for clips that the model does not take, and
-    NonFiniteError for scores that are NaN or infinite.
+    Raises:
+        ValueError: if the processor cannot make these views, or the model does not accept its clips.
+        NonFiniteError: if scores are NaN or infinite.
     """
     processor.settings_with({"num_clips": num_clips, "num_crops": num_crops})
     label_map = LabelMap.from_config(model.config)
@@ -111,7 +88,7 @@ def predict_videos(
     )
     for items in loader:
         good = [(views, ids) for _, views, ids, _ in items if views is not None]
-        # Without a crop, videos can be of different sizes.
+        # Without a crop, videos can differ in size.
         is_one_size = len({views.shape for views, _ in good}) == 1
         alike = [good] if is_one_size else [[one] for one in good]
         rows: list[torch.Tensor] = []
@@ -129,25 +106,3 @@ def predict_videos(
             else:
                 row = next(remaining)
                 yield VideoPrediction(index, row.numpy(), to_probabilities(row, label_map).numpy())
-
-
-def describe_views(
-    processor: ViViTVideoProcessor, num_clips: int, num_crops: int, averaging: str = "probabilities"
-) -> str:
-    """The protocol that a score has to be stated with."""
-    rate = f"stride {processor.frame_stride}"
-    if processor.frames_per_second is not None:
-        rate = f"{processor.frames_per_second:g} per second"
-    if processor.frame_sampling == "uniform":
-        rate = "spread over the video"
-    parts = [f"{num_clips} clip{'s' * (num_clips > 1)} x {num_crops} crop{'s' * (num_crops > 1)}"]
-    parts[0] += f" of {processor.num_frames} frames, {rate}"
-    if processor.do_resize:
-        edge = processor.size.get("shortest_edge")
-        sides = f"short side {edge}" if edge else f"{processor.size['height']} x {processor.size['width']}"
-        parts.append(f"resized to {sides}")
-    if processor.do_center_crop:
-        parts.append(f"cropped to {processor.crop_size['height']} x {processor.crop_size['width']}")
-    if num_clips * num_crops > 1:
-        parts.append(f"{averaging} averaged")
-    return ", ".join(parts)

@@ -1,17 +1,17 @@
 """
-A sliding window over frames as they come, without doing work twice (section 3.3.2).
+Classify a sliding window over a stream of frames, without encoding any tubelet twice.
 
-In the factorised encoder, the token of a tubelet does not depend on its neighbours. So the spatial encoder sees every
-tubelet once, the tokens of the window are kept, and a step costs no more than the new tubelets and the small temporal
-encoder:
+In the factorised encoder (section 3.3.2), the encoding of a tubelet does not depend on the other tubelets. So the
+spatial encoder runs once per tubelet, its tokens are cached, and each step costs only the new tubelets and the small
+temporal encoder:
 
     sampled frames   0 1 2 3 4 5 6 7 8 9 ...      tubelets of 2, windows of 6, hop 2
-    window 0         [a a b b c c]                a, b, c are encoded
-    window 1             [b b c c d d]            d alone is new
-    window 2                 [c c d d e e]        e alone is new
+    window 0         [a a b b c c]                a, b and c are encoded
+    window 1             [b b c c d d]            only d is new
+    window 2                 [c c d d e e]        only e is new
 
-Windows that are not a whole number of tubelets apart cut the frames into other tubelets: those make a stream of their
-own for each phase (see `StreamingClassifier.tubelets_per_window`). The other variants look at the whole window again.
+If the hop is not a whole number of tubelets, successive windows cut the frames into different tubelets, and each phase
+needs tokens of its own (see `StreamingClassifier.tubelets_per_window`). The other variants run on every whole window.
 """
 
 from __future__ import annotations
@@ -19,36 +19,30 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
-from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from ..embeddings_vivit import check_frame_size, check_pixel_values, check_values
+from ..embeddings_vivit import check_frame_size, check_values
 from ..frame_sampling import TIME_TOLERANCE, apply_short_video_policy
 from ..video_processing_vivit import ViViTVideoProcessor
+from .clips import BATCH, reuses_tubelets
+from .cuts import find_cut, frame_change
 from .finite_outputs import check_finite
-
-
-# Tubelets or clips that go through the model at a time.
-BATCH = 16
-# A picture is another one if it differs from the last by half of its own contrast (standard deviation), and by three
-# times what frames of that window differ usually. Pictures that have nothing in common differ by about 1.1; what
-# moves in one take stays below 0.3 or moves in the other frames, too.
-_CUT_CONTRAST, _CUT_OVER_MEDIAN = 0.5, 3.0
 
 
 @dataclass
 class WindowPrediction:
     """
-    What the model says of one window.
+    The prediction for one window.
 
-    `start` and `end` are the times in seconds at which its first and its last frame are shown, `first_frame` counts the
-    sampled frames from the beginning of the stream, `logits` are float32 (num_labels,). `cut` is the time of the frame
-    with which another picture begins, the most different one if there are several; None where all goes on.
+    `start`, `end`: the times in seconds at which its first and last frames are shown.
+    `first_frame`: the index of its first frame among the sampled frames of the stream.
+    `logits`: float32 (num_labels,).
+    `cut`: the time of the first frame after a cut, the strongest one if there are several; None without a cut.
     """
 
     start: float
@@ -59,7 +53,7 @@ class WindowPrediction:
 
 
 class _Sampled(NamedTuple):
-    """A sampled frame: how many came before it, its time, the model's input, how much is new in it."""
+    """A sampled frame: its index, its time, the model's input, and its `frame_change` from the frame before."""
 
     number: int
     seconds: float
@@ -67,27 +61,59 @@ class _Sampled(NamedTuple):
     change: float
 
 
-def reuses_tubelets(config: Any) -> bool:
-    """Whether the tokens of a model's tubelets serve in every window that holds them: in Model 2, with tubelets."""
-    return config.attention_type == "factorised_encoder" and config.embedding_type == "tubelet"
+@dataclass
+class _Sampler:
+    """Choose the frames of a stream by the processor's `frame_stride`, or by `frames_per_second` and their times."""
+
+    processor: ViViTVideoProcessor
+    num_seen: int = 0
+    num_chosen: int = 0
+    first_time: float = 0.0
+    last_time: float = -math.inf
+    held: tuple[Any, float] | None = None  # the last frame, until the next one tells how long it is shown
+
+    def sample(self, frame: Any, time: float) -> list[tuple[Any, float]]:
+        """Return the frames, with their times, that the arrival of this frame causes to be sampled."""
+        number, self.num_seen, self.last_time = self.num_seen, self.num_seen + 1, time
+        if self.processor.frames_per_second is None:
+            return [] if number % self.processor.frame_stride else [(frame, time)]
+        chosen = []
+        if self.held is None:
+            self.first_time = time
+        else:
+            # The frame sampled at a moment is the last one shown at or before it.
+            while self._next_moment() + TIME_TOLERANCE < time:
+                chosen.append(self.held)
+                self.num_chosen += 1
+        self.held = (frame, time)
+        return chosen
+
+    def flush(self) -> list[tuple[Any, float]]:
+        """Return the last frame if it is still to be sampled."""
+        held, self.held = self.held, None
+        return [held] if held is not None and self._next_moment() <= held[1] + TIME_TOLERANCE else []
+
+    def _next_moment(self) -> float:
+        return self.first_time + self.num_chosen / float(self.processor.frames_per_second or 1)
 
 
 class StreamingClassifier:
     """
-    Classifies a sliding window over a stream of frames, video files and cameras alike.
+    Classify a sliding window over a stream of frames, from video files and cameras alike.
 
     Args:
-        model: a `ViViTForVideoClassification`, which is used on its device and in its dtype; put it in eval mode.
-        processor: its `ViViTVideoProcessor`, for size, crop and normalisation, and for which frames are sampled:
-            every `frame_stride`-th, or `frames_per_second` by their times. Windows are `model.config.num_frames` long.
-        hop: sampled frames from one window to the next. None: a tubelet where tokens are reused, else half a window.
+        model: a `ViViTForVideoClassification` in eval mode. It runs on its own device and in its own dtype.
+        processor: its `ViViTVideoProcessor`. It defines size, crop and normalisation, and which frames are sampled:
+            every `frame_stride`-th frame, or `frames_per_second` by their times. A window has
+            `model.config.num_frames` sampled frames.
+        hop: sampled frames from one window to the next. None: one tubelet if tubelets are reused, else half a window.
 
-    Logits are those of the model on the same window, whatever the hop. What a hop costs tells `tubelets_per_window`:
+    The logits equal those of the model on the same window, whatever the hop. `tubelets_per_window` tells the cost:
 
     | variant | hop | spatial encodings per window |
     | --- | --- | --- |
     | factorised encoder, tubelets | h, a whole number of tubelets of t frames | h / t |
-    | the same | any other h | h / gcd(h, t), but not more than the window has |
+    | the same | any other h | h / gcd(h, t), at most the tubelets of a window |
     | every other model | any | the whole model runs on the whole window |
 
     ```python
@@ -97,8 +123,10 @@ class StreamingClassifier:
             print(window.start, window.end, window.logits.softmax(-1))
     ```
 
-    Raises TypeError for a model without a classifier, ValueError for a hop below 1 and for a processor that samples
-    otherwise ("uniform"). `push`, `flush` and `last_window` raise NonFiniteError for NaN or infinite logits.
+    Raises:
+        TypeError: if the model has no classifier.
+        ValueError: if the hop is below 1, or the processor has frame_sampling="uniform".
+        NonFiniteError: from `push`, `flush` and `last_window`, if logits are NaN or infinite.
     """
 
     def __init__(self, model: Any, processor: ViViTVideoProcessor, *, hop: int | None = None):
@@ -126,18 +154,21 @@ class StreamingClassifier:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets every frame: the next one begins another stream."""
-        self.num_frames_seen = 0
+        """Forget all frames. The next frame starts a new stream."""
         self.num_windows = self.num_tubelets_encoded = 0
+        self._sampler = _Sampler(self.processor)
         self._frames: deque[_Sampled] = deque()
-        self._tokens: dict[int, torch.Tensor] = {}  # of the tubelet that begins with that sampled frame
-        self._num_sampled = self._num_chosen = self._next_window = 0
-        self._held: tuple[Any, float] | None = None  # the last frame, while it is not clear how long it is shown
-        self._first_time, self._last_time = 0.0, -math.inf
+        self._tokens: dict[int, torch.Tensor] = {}  # by the index of the tubelet's first sampled frame
+        self._num_sampled = self._next_window = 0
+
+    @property
+    def num_frames_seen(self) -> int:
+        """Frames pushed so far, sampled or not."""
+        return self._sampler.num_seen
 
     @property
     def tubelets_per_window(self) -> int:
-        """Tubelets that are encoded anew in a window, in the long run: all of `config.grid_size[0]` without reuse."""
+        """Tubelets encoded per window in the long run; without reuse all `config.grid_size[0]`."""
         if not self.reuses_tubelets:
             return int(self.model.config.grid_size[0])
         return min(self._num_tubelets, self.hop // math.gcd(self.hop, self._tubelet))
@@ -149,15 +180,16 @@ class StreamingClassifier:
 
     def push(self, frames: Any, times: float | Sequence[float] | None = None) -> list[WindowPrediction]:
         """
-        Takes the next frames, all of them, in order; gives the windows that they complete.
+        Add the next frames of the stream, without gaps, and return the windows that they complete.
 
         Args:
-            frames: one frame or several, as the processor takes them: uint8 (height, width, channels) or
+            frames: one or several frames in a format of the processor: uint8 (height, width, channels) or
                 (frames, height, width, channels), PIL images, tensors.
-            times: seconds at which they are shown, one or one per frame, not decreasing. None: they are counted, which
-                `frames_per_second` cannot do without.
+            times: the seconds at which they are shown, one per frame, not decreasing. None numbers the frames instead;
+                a processor with `frames_per_second` needs times.
 
-        Raises ValueError for times that do not fit the frames, and what the processor raises.
+        Raises:
+            ValueError: if the times do not fit the frames; and the errors of the processor.
         """
         frames = self._as_list(frames)
         if times is None:
@@ -167,28 +199,25 @@ class StreamingClassifier:
         times = [float(time) for time in np.atleast_1d(np.asarray(times, dtype=np.float64))]
         if len(times) != len(frames):
             raise ValueError(f"{len(frames)} frames came with {len(times)} times; expected one each.")
-        for before, time in pairwise([self._last_time, *times]):
+        for before, time in pairwise([self._sampler.last_time, *times]):
             if not time >= before:
                 raise ValueError(
                     f"The times of frames must not decrease, got {time:g} s after {before:g} s. Call `reset` where "
                     "another video begins."
                 )
-        state = dict(vars(self))
-        chosen = [pair for frame, time in zip(frames, times, strict=True) for pair in self._sampled(frame, time)]
-        self._last_time = times[-1] if times else self._last_time
+        sampler, num_sampled = replace(self._sampler), self._num_sampled
+        chosen = [pair for frame, time in zip(frames, times, strict=True) for pair in self._sampler.sample(frame, time)]
         try:
             return self.push_sampled([frame for frame, _ in chosen], [time for _, time in chosen])
         except (TypeError, ValueError):
-            if self._num_sampled == state["_num_sampled"]:  # nothing was taken: as if it had not been pushed
-                vars(self).update(state)
+            if self._num_sampled == num_sampled:  # no frame was added: as if nothing had been pushed
+                self._sampler = sampler
             raise
 
     def flush(self) -> list[WindowPrediction]:
-        """The windows that the last frame completes, at the end of a stream that is sampled by `frames_per_second`."""
-        if self._held is None:
-            return []
-        held, self._held = self._held, None
-        return self.push_sampled([held[0]], [held[1]]) if self._next_moment() <= held[1] + TIME_TOLERANCE else []
+        """Return the windows that the last frame completes. Call it at the end of a stream sampled by rate."""
+        last = self._sampler.flush()
+        return self.push_sampled([frame for frame, _ in last], [time for _, time in last])
 
     @staticmethod
     def _as_list(frames: Any) -> list[Any]:
@@ -201,28 +230,9 @@ class StreamingClassifier:
             return list(frames) if frames.ndim == 4 else [frames]
         return list(frames) if isinstance(frames, (list, tuple)) else [frames]
 
-    def _sampled(self, frame: Any, time: float) -> list[tuple[Any, float]]:
-        """Which frames are sampled now that this one is there, each with its time."""
-        number, self.num_frames_seen = self.num_frames_seen, self.num_frames_seen + 1
-        if self.processor.frames_per_second is None:
-            return [] if number % self.processor.frame_stride else [(frame, time)]
-        chosen = []
-        if self._held is None:
-            self._first_time = time
-        else:
-            # A moment of the rate shows the last frame that came at or before it.
-            while self._next_moment() + TIME_TOLERANCE < time:
-                chosen.append(self._held)
-                self._num_chosen += 1
-        self._held = (frame, time)
-        return chosen
-
-    def _next_moment(self) -> float:
-        return self._first_time + self._num_chosen / float(self.processor.frames_per_second or 1)
-
     @torch.inference_mode()
     def push_sampled(self, frames: Sequence[Any], times: Sequence[float]) -> list[WindowPrediction]:
-        """As `push`, for frames that are already those of the processor's stride or rate."""
+        """Add frames that are already sampled at the processor's stride or rate; otherwise like `push`."""
         windows: list[WindowPrediction] = []
         for first in range(0, len(frames), BATCH):
             part = slice(first, first + BATCH)
@@ -232,24 +242,18 @@ class StreamingClassifier:
             check_values(pixel_values, self.model.config)
             check_frame_size(pixel_values, self.model.config)
             for time, pixels in zip(times[part], pixel_values[0], strict=True):
-                self._frames.append(_Sampled(self._num_sampled, time, pixels, self._change_to(pixels)))
+                change = frame_change(self._frames[-1].pixels, pixels) if self._frames else 0.0
+                self._frames.append(_Sampled(self._num_sampled, time, pixels, change))
                 self._num_sampled += 1
             windows += self._complete()
         return windows
 
-    def _change_to(self, pixels: torch.Tensor) -> float:
-        """How much a frame differs from the last one: the mean difference over the contrast of the richer of them."""
-        if not self._frames:
-            return 0.0
-        last = self._frames[-1].pixels
-        return float((pixels - last).abs().mean() / torch.maximum(pixels.std(), last.std()).clamp(min=1e-6))
-
     def last_window(self) -> list[WindowPrediction]:
         """
-        At the end of a stream: the window that ends with the last frame, if the hops have left frames out.
+        Return the window that ends with the last frame, unless it was returned already. Call it at the end of a stream.
 
-        Of fewer frames than a window has, it is filled as the processor's `short_video_policy` says, from the sampled
-        ones: "error" is a ValueError.
+        If the stream has fewer sampled frames than a window, the window is filled by the processor's
+        `short_video_policy`; the policy "error" raises ValueError.
         """
         start = max(0, self._num_sampled - self._num_frames)
         if not self._num_sampled or start == self._next_window - self.hop:
@@ -262,7 +266,7 @@ class StreamingClassifier:
         return [self._prediction(start, logits.float().cpu())]
 
     def _complete(self) -> list[WindowPrediction]:
-        """The windows whose frames are all there now."""
+        """Return the windows whose frames have all arrived."""
         starts = list(range(self._next_window, self._num_sampled - self._num_frames + 1, self.hop))
         if self.reuses_tubelets:
             self._encode_tubelets()
@@ -286,15 +290,13 @@ class StreamingClassifier:
         check_finite(logits, self.model)
         offset = start - self._frames[0].number
         frames = list(islice(self._frames, offset, offset + self._num_frames))
-        changes = [frame.change for frame in frames[1:]] or [0.0]
-        most = max(changes)
-        is_cut = most > max(_CUT_CONTRAST, _CUT_OVER_MEDIAN * median(changes))
-        cut = frames[1 + changes.index(most)].seconds if is_cut else None
+        place = find_cut([frame.change for frame in frames[1:]])
+        cut = None if place is None else frames[1 + place].seconds
         return WindowPrediction(frames[0].seconds, frames[-1].seconds, start, logits, cut)
 
     @property
     def _places(self) -> range:
-        """Where the tubelets of a window begin in it."""
+        """The offsets of the tubelets of a window."""
         return range(0, self._num_tubelets * self._tubelet, self._tubelet)
 
     def _pixels(self, start: int, count: int) -> torch.Tensor:
@@ -303,9 +305,9 @@ class StreamingClassifier:
         return torch.stack(frames).to(self.model.device, self.model.dtype)
 
     def _encode_tubelets(self) -> None:
-        """The tokens of every tubelet that a window to come needs, and whose frames are there."""
-        needed: dict[int, None] = {}  # each once, whatever the number of windows, and in order
-        # Of later windows only those matter that have begun.
+        """Encode every complete tubelet that a coming window needs."""
+        needed: dict[int, None] = {}  # each once, in order
+        # Only windows that have already begun can have complete tubelets.
         for window in range(self._next_window, self._num_sampled, self.hop):
             for place in self._places:
                 start = window + place
@@ -320,37 +322,9 @@ class StreamingClassifier:
         self.num_tubelets_encoded += len(needed)
 
     def _forget(self) -> None:
-        """Tokens before the next window are of no use any more, nor frames before it and before `last_window`."""
+        """Drop the tokens before the next window, and the frames before both it and `last_window`."""
         first = min(self._next_window, self._num_sampled - self._num_frames)
         while self._frames and self._frames[0].number < first:
             self._frames.popleft()
         for start in [start for start in self._tokens if start < self._next_window]:
             del self._tokens[start]
-
-
-def predict_clips(
-    model: Any, clips: torch.Tensor, frame_ids: np.ndarray | None = None, max_clips: int = BATCH
-) -> torch.Tensor:
-    """
-    Logits (clips, num_labels) of (clips, frames, channels, height, width), `max_clips` at a time.
-
-    Clips of one video overlap where it is short or they are many. With `frame_ids`, int64 (clips, frames) as
-    `VideoFeatures` has them, equal numbers stand for equal frames, and the factorised encoder encodes every tubelet
-    once; the logits are those of the model.
-
-    Raises ValueError for clips that are not of the model's frames and size.
-    """
-    check_pixel_values(clips, model.config, any_size=False)
-    tubelet = model.config.tubelet_size[0]
-    time = clips.shape[1] // tubelet
-    if frame_ids is not None and reuses_tubelets(model.config):
-        ids = np.asarray(frame_ids)[:, : time * tubelet].reshape(-1, tubelet)
-        _, firsts, places = np.unique(ids, axis=0, return_index=True, return_inverse=True)
-        if len(firsts) < len(ids):
-            # (clips, frames, ...) -> (clips * time, tubelet, ...)
-            tubelets = clips[:, : time * tubelet].unflatten(1, (time, tubelet)).flatten(0, 1)
-            groups = torch.from_numpy(firsts).split(max_clips * time)
-            encoded = torch.cat([model.vivit.encode_steps(tubelets[group])[:, 0] for group in groups])
-            steps = encoded[torch.from_numpy(places.reshape(-1, time)).to(encoded.device)]  # (clips, time, hidden)
-            return torch.cat([model.classify_steps(part) for part in steps.split(max_clips)])
-    return torch.cat([model(pixel_values=part, return_dict=True).logits for part in clips.split(max_clips)])

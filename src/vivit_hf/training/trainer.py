@@ -17,8 +17,8 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 from transformers.utils import logging
 
 from ..data.labels import IGNORED, LabelMap
-from ..inference.evaluation import average_views, classification_metrics, collapsed_class
-from ..inference.prediction import predict_views
+from ..inference.metrics import classification_metrics, collapsed_class
+from ..inference.views import average_views, predict_views
 from ..loss_vivit import video_classification_loss
 from ..video_sources import VideoDecodingError
 from .clips import ClipSampler, StreamedClips, VideoClips

@@ -5,7 +5,7 @@ import torch
 
 from vivit_hf import ViViTVideoProcessor
 from vivit_hf.data.labels import LabelMap
-from vivit_hf.explain.charts import draw_batch
+from vivit_hf.explain.batch_picture import draw_batch
 
 
 def test_file_names_stand_above_the_frames():

@@ -2,29 +2,23 @@
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vivit_hf import ViViTConfig
 from vivit_hf.data.labels import LabelMap
-from vivit_hf.inference.evaluation import (
-    average_views,
+from vivit_hf.inference.metrics import (
     classification_metrics,
     collapsed_class,
-    confusion_matrix,
     describe_chance,
     is_near_chance,
     joint_ranks,
     mean_average_precision,
     ranks,
-    to_probabilities,
 )
 
 
 ONE = LabelMap({"": tuple("abcdefg")})
 SEVERAL = LabelMap({"": tuple("abc")}, True)
-VALUES = LabelMap({"": ("angle", "speed")}, is_regression=True)
 GROUPED = LabelMap({"noun": ("pan", "lid", "tap"), "verb": ("open", "wash")})
 
 
@@ -138,39 +132,6 @@ def test_average_precision_by_hand():
 
 def test_ranks_of_equal_scores_go_by_index():
     assert ranks(np.array([[1.0, 1.0, 0.0]] * 3), np.array([0, 1, 2])).tolist() == [0, 1, 2]
-
-
-@pytest.mark.parametrize("label_map", [ONE, GROUPED, SEVERAL, VALUES])
-def test_averages_of_views(label_map):
-    logits = torch.randn(5, 4, len(label_map.names), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    mean = to_probabilities(logits, label_map).mean(dim=1)
-    averaged = to_probabilities(average_views(logits, label_map, "probabilities"), label_map)
-    assert torch.allclose(averaged, mean, atol=1e-12)
-    assert torch.allclose(average_views(logits, label_map, "logits"), logits.mean(dim=1))
-    one = average_views(logits[:, :1], label_map)
-    assert torch.allclose(to_probabilities(one, label_map), to_probabilities(logits[:, 0], label_map))
-    with pytest.raises(ValueError, match="must be one of probabilities, logits"):
-        average_views(logits, label_map, "votes")
-
-
-def test_a_regression_has_its_values():
-    for options in ({"num_labels": 1}, {"num_labels": 2, "problem_type": "regression"}):
-        label_map = LabelMap.from_config(ViViTConfig.from_preset("vivit-tiny", **options))
-        values = torch.tensor([[[-3.0, 7.0], [5.0, 8.0]]])[..., : options["num_labels"]]
-        assert torch.equal(to_probabilities(values, label_map), values)
-        expected = torch.tensor([[1.0, 7.5]])[:, : options["num_labels"]]
-        assert torch.equal(average_views(values, label_map), expected)
-
-
-def test_averages_stay_finite_for_extreme_logits():
-    extreme = torch.tensor([[[200.0, -200.0, 0.0], [-200.0, 200.0, 0.0]]])
-    for label_map in (SEVERAL, LabelMap({"": tuple("abc")})):
-        assert average_views(extreme, label_map).isfinite().all()
-
-
-def test_confusion_matrix():
-    logits = np.eye(3)[[0, 1, 1, 2]]
-    assert confusion_matrix(logits, np.array([0, 1, 2, -100])).tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 0]]
 
 
 def test_collapse_is_seen_and_nothing_else():

@@ -1,7 +1,6 @@
-"""Scores of video classification: averaged views, top-1 and top-5, mean average precision, noun-verb actions, chance.
-
-A video's views are averaged as class probabilities ("probabilities", the softmax of each view) or before the softmax
-("logits", as the paper's section 4 has it). Whatever the way, a score depends on the views: state them with it.
+"""
+Scores of video classification: top-1 and top-5, balanced accuracy, noun-verb actions, mean average precision, and
+whether they are better than chance.
 """
 
 from __future__ import annotations
@@ -10,67 +9,31 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 
 from ..data.labels import IGNORED, LabelMap
 
 
-AVERAGINGS = ("probabilities", "logits")
-_COLLAPSE = 0.95  # share of the predictions that are of one class
-_MIN_PREDICTIONS = 12  # among fewer it can be chance
+_COLLAPSE = 0.95  # share of the predictions that belong to one class
+_MIN_PREDICTIONS = 12  # with fewer, a collapse can be chance
 _SIGNIFICANCE = 0.05  # a score that chance reaches more often than this is near chance
-
-
-def average_views(logits: torch.Tensor, label_map: LabelMap, averaging: str = "probabilities") -> torch.Tensor:
-    """
-    The views of each video as one row of logits, whose softmax (sigmoid with several labels) is the averaged score; in
-    a regression the mean of the values.
-
-    Args:
-        logits: (batch, views, num_labels).
-        averaging: "probabilities" or "logits".
-
-    Returns:
-        float32 or wider, (batch, num_labels).
-    """
-    if averaging not in AVERAGINGS:
-        raise ValueError(f"`averaging` must be one of {', '.join(AVERAGINGS)}, got {averaging!r}.")
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if averaging == "logits" or logits.shape[1] == 1 or label_map.is_regression:
-        return logits.mean(dim=1)
-    if label_map.has_several:  # log(p / (1 - p)) of the mean p
-        log_count = np.log(logits.shape[1])
-        yes, no = (torch.nn.functional.logsigmoid(sign * logits).logsumexp(dim=1) - log_count for sign in (1, -1))
-        return yes - no
-    parts = logits.split(label_map.sizes, dim=-1)
-    return torch.cat([part.log_softmax(dim=-1).logsumexp(dim=1) - np.log(part.shape[1]) for part in parts], dim=-1)
-
-
-def to_probabilities(logits: torch.Tensor, label_map: LabelMap) -> torch.Tensor:
-    """(..., num_labels): softmax within each group, sigmoid with several labels per video, a regression's values."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if label_map.is_regression:
-        return logits
-    if label_map.has_several:
-        return logits.sigmoid()
-    return torch.cat([part.softmax(dim=-1) for part in logits.split(label_map.sizes, dim=-1)], dim=-1)
 
 
 def classification_metrics(logits: np.ndarray, labels: np.ndarray, label_map: LabelMap) -> dict[str, float]:
     """
-    Return the scores of predictions, fractions from 0 to 1, and the number of videos that they come from.
+    Return the scores of predictions, as fractions from 0 to 1, and the number of videos.
 
     Args:
         logits: (videos, num_labels).
-        labels: as `LabelMap.encode` gives them; -100 does not count.
+        labels: encoded by `LabelMap.encode`; videos labelled -100 are ignored.
 
     Returns:
-        `top1`; `top5` if there are more than five classes; `balanced_accuracy`, the mean over the classes that occur of
-        the share of their videos that is right; `majority_class_accuracy`, the top-1 of always answering the most
-        frequent class; and `samples`, the number of videos that count. With groups, the scores of each, such as
-        `noun_top1`, and those of all together (`action_top1`, from the product of the softmaxes; `top1` and so on are
-        the same numbers). With several labels `map`, the mean over the labels that occur, and `samples`. A video whose
-        logits are not finite counts as wrong.
+        - One label per video: `top1`; `top5` if there are more than five classes; `balanced_accuracy`, the accuracy of
+          each class that occurs, averaged over these classes; `majority_class_accuracy`, the top-1 accuracy of always
+          predicting the most frequent class.
+        - Groups of labels: these scores for each group (`noun_top1`) and for all groups at once (`action_top1`, from
+          the product of their softmaxes; repeated as `top1` and so on).
+        - Several labels per video: `map`, the mean average precision over the labels that occur.
+        - Always: `samples`, the number of videos that were scored. A video with non-finite logits counts as wrong.
     """
     logits = np.asarray(logits, dtype=np.float64)
     labels = np.asarray(labels)
@@ -93,8 +56,8 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray, label_map: La
 
 
 def _scores(found: np.ndarray, labels: np.ndarray, num_classes: int) -> dict[str, float]:
-    """The scores of one label per video, from the ranks (videos,) of the right classes `labels` (videos,)."""
-    tops = (1, 5) if num_classes > 5 else (1,)  # among five classes, the best five are always right
+    """Return the scores of one label per video from the ranks (videos,) of the correct classes `labels` (videos,)."""
+    tops = (1, 5) if num_classes > 5 else (1,)  # the top five of five classes are always right
     if len(found) == 0:
         names = [*(f"top{k}" for k in tops), "balanced_accuracy", "majority_class_accuracy"]
         return dict.fromkeys(names, float("nan"))
@@ -108,8 +71,10 @@ def _scores(found: np.ndarray, labels: np.ndarray, num_classes: int) -> dict[str
 
 def is_near_chance(top1: float, majority_class_accuracy: float, samples: int) -> bool:
     """
-    Return whether a top-1 accuracy could be chance: whether answers that are right as often as the most frequent class
-    occurs would score as much or more on so many videos in over 5 % of all cases (a one-sided binomial test).
+    Return whether a top-1 accuracy is not significantly above that of always predicting the most frequent class.
+
+    This is a one-sided binomial test at 5 %: would random answers with the accuracy `majority_class_accuracy` reach
+    `top1` on this many videos in more than 5 % of all cases?
     """
     if samples == 0 or majority_class_accuracy == 1:
         return True
@@ -123,7 +88,7 @@ def is_near_chance(top1: float, majority_class_accuracy: float, samples: int) ->
 
 
 def describe_chance(metrics: Mapping[str, float]) -> str | None:
-    """Return a line that says that the scores of `classification_metrics` are near chance; None if they are not."""
+    """Return a warning if the scores of `classification_metrics` are near chance, else None."""
     if "top1" not in metrics or not is_near_chance(
         metrics["top1"], metrics["majority_class_accuracy"], int(metrics["samples"])
     ):
@@ -136,7 +101,11 @@ def describe_chance(metrics: Mapping[str, float]) -> str | None:
 
 
 def ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many classes stand before the right one, int64 (videos,). Of equal scores the lower index stands first."""
+    """
+    Return the rank of the correct class of each video, int64 (videos,), counted from 0.
+
+    Ties are broken by index, the lower one first. With non-finite scores the rank is the number of classes.
+    """
     right = np.take_along_axis(scores, labels[:, None], axis=1)
     before = np.arange(scores.shape[1]) < labels[:, None]
     found = ((scores > right) | ((scores == right) & before)).sum(axis=1)
@@ -144,7 +113,15 @@ def ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def joint_ranks(parts: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
-    """`ranks` of the tuples of one class of each part, by the product of the parts' softmaxes: int64 (videos,)."""
+    """
+    Return the rank of the correct combination of one class per part, int64 (videos,).
+
+    Combinations are ranked by the product of the parts' softmaxes.
+
+    Args:
+        parts: logits of each group of labels, (videos, classes of the group).
+        labels: the correct class in each group, (videos, groups).
+    """
     found = np.empty(len(labels), dtype=np.int64)
     for row in range(len(labels)):
         joint, right = np.zeros(1), 0
@@ -158,7 +135,12 @@ def joint_ranks(parts: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
 
 
 def mean_average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
-    """The mean over the labels that occur of the area under their precision-recall steps. (videos, num_labels) both."""
+    """
+    Return the average precision (area under the precision-recall steps), averaged over the labels that occur.
+
+    Args:
+        scores, labels: (videos, num_labels); labels are 1 or 0. NaN is returned if no label occurs.
+    """
     occurring = np.flatnonzero((labels > 0.5).any(axis=0))
     if len(occurring) == 0:
         return float("nan")
@@ -169,24 +151,20 @@ def _average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
     scores = np.where(np.isfinite(scores), scores, -np.inf)
     order = np.argsort(-scores, kind="stable")
     hits = np.cumsum(positive[order])
-    # Equal scores are one step: no order among them is better than another.
+    # Videos with equal scores form one step, whatever their order.
     ends = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
     precision = hits[ends] / (ends + 1)
     recall_steps = np.diff(hits[ends], prepend=0) / hits[-1]
     return float((precision * recall_steps).sum())
 
 
-def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many videos of class i (rows) are taken for class j (columns), int64 (classes, classes)."""
-    labels = np.asarray(labels).reshape(-1)
-    counted = labels != IGNORED
-    num_classes = logits.shape[1]
-    places = labels[counted] * num_classes + logits[counted].argmax(axis=1)
-    return np.bincount(places, minlength=num_classes**2).reshape(num_classes, num_classes)
-
-
 def collapsed_class(predictions: np.ndarray, labels: np.ndarray) -> int | None:
-    """The class that nearly all predictions are of although the labels are not; None if there is none, or too few."""
+    """
+    Return the class that nearly all videos are predicted as although their labels vary, or None.
+
+    Args:
+        predictions, labels: class indices (videos,). With fewer than 12 videos the result is None.
+    """
     if len(predictions) < _MIN_PREDICTIONS:
         return None
     counts = np.bincount(predictions)

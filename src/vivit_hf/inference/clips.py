@@ -1,0 +1,56 @@
+"""Run a model on clips, some at a time, and encode every tubelet that clips share only once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..embeddings_vivit import check_pixel_values
+
+
+# Tubelets or clips that go through the model at a time.
+BATCH = 16
+
+
+def reuses_tubelets(config: Any) -> bool:
+    """
+    Return whether the encoding of a tubelet depends on that tubelet alone, so that overlapping clips can share it.
+
+    This holds for Model 2 with tubelet embeddings.
+    """
+    return config.attention_type == "factorised_encoder" and config.embedding_type == "tubelet"
+
+
+def predict_clips(
+    model: Any, clips: torch.Tensor, frame_ids: np.ndarray | None = None, max_clips: int = BATCH
+) -> torch.Tensor:
+    """
+    Return the logits of clips, float (clips, num_labels).
+
+    The clips of one video overlap if the video is short or the clips are many. Given `frame_ids`, the factorised
+    encoder encodes every distinct tubelet once. The logits are the same either way.
+
+    Args:
+        clips: floats (clips, frames, channels, height, width).
+        frame_ids: int64 (clips, frames), as in `VideoFeatures`: equal ids mark equal frames.
+        max_clips: clips that the model sees at a time.
+
+    Raises:
+        ValueError: if the clips do not have the model's number of frames and size.
+    """
+    check_pixel_values(clips, model.config, any_size=False)
+    tubelet = model.config.tubelet_size[0]
+    time = clips.shape[1] // tubelet
+    if frame_ids is not None and reuses_tubelets(model.config):
+        ids = np.asarray(frame_ids)[:, : time * tubelet].reshape(-1, tubelet)
+        _, firsts, places = np.unique(ids, axis=0, return_index=True, return_inverse=True)
+        if len(firsts) < len(ids):
+            # (clips, frames, ...) -> (clips * time, tubelet, ...)
+            tubelets = clips[:, : time * tubelet].unflatten(1, (time, tubelet)).flatten(0, 1)
+            groups = torch.from_numpy(firsts).split(max_clips * time)
+            encoded = torch.cat([model.vivit.encode_steps(tubelets[group])[:, 0] for group in groups])
+            steps = encoded[torch.from_numpy(places.reshape(-1, time)).to(encoded.device)]  # (clips, time, hidden)
+            return torch.cat([model.classify_steps(part) for part in steps.split(max_clips)])
+    return torch.cat([model(pixel_values=part, return_dict=True).logits for part in clips.split(max_clips)])

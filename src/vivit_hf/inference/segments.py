@@ -1,0 +1,201 @@
+"""
+Merge the predictions of a sliding window into segments of one label, each as soon as its end is known.
+
+Between the starts of two successive windows lies a cell. The probabilities of a cell are the mean over the windows that
+overlap it:
+
+    windows    [ 0       ]
+                  [ 1       ]
+                     [ 2       ]
+    cells      |0 |01|012 |12 |2 |
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..data.labels import LabelMap
+from .streaming import WindowPrediction
+from .views import to_probabilities
+
+
+# A window cannot resolve what is much shorter than itself: shorter segments go to their neighbours, and a cut this near
+# to the boundary between two labels is the boundary. In windows.
+RESOLUTION = 0.75
+
+
+@dataclass
+class Segment:
+    """A part of a video with one most likely label: start and end in seconds, and its mean probability."""
+
+    start: float
+    end: float
+    label: str
+    score: float
+
+
+def window_segments(windows: Iterable[WindowPrediction], config: Any) -> Iterator[Segment]:
+    """Turn every window into a segment with its most likely label (of the first group, with `label_groups`)."""
+    label_map = LabelMap.from_config(config)
+    names = next(iter(label_map.groups.values()))
+    for window in windows:
+        score, index = to_probabilities(window.logits, label_map)[: len(names)].max(dim=0)
+        yield Segment(window.start, window.end, names[int(index)], float(score))
+
+
+def merge_windows(
+    windows: Iterable[WindowPrediction], config: Any, *, min_score: float = 0.0, min_duration: float | None = None
+) -> Iterator[Segment]:
+    """
+    Merge windows into segments, in order.
+
+    A segment lasts as long as one label is the most likely. Windows that overlap two actions may predict a third one,
+    so a segment shorter than `min_duration` is divided between its neighbours. A cut near the boundary between two
+    labels becomes the boundary.
+
+    Args:
+        windows: the predictions for a sliding window, in order.
+        config: the model's configuration, for its labels. With `label_groups`, the first group is used.
+        min_score: leave out segments whose mean probability is lower.
+        min_duration: seconds; 0 keeps every segment. None means three quarters of a window, or a whole window for a
+            segment that contains a cut.
+
+    Raises:
+        Whatever iterating over `windows` raises.
+    """
+    label_map = LabelMap.from_config(config)
+    names = next(iter(label_map.groups.values()))
+    runs = _runs(_cells(windows, label_map, len(names)), names)
+    return (segment for segment in _without_short(runs, min_duration) if segment.score >= min_score)
+
+
+class _Cell(NamedTuple):
+    """The time from the start of one window to the start of the next, or to the end."""
+
+    start: float
+    end: float
+    window: float  # the length of a window, seconds
+    probabilities: np.ndarray  # mean over the windows that overlap the cell
+    cuts: tuple[float, ...]  # from two windows before the cell to one after it
+
+
+@dataclass
+class _Run(Segment):
+    """Successive cells with the same label. `window` and `cuts` are those of its first cell."""
+
+    window: float
+    cuts: tuple[float, ...]
+
+    @property
+    def duration(self) -> float:
+        return self.end - self.start
+
+    def is_short(self, min_duration: float | None) -> bool:
+        return self.duration < self.shortest(min_duration)
+
+    def shortest(self, min_duration: float | None) -> float:
+        """The least duration of a segment of its own, seconds."""
+        if min_duration is not None:
+            return min_duration
+        # Windows that overlap a cut may agree on a label that fits neither side.
+        return self.window * (1 if any(self.start < cut < self.end for cut in self.cuts) else RESOLUTION)
+
+
+def _without_short(runs: Iterable[_Run], min_duration: float | None) -> Iterator[Segment]:
+    """Divide runs that are too short between their neighbours, and join neighbours of the same label."""
+    kept: Segment | None = None  # the last run that is long enough
+    short: list[_Run] = []  # the runs since
+    for run in runs:
+        if run.is_short(min_duration):
+            short.append(run)
+            continue
+        begin = short[0].start if short else run.start
+        short.clear()
+        if kept is None:
+            kept = Segment(begin, run.end, run.label, run.score)
+        elif kept.label == run.label:
+            lengths = kept.end - kept.start, run.duration
+            kept.score = (kept.score * lengths[0] + run.score * lengths[1]) / sum(lengths)
+            kept.end = run.end
+        else:
+            kept.end = _boundary(kept, run, (begin + run.start) / 2, min_duration)
+            yield kept
+            kept = Segment(kept.end, run.end, run.label, run.score)
+    if kept is not None:
+        kept.end = short[-1].end if short else kept.end
+        yield kept
+    elif short:
+        yield _most_of(short)
+
+
+def _boundary(kept: Segment, run: _Run, middle: float, min_duration: float | None) -> float:
+    """Return where `kept` ends and `run` begins: at the nearest cut, or else in the middle of what lies between."""
+    shortest = run.shortest(min_duration)
+    near = [
+        cut
+        for cut in run.cuts
+        if abs(cut - middle) <= RESOLUTION * run.window
+        and kept.start < cut < run.end
+        and kept.start + shortest <= cut <= run.end - shortest
+    ]
+    return min(near, key=lambda cut: abs(cut - middle), default=middle)
+
+
+def _most_of(runs: Sequence[_Run]) -> Segment:
+    """Return one segment for runs that are all too short, with the label that has the most probability in all."""
+    start, end = runs[0].start, runs[-1].end
+    totals: dict[str, float] = {}
+    for run in runs:
+        totals[run.label] = totals.get(run.label, 0.0) + run.score * run.duration
+    label = max(totals, key=totals.__getitem__)
+    return Segment(start, end, label, totals[label] / max(end - start, 1e-9))
+
+
+def _runs(cells: Iterable[_Cell], names: Sequence[str]) -> Iterator[_Run]:
+    run: _Run | None = None
+    for cell in cells:
+        best = int(cell.probabilities.argmax())
+        score = float(cell.probabilities[best])
+        if run is None or run.label != names[best]:
+            if run is not None:
+                yield run
+            run = _Run(cell.start, cell.end, names[best], score, cell.window, cell.cuts)
+            continue
+        run.score += (score - run.score) * (cell.end - cell.start) / max(cell.end - run.start, 1e-9)  # mean over time
+        run.end = cell.end
+    if run is not None:
+        yield run
+
+
+def _cells(windows: Iterable[WindowPrediction], label_map: LabelMap, num_labels: int) -> Iterator[_Cell]:
+    overlapping: deque[tuple[float, float, np.ndarray]] = deque()
+    cuts: tuple[float, ...] = ()
+
+    def cell(start: float, end: float) -> _Cell:
+        seconds = overlapping[-1][1] - overlapping[-1][0]
+        mean = np.mean([probabilities for _, _, probabilities in overlapping], axis=0)
+        return _Cell(start, end, seconds, mean, cuts)
+
+    for window in windows:
+        oldest = window.start - 2 * (window.end - window.start)
+        cuts = tuple(sorted({cut for cut in (*cuts, window.cut) if cut is not None and cut >= oldest}))
+        probabilities = to_probabilities(window.logits, label_map)[:num_labels].numpy()
+        if overlapping:
+            # All windows that overlap the time before this one's start have started by now.
+            yield cell(overlapping[-1][0], window.start)
+            while overlapping and overlapping[0][1] <= window.start:
+                overlapping.popleft()
+        overlapping.append((window.start, window.end, probabilities))
+    if overlapping:
+        begin, last = overlapping[-1][:2]
+        for end in sorted({end for _, end, _ in overlapping}):
+            if end > begin or begin == last:  # the window of a video with one frame has no duration
+                yield cell(begin, end)
+                begin = end
+            while overlapping and overlapping[0][1] <= end:
+                overlapping.popleft()

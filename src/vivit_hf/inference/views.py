@@ -1,0 +1,99 @@
+"""
+The views of a video: clips spread over it in time, and crops of each clip (4 x 3 in the paper).
+
+A video's views are averaged as class probabilities ("probabilities", the softmax of each view) or before the softmax
+("logits", as in section 4 of the paper). The score depends on the views and on the way they are averaged, so report
+`describe_views` with every score.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from ..data.labels import LabelMap
+from ..video_processing_vivit import ViViTVideoProcessor
+from .clips import BATCH, predict_clips
+
+
+AVERAGINGS = ("probabilities", "logits")
+
+
+def predict_views(
+    model: torch.nn.Module, pixel_values: torch.Tensor, max_clips: int = BATCH, frame_ids: np.ndarray | None = None
+) -> torch.Tensor:
+    """
+    Return the logits of every view of a batch of videos, float (batch, views, num_labels).
+
+    Args:
+        pixel_values: floats (batch, views, frames, channels, height, width).
+        max_clips: clips that the model sees at a time.
+        frame_ids: int64 (batch, views, frames), see `predict_clips`. Views of the same video share their tubelets.
+    """
+    batch, views = pixel_values.shape[:2]
+    if frame_ids is not None:  # make the ids unique across the videos of the batch
+        frame_ids = (frame_ids * batch + np.arange(batch)[:, None, None]).reshape(batch * views, -1)
+    logits = predict_clips(model, pixel_values.flatten(0, 1), frame_ids, max_clips)
+    return logits.unflatten(0, (batch, views))
+
+
+def average_views(logits: torch.Tensor, label_map: LabelMap, averaging: str = "probabilities") -> torch.Tensor:
+    """
+    Average the views of each video into one row of logits.
+
+    Their softmax (sigmoid with several labels per video) is the averaged score. In a regression, the views are averaged
+    directly.
+
+    Args:
+        logits: (batch, views, num_labels).
+        averaging: "probabilities" or "logits".
+
+    Returns:
+        float32 or wider, (batch, num_labels).
+    """
+    if averaging not in AVERAGINGS:
+        raise ValueError(f"`averaging` must be one of {', '.join(AVERAGINGS)}, got {averaging!r}.")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if averaging == "logits" or logits.shape[1] == 1 or label_map.is_regression:
+        return logits.mean(dim=1)
+    if label_map.has_several:  # log(p / (1 - p)) of the mean p
+        log_count = np.log(logits.shape[1])
+        yes, no = (torch.nn.functional.logsigmoid(sign * logits).logsumexp(dim=1) - log_count for sign in (1, -1))
+        return yes - no
+    parts = logits.split(label_map.sizes, dim=-1)
+    return torch.cat([part.log_softmax(dim=-1).logsumexp(dim=1) - np.log(part.shape[1]) for part in parts], dim=-1)
+
+
+def to_probabilities(logits: torch.Tensor, label_map: LabelMap) -> torch.Tensor:
+    """
+    Return probabilities (..., num_labels): the softmax within each label group, or the sigmoid with several labels per
+    video. The outputs of a regression are returned as they are.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if label_map.is_regression:
+        return logits
+    if label_map.has_several:
+        return logits.sigmoid()
+    return torch.cat([part.softmax(dim=-1) for part in logits.split(label_map.sizes, dim=-1)], dim=-1)
+
+
+def describe_views(
+    processor: ViViTVideoProcessor, num_clips: int, num_crops: int, averaging: str = "probabilities"
+) -> str:
+    """Describe the views that a score comes from, on one line: clips, crops, frame rate, sizes and averaging."""
+    rate = f"stride {processor.frame_stride}"
+    if processor.frames_per_second is not None:
+        rate = f"{processor.frames_per_second:g} per second"
+    if processor.frame_sampling == "uniform":
+        rate = "spread over the video"
+    parts = [f"{num_clips} clip{'s' * (num_clips > 1)} x {num_crops} crop{'s' * (num_crops > 1)}"]
+    parts[0] += f" of {processor.num_frames} frames, {rate}"
+    if processor.do_resize:
+        edge = processor.size.get("shortest_edge")
+        sides = f"short side {edge}" if edge else f"{processor.size['height']} x {processor.size['width']}"
+        parts.append(f"resized to {sides}")
+    if processor.do_center_crop:
+        parts.append(f"cropped to {processor.crop_size['height']} x {processor.crop_size['width']}")
+    if num_clips * num_crops > 1:
+        parts.append(f"{averaging} averaged")
+    return ", ".join(parts)
