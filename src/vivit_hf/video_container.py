@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 from .frame_index import SentPacket
+from .mp4_tables import BoxLimitError, num_claimed_entries
 from .video_sources import (
     DecodingReport,
     VideoDecodingError,
@@ -30,6 +32,8 @@ except ImportError:
 _NUM_PROBED_STREAMS = 4
 # Formats that do not list their streams in a header (MPEG-PS, FLV), and live sources, have few.
 _MAX_UNLISTED_STREAMS = 16
+# FFmpeg keeps about 36 bytes for each sample of each stream. A day of video and sound has 10 million.
+_MAX_INDEX_ENTRIES = 1 << 24
 # A demuxer that fails this often in a row will not find another packet.
 _MAX_DEMUX_ERRORS = 16
 
@@ -52,8 +56,10 @@ def open_container(
         is_live: the source can be opened only once.
         options, settings: as for `av.open`.
 
-    Raises VideoLimitError for too many streams, and what `av.open` raises.
+    Raises VideoLimitError for too many streams or index entries, and what `av.open` raises.
     """
+    if not isinstance(source, str) and source.seekable():
+        _check_index_size(source, limits)
     options = {"max_pixels": str(limits.max_pixels), "protocol_whitelist": protocols, **(options or {})}
     settings = {"mode": "r", "metadata_errors": "replace", **settings}
     no_decoder = {"skip_frame": "all", "max_pixels": "1"}
@@ -84,6 +90,24 @@ def open_container(
         reason = ", or its header is too large for the memory"
     reason = f"it has more than max_streams={limits.max_streams} streams{reason}"
     name = source_name(source)
+    raise VideoLimitError(f"Cannot read {name}: {reason}.", source=name, reason=reason)
+
+
+def _check_index_size(file: Any, limits: VideoLimits) -> None:
+    """Raise VideoLimitError if an MP4 file claims more samples than it has bytes, or too many for the memory."""
+    start, name = file.tell(), source_name(file)
+    num_bytes = file.seek(0, io.SEEK_END) - start
+    file.seek(start)
+    most = max(_MAX_INDEX_ENTRIES, limits.max_frames)
+    try:
+        num_entries = num_claimed_entries(file)
+        if num_entries <= min(most, num_bytes):
+            return
+        reason = f"its header claims {num_entries} samples, more than its {num_bytes} bytes can hold"
+        if num_entries <= num_bytes:
+            reason = f"its header claims {num_entries} samples, more than the {most} that are indexed"
+    except BoxLimitError as error:
+        reason = str(error)
     raise VideoLimitError(f"Cannot read {name}: {reason}.", source=name, reason=reason)
 
 
