@@ -2,17 +2,19 @@
 
 import difflib
 import math
-from collections.abc import Sequence
+from dataclasses import fields
 from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
 from .auto_class import AutoClassMixin
 from .frame_sampling import sample_frames_uniformly
-from .limits_vivit import LARGEST_SCALE, LIMITS, MOST_PARAMETERS, check_clip, check_labels, check_limit
+from .limits_vivit import LIMITS, MOST_PARAMETERS, check_clip, check_labels, check_limit
 from .model_files import named_json_errors
+from .strict_fields import checked, count, one_of, probability, scale, with_value_errors
 
 
 ATTENTION_TYPES = (
@@ -27,7 +29,7 @@ POOLINGS = ("cls", "mean", "max", "sum")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
-# US spellings, and the names in google-research/scenic projects/vivit, are read and stored in the paper's form.
+# US spellings and the names of google-research/scenic projects/vivit are accepted, and stored in the paper's form.
 _ALIASES = {
     "attention_type": {
         "spacetime": "spatio_temporal",
@@ -39,11 +41,11 @@ _ALIASES = {
     },
     "embedding_type": {"3d_conv": "tubelet", "temporal_sampling": "uniform_frame_sampling"},
     "pooling": {"token": "cls", "gap": "mean", "gmp": "max", "gsp": "sum"},
-    # Both are the tanh approximation written as separate operations; the fused one computes the same function.
+    # Both compute the tanh approximation in separate operations; the fused one is the same function.
     "hidden_act": {"gelu_fast": "gelu_pytorch_tanh", "gelu_new": "gelu_pytorch_tanh"},
 }
 
-# What transformers' own `VivitConfig` calls the same thing.
+# Fields with the same name and meaning in transformers' own `VivitConfig`.
 _TRANSFORMERS_VIVIT_FIELDS = (
     "image_size num_frames tubelet_size num_channels hidden_size num_hidden_layers num_attention_heads "
     "intermediate_size hidden_act hidden_dropout_prob attention_probs_dropout_prob initializer_range layer_norm_eps "
@@ -81,9 +83,24 @@ _PRESETS["vivit-tiny"] = {
 }
 
 
+_image_size = checked(
+    lambda size: size >= 1 if isinstance(size, int) else len(size) == 2 and min(size) >= 1,
+    "one number of at least 1, or two: (height, width)",
+)
+_tubelet_size = checked(
+    lambda size: len(size) == 3 and min(size) >= 1, "three numbers of at least 1: (time, height, width)"
+)
+_label_groups = checked(
+    lambda groups: len(groups) >= 2 and min(groups.values()) >= 1,
+    "the names of at least two groups of labels and their sizes, for example {'noun': 300, 'verb': 97}, or left out",
+)
+
+
+@with_value_errors
+@strict
 class ViViTConfig(AutoClassMixin, PretrainedConfig):
     r"""
-    Describes a ViViT; `ViViTConfig()` is ViViT-B/16x2 on 32 frames of 224x224 with joint attention (Model 1).
+    Configuration of a ViViT. The default is ViViT-B/16x2 on 32 frames of 224x224 with joint attention (Model 1).
 
     Args:
         image_size (`int` or `(int, int)`, defaults to 224): Height and width of a frame in pixels; one number for both.
@@ -93,41 +110,42 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
             `"spatio_temporal"` (Model 1, section 3.3), `"factorised_encoder"` (Model 2),
             `"factorised_self_attention"` (Model 3) or `"factorised_dot_product_attention"` (Model 4).
         attention_order (`str`, defaults to `"space_time"`):
-            Model 3 only: which attention comes first in a layer. The paper's order is `"space_time"`; the official
-            configurations use `"time_space"`.
+            Model 3 only: the order of the two attentions in a layer, `"space_time"` as in the paper or `"time_space"`
+            as in the official configurations.
         embedding_type (`str`, defaults to `"tubelet"`):
             `"tubelet"` (non-overlapping spatio-temporal patches) or `"uniform_frame_sampling"` (2D patches of
             `num_sampled_frames` frames), section 3.2.
         tubelet_size (`(int, int, int)`, defaults to `(2, 16, 16)`):
-            Time, height and width of a patch. What does not fill a whole patch at the end of a side is not seen, as in
-            the official code. With uniform frame sampling the time is 1, and so the default is `(1, 16, 16)`.
+            Time, height and width of a patch. As in the official code, frames and pixels left over at the end of a
+            side are dropped. Uniform frame sampling has a time of 1 and defaults to `(1, 16, 16)`.
         num_sampled_frames (`int`, *optional*, defaults to `num_frames // 2` with uniform frame sampling):
-            Frames that uniform frame sampling asks for. For some pairs of lengths the official rule's rounding yields
-            one more (`grid_size` tells).
+            Number of frames to sample. For some lengths the official rounding yields one more; see `grid_size`.
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size (`int`):
-            Width, layers, heads and MLP width; in Model 2, of the spatial encoder (the width is shared).
+            Width, layers, heads and MLP width. In Model 2 these describe the spatial encoder; the temporal encoder has
+            the same width.
         num_temporal_layers (`int`, defaults to 4):
             Model 2 only: layers of the temporal encoder. 0 is the paper's average-pool baseline (Table 1).
         temporal_num_attention_heads, temporal_intermediate_size (`int`, *optional*):
-            Model 2 only: heads and MLP width of the temporal encoder, by default those of the spatial one.
+            Model 2 only: heads and MLP width of the temporal encoder; by default those of the spatial encoder.
         pooling (`str`, *optional*):
-            `"cls"` (class token), `"mean"`, `"max"` or `"sum"`; by default `"cls"` for Models 1 and 2 and `"mean"` for
-            3 and 4, whose token grid has no place for a class token.
+            `"cls"` (class token), `"mean"`, `"max"` or `"sum"`. The default is `"cls"` for Models 1 and 2, and `"mean"`
+            for Models 3 and 4, which have no class token.
         representation_size (`int`, *optional*): Width of a dense layer with tanh between pooling and classifier.
         hidden_act (`str`, defaults to `"gelu_pytorch_tanh"`):
-            The tanh-approximated GELU of the official code as one operation. `gelu_fast` and `gelu_new` are the same
-            function and are stored under this name.
+            The default is the tanh-approximated GELU of the official code in one operation. `gelu_fast` and `gelu_new`
+            are the same function and are stored under this name.
         hidden_dropout_prob, attention_probs_dropout_prob (`float`, defaults to 0.0): Dropout in [0, 1).
         drop_path_rate (`float`, defaults to 0.0):
             Stochastic depth: the rate grows linearly from 0 in the first layer to this value in the last.
         layer_norm_eps (`float`, defaults to 1e-6), qkv_bias (`bool`, defaults to `True`),
         initializer_range (`float`, defaults to 0.02).
         label_groups (`dict`, *optional*):
-            Several classifications side by side in one output: names and sizes in the order of the output, such as
+            Names and sizes of several classifications that share one output, in the order of the output, such as
             `{"noun": 300, "verb": 97}` for EPIC-Kitchens. `num_labels` is their sum; the loss is their mean.
 
     Raises:
-        ValueError: for any value or combination that no model can have; the message names it and the way out.
+        ValueError: for values and combinations that no model can have. Values are checked whenever a field is set,
+            combinations when the configuration is built or saved and before a model is built from it.
 
     Source: the paper, and google-research/scenic `projects/vivit/model.py` and `configs/`.
     """
@@ -135,54 +153,42 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
     model_type = "vivit_hf"
     _auto_class = "AutoConfig"
     presets: ClassVar[tuple[str, ...]] = tuple(_PRESETS)
-    if TYPE_CHECKING:  # fields of the parent class, which a type checker does not look into
+    if TYPE_CHECKING:  # None is replaced when a configuration is made
         id2label: Any
         label2id: Any
+        tubelet_size: Any
+        num_sampled_frames: Any
+        pooling: Any
 
-    image_size: int | Sequence[int] = 224
-    num_frames: int = 32
-    num_channels: int = 3
-    attention_type: str = "spatio_temporal"
-    attention_order: str = "space_time"
-    embedding_type: str = "tubelet"
-    tubelet_size: Any = None
-    num_sampled_frames: Any = None
-    hidden_size: int = 768
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    intermediate_size: int = 3072
-    num_temporal_layers: int = 4
-    temporal_num_attention_heads: int | None = None
-    temporal_intermediate_size: int | None = None
-    pooling: Any = None
-    representation_size: int | None = None
-    hidden_act: str = "gelu_pytorch_tanh"
-    hidden_dropout_prob: float = 0.0
-    attention_probs_dropout_prob: float = 0.0
-    drop_path_rate: float = 0.0
-    layer_norm_eps: float = 1e-6
+    image_size: int | list[int] | tuple[int, ...] = _image_size(default=224)
+    num_frames: int = count(default=32)
+    num_channels: int = count(default=3)
+    attention_type: str = one_of(ATTENTION_TYPES, _ALIASES["attention_type"])(default="spatio_temporal")
+    attention_order: str = one_of(ATTENTION_ORDERS)(default="space_time")
+    embedding_type: str = one_of(EMBEDDING_TYPES, _ALIASES["embedding_type"])(default="tubelet")
+    tubelet_size: list[int] | tuple[int, ...] | None = _tubelet_size(default=None)  # type: ignore[no-redef]
+    num_sampled_frames: int | None = count(default=None)  # type: ignore[no-redef]
+    hidden_size: int = count(default=768)
+    num_hidden_layers: int = count(default=12)
+    num_attention_heads: int = count(default=12)
+    intermediate_size: int = count(default=3072)
+    num_temporal_layers: int = checked(lambda value: value >= 0, "a whole number of at least 0")(default=4)
+    temporal_num_attention_heads: int | None = count(default=None)
+    temporal_intermediate_size: int | None = count(default=None)
+    pooling: str | None = one_of(POOLINGS, _ALIASES["pooling"])(default=None)  # type: ignore[no-redef]
+    representation_size: int | None = count(default=None)
+    hidden_act: str = one_of(tuple(ACT2FN), _ALIASES["hidden_act"])(default="gelu_pytorch_tanh")
+    hidden_dropout_prob: float | int = probability(default=0.0)
+    attention_probs_dropout_prob: float | int = probability(default=0.0)
+    drop_path_rate: float | int = probability(default=0.0)
+    layer_norm_eps: float | int = scale(default=1e-6)
     qkv_bias: bool = True
-    initializer_range: float = 0.02
-    label_groups: Any = None
+    initializer_range: float | int = scale(default=0.02)
+    label_groups: dict[str, int] | None = _label_groups(default=None)
+    problem_type: str | None = one_of(PROBLEM_TYPES)(default=None)
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for name, aliases in _ALIASES.items():
-            value = getattr(self, name)
-            if isinstance(value, str):
-                setattr(self, name, aliases.get(value, value))
-        if self.tubelet_size is None:
-            self.tubelet_size = (1, 16, 16) if self.embedding_type == "uniform_frame_sampling" else (2, 16, 16)
-        # Lists, so that a configuration equals its reload from JSON.
-        if isinstance(self.tubelet_size, Sequence):
-            self.tubelet_size = list(self.tubelet_size)
-        if not isinstance(self.image_size, int) and isinstance(self.image_size, Sequence):
-            self.image_size = list(self.image_size)
-        if self.embedding_type == "uniform_frame_sampling" and self.num_sampled_frames is None:
-            self.num_sampled_frames = max(1, self.num_frames // 2) if isinstance(self.num_frames, int) else None
-        if self.pooling is None:
-            self.pooling = "mean" if self.is_token_grid else "cls"
-        if kwargs.get("num_labels") is not None:
-            _check_whole_number("num_labels", kwargs["num_labels"], 0)
+        self._fill_in_defaults()
         if self.id2label is None and self.label2id is not None:
             if not isinstance(self.label2id, dict):
                 raise ValueError(f"`label2id` must map names to numbers, got {type(self.label2id).__name__}.")
@@ -196,15 +202,30 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
                 )
             self.label2id = {label: index for index, label in self.id2label.items()}
         elif self.label_groups is not None:
-            self._check_label_groups()
             kwargs.setdefault("num_labels", sum(self.label_groups.values()))
         super().__post_init__(**kwargs)
-        self.check()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "problem_type" and value not in (None, *PROBLEM_TYPES):
-            raise ValueError(_unknown_word(name, value, PROBLEM_TYPES))
+        """Set an attribute; aliases become the paper's words, pairs the lists that a JSON file gives."""
+        if name == "num_labels" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise ValueError(f"`num_labels={value!r}` must be a whole number of at least 0.")
+        if name in LIMITS and isinstance(value, int):
+            check_limit(name, value)
+        if isinstance(value, str):
+            value = _ALIASES.get(name, {}).get(value, value)
+        elif name in ("image_size", "tubelet_size") and isinstance(value, tuple):
+            value = list(value)
         super().__setattr__(name, value)
+
+    def _fill_in_defaults(self) -> None:
+        """Set the fields whose default depends on other fields."""
+        is_uniform = self.embedding_type == "uniform_frame_sampling"
+        if self.tubelet_size is None:
+            self.tubelet_size = [1, 16, 16] if is_uniform else [2, 16, 16]
+        if self.num_sampled_frames is None and is_uniform:
+            self.num_sampled_frames = max(1, self.num_frames // 2)
+        if self.pooling is None:
+            self.pooling = "mean" if self.is_token_grid else "cls"
 
     # Derived sizes
 
@@ -238,73 +259,28 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
     # Validation
 
     def check(self) -> None:
-        """Raises ValueError when a value or a combination of values is one that no model can have."""
-        self._check_words()
-        self._check_numbers()
+        """Check every field and their combinations, as a model does before it is built; ValueError if one is wrong."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name))
+        self.validate()
+
+    def validate_combinations(self) -> None:
+        """Part of `@strict`: raise ValueError for a combination of values that no model can have."""
+        self._fill_in_defaults()
         self._check_sizes()
         self._check_label_groups()
         check_limit("parameters", self._num_parameters(), MOST_PARAMETERS)
-        heads = [("num_attention_heads", self.num_attention_heads)]
-        if self.temporal_num_attention_heads is not None:
-            heads.append(("temporal_num_attention_heads", self.temporal_num_attention_heads))
-        for name, count in heads:
-            if self.hidden_size % count:
-                divisors = [n for n in range(1, 2 * count + 1) if self.hidden_size % n == 0]
-                nearest = min(divisors, key=lambda n: abs(n - count))
-                raise ValueError(
-                    f"`hidden_size={self.hidden_size}` does not divide into `{name}={count}` heads; "
-                    f"use for example `{name}={nearest}`."
-                )
-        if self.attention_type == "factorised_dot_product_attention" and self.num_attention_heads % 2:
-            raise ValueError(
-                f"`num_attention_heads={self.num_attention_heads}` is odd, but factorised dot-product attention "
-                "(Model 4) gives half of the heads to time and half to space; use an even number."
-            )
+        self._check_heads()
         if self.is_token_grid and self.pooling == "cls":
             raise ValueError(
-                f"`pooling='cls'` needs a class token, which the token grid of `attention_type="
-                f"'{self.attention_type}'` has no place for; use `pooling='mean'` (the official one), 'max' or 'sum'."
+                f"`pooling='cls'` needs a class token, which `attention_type='{self.attention_type}'` does not have; "
+                "use `pooling='mean'` (the official one), 'max' or 'sum'."
             )
 
-    def _check_words(self) -> None:
-        for name, allowed in {
-            "attention_type": ATTENTION_TYPES,
-            "embedding_type": EMBEDDING_TYPES,
-            "attention_order": ATTENTION_ORDERS,
-            "pooling": POOLINGS,
-            "hidden_act": tuple(ACT2FN),
-        }.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(_unknown_word(name, getattr(self, name), allowed))
-
-    def _check_numbers(self) -> None:
-        positive = "num_frames num_channels hidden_size num_hidden_layers num_attention_heads intermediate_size".split()
-        optional = "num_sampled_frames temporal_num_attention_heads temporal_intermediate_size representation_size"
-        positive += [name for name in optional.split() if getattr(self, name) is not None]
-        for name in positive:
-            _check_whole_number(name, getattr(self, name), 1)
-        _check_whole_number("num_temporal_layers", self.num_temporal_layers, 0)
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-                raise ValueError(f"`{name}={value!r}` is not a probability; expected 0 <= {name} < 1.")
-        for name in ("layer_norm_eps", "initializer_range"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= LARGEST_SCALE:
-                raise ValueError(f"`{name}={value!r}` must be a number above 0 and at most {LARGEST_SCALE:g}.")
-        if not isinstance(self.qkv_bias, bool):
-            raise ValueError(f"`qkv_bias={self.qkv_bias!r}` must be True or False.")
+    def validate_output_attentions(self) -> None:
+        """Part of `@strict`: allow `output_attentions`, which our layers support with every implementation."""
 
     def _check_sizes(self) -> None:
-        if not isinstance(self.tubelet_size, list) or len(self.tubelet_size) != 3:
-            raise ValueError(f"`tubelet_size={self.tubelet_size!r}` must be three numbers: (time, height, width).")
-        if not isinstance(self.image_size, int) and (
-            not isinstance(self.image_size, list) or len(self.image_size) != 2
-        ):
-            raise ValueError(f"`image_size={self.image_size!r}` must be one number or two: (height, width).")
-        for name, value in (("image_size", self.frame_size), ("tubelet_size", self.tubelet_size)):
-            for side in value:
-                _check_whole_number(name, side, 1)
         check_limit("image_size", max(self.frame_size))
         check_clip("`num_frames` and `image_size`", self.num_frames, *self.frame_size, self.num_channels)
         if self.embedding_type == "uniform_frame_sampling":
@@ -331,8 +307,40 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
                     f"{clip} in {axis}: {patch} > {side}. Use a smaller tubelet or a larger clip."
                 )
 
+    def _check_heads(self) -> None:
+        for name in ("num_attention_heads", "temporal_num_attention_heads"):
+            heads = getattr(self, name)
+            if heads is not None and self.hidden_size % heads:
+                divisors = [n for n in range(1, 2 * heads + 1) if self.hidden_size % n == 0]
+                nearest = min(divisors, key=lambda n: abs(n - heads))
+                raise ValueError(
+                    f"`hidden_size={self.hidden_size}` does not divide into `{name}={heads}` heads; "
+                    f"use for example `{name}={nearest}`."
+                )
+        if self.attention_type == "factorised_dot_product_attention" and self.num_attention_heads % 2:
+            raise ValueError(
+                f"`num_attention_heads={self.num_attention_heads}` is odd, but factorised dot-product attention "
+                "(Model 4) gives half of the heads to time and half to space; use an even number."
+            )
+
+    def _check_label_groups(self) -> None:
+        if self.label_groups is None:
+            return
+        check_limit("label_groups", len(self.label_groups))
+        total = sum(self.label_groups.values())
+        if self.num_labels != total:
+            raise ValueError(
+                f"`label_groups={self.label_groups}` are {total} labels, but there are {self.num_labels} "
+                "(`num_labels`, or the label map)."
+            )
+        if self.problem_type not in (None, "single_label_classification"):
+            raise ValueError(
+                f"`problem_type={self.problem_type!r}` does not go with `label_groups`: each group is a single-label "
+                "classification."
+            )
+
     def _num_parameters(self) -> int:
-        """Parameters of a model with this configuration, but for biases and LayerNorms."""
+        """Return the number of parameters of a model, biases and LayerNorms aside."""
         hidden, inner = self.hidden_size, self.intermediate_size
         time, height, width = self.grid_size
         attentions = 2 if self.attention_type == "factorised_self_attention" else 1
@@ -343,30 +351,6 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
         embeddings = hidden * (math.prod(self.tubelet_size) * self.num_channels + time * height * width)
         features = self.representation_size or 0
         return layers + embeddings + hidden * features + (features or hidden) * self.num_labels
-
-    def _check_label_groups(self) -> None:
-        if self.label_groups is None:
-            return
-        groups = self.label_groups
-        if not isinstance(groups, dict) or len(groups) < 2 or not all(isinstance(name, str) for name in groups):
-            raise ValueError(
-                f"`label_groups={groups!r}` must name at least two groups of labels and their sizes, for example "
-                "{'noun': 300, 'verb': 97}; leave it out for one classification."
-            )
-        check_limit("label_groups", len(groups))
-        for name, size in groups.items():
-            _check_whole_number(f"label_groups[{name!r}]", size, 1)
-        check_limit("num_labels", sum(groups.values()))
-        if self.id2label is not None and len(self.id2label) != sum(groups.values()):
-            raise ValueError(
-                f"`label_groups={groups}` are {sum(groups.values())} labels, but there are {len(self.id2label)} "
-                "(`num_labels`, or the label map)."
-            )
-        if self.problem_type not in (None, "single_label_classification"):
-            raise ValueError(
-                f"`problem_type={self.problem_type!r}` does not go with `label_groups`: each group is a single-label "
-                "classification."
-            )
 
     # Loading and presets
 
@@ -412,6 +396,9 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
             raise ValueError(
                 f"{source} has a {type(config_dict).__name__} as its configuration, expected a JSON object."
             )
+        for name in config_dict:
+            if callable(getattr(cls, name, None)):
+                raise ValueError(f"`{name}` in {source} is the name of a method, not a field.")
         for name in ("dtype", "torch_dtype"):
             if config_dict.get(name) is not None and str(config_dict[name]).removeprefix("torch.") not in DTYPES:
                 raise ValueError(f"`{name}={config_dict[name]!r}` is not known. Expected one of {', '.join(DTYPES)}.")
@@ -438,26 +425,15 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, but overrides are validated together with the rest instead of being set afterwards."""
+        """As in transformers, but validate overrides together with the other fields instead of setting them later."""
         config_dict = dict(cls.translate(config_dict))
-        own = {*cls.__annotations__, "id2label", "label2id", "num_labels"}
+        own = {*ViViTConfig.__annotations__, "id2label", "label2id", "num_labels"}
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
         _settle_labels(config_dict, overrides)
-        return super().from_dict({**config_dict, **overrides}, **kwargs)
-
-
-def _unknown_word(name: str, value: Any, allowed: tuple[str, ...]) -> str:
-    nearest = difflib.get_close_matches(str(value), [*allowed, *_ALIASES.get(name, {})], n=1, cutoff=0.4)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    choices = f" Expected one of {', '.join(map(repr, allowed))}." if len(allowed) < 10 else ""
-    return f"`{name}={value!r}` is not known.{hint}{choices}"
-
-
-def _check_whole_number(name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"`{name}={value!r}` must be a whole number of at least {minimum}.")
-    if name in LIMITS:
-        check_limit(name, value)
+        try:
+            return super().from_dict({**config_dict, **overrides}, **kwargs)
+        except (AttributeError, KeyError, TypeError) as error:  # from what transformers does with fields we do not have
+            raise ValueError(f"The configuration has a value that cannot be set: {error}.") from error
 
 
 def _settle_labels(config_dict: dict[str, Any], overrides: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """
 The largest sizes that a configuration may have.
 
-A `config.json` or `preprocessor_config.json` may come from a stranger, so sizes are compared with these before memory
-or time is spent on them. They are far above what any model in the literature has.
+A `config.json` or `preprocessor_config.json` may come from a stranger, so sizes are compared with these limits before
+memory or time is spent on them. They are far above those of any model in the literature.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ LIMITS: dict[str, int] = {
 }
 # The largest vision transformer that has been described has 22 billion parameters.
 MOST_PARAMETERS = 30_000_000_000
-# Parameters that a checkpoint does not hold and that loading therefore makes anew: a classifier, position embeddings.
+# Parameters that a checkpoint does not hold, so that loading creates them: a classifier, position embeddings.
 MOST_NEW_PARAMETERS = 150_000_000
 # frames x height x width x channels of one clip: 4 GiB in float32, for example 1,588 RGB frames of 475 x 475 pixels.
 MOST_CLIP_VALUES = 1 << 30
@@ -43,14 +43,14 @@ LARGEST_SCALE = 1e6
 
 
 def check_limit(name: str, value: int, limit: int | None = None) -> None:
-    """ValueError if a size is above its limit, by default `LIMITS[name]`."""
+    """Raise ValueError if a size is above its limit, by default `LIMITS[name]`."""
     most = LIMITS[name] if limit is None else limit
     if value > most:
         raise ValueError(f"`{name}={value:,}` is too large; the limit is {most:,} (see SECURITY.md).")
 
 
 def check_clip(name: str, num_frames: int, height: int, width: int, channels: int = 3) -> None:
-    """ValueError if one clip has more values than `MOST_CLIP_VALUES`; `name` are the fields that give its size."""
+    """Raise ValueError if a clip has more than `MOST_CLIP_VALUES` values; `name` lists the fields that set its size."""
     values = num_frames * height * width * channels
     if values > MOST_CLIP_VALUES:
         raise ValueError(
@@ -60,7 +60,7 @@ def check_clip(name: str, num_frames: int, height: int, width: int, channels: in
 
 
 def check_labels(id2label: Any) -> dict[int, str]:
-    """A stored or given `id2label` (a mapping, or a list) as numbers from 0 and names; ValueError for anything else."""
+    """Return `id2label` (a mapping or a list) with integer keys; ValueError unless it names the outputs from 0 on."""
     if isinstance(id2label, (list, tuple)):
         id2label = dict(enumerate(id2label))
     if not isinstance(id2label, dict):

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import pickle
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -158,26 +159,26 @@ WRONG = [
     ({"temporal_num_attention_heads": 0}, r"`temporal_num_attention_heads=0`.*at least 1"),
     ({"temporal_intermediate_size": -4}, r"`temporal_intermediate_size=-4`.*at least 1"),
     ({"representation_size": 0}, r"`representation_size=0`.*at least 1"),
-    ({"num_frames": 8.0}, r"`num_frames=8.0`"),
+    ({"num_frames": 8.0}, r"`num_frames=8.0` must be of type int\."),
     ({"num_frames": "8"}, r"`num_frames='8'`"),
     ({"num_frames": None}, r"`num_frames=None`"),
     ({"num_frames": True}, r"`num_frames=True`"),
     ({"hidden_size": 32.5}, r"`hidden_size=32.5`"),
-    ({"hidden_dropout_prob": 1.0}, r"`hidden_dropout_prob=1.0` is not a probability; expected 0 <="),
-    ({"attention_probs_dropout_prob": -0.1}, r"`attention_probs_dropout_prob=-0.1`.*expected 0 <="),
-    ({"drop_path_rate": 1.5}, r"`drop_path_rate=1.5`.*expected 0 <="),
-    ({"drop_path_rate": float("nan")}, r"`drop_path_rate=nan`.*expected 0 <="),
+    ({"hidden_dropout_prob": 1.0}, r"`hidden_dropout_prob=1.0` must be a probability of at least 0 and below 1"),
+    ({"attention_probs_dropout_prob": -0.1}, r"`attention_probs_dropout_prob=-0.1`.*probability"),
+    ({"drop_path_rate": 1.5}, r"`drop_path_rate=1.5`.*probability"),
+    ({"drop_path_rate": float("nan")}, r"`drop_path_rate=nan`.*probability"),
     ({"layer_norm_eps": 0.0}, r"`layer_norm_eps=0.0` must be a number above 0"),
     ({"initializer_range": -0.02}, r"`initializer_range=-0.02` must be a number above 0"),
     ({"qkv_bias": "yes"}, r"`qkv_bias='yes'`"),
     # sizes
     ({"image_size": 0}, r"`image_size=0`.*at least 1"),
-    ({"image_size": (24, -40)}, r"`image_size=-40`.*at least 1"),
-    ({"image_size": (24, 40, 3)}, r"`image_size=\[24, 40, 3\]`.*\(height, width\)"),
-    ({"image_size": (24.0, 40)}, r"`image_size="),
-    ({"tubelet_size": (2, 8)}, r"`tubelet_size=\[2, 8\]` must be three numbers: \(time, height, width\)"),
+    ({"image_size": (24, -40)}, r"`image_size=\(24, -40\)`.*at least 1"),
+    ({"image_size": (24, 40, 3)}, r"`image_size=\(24, 40, 3\)`.*\(height, width\)"),
+    ({"image_size": (24.0, 40)}, r"`image_size=\(24.0, 40\)` must be of type int \| list\[int\]"),
+    ({"tubelet_size": (2, 8)}, r"`tubelet_size=\(2, 8\)` must be three numbers of at least 1: \(time, height, width\)"),
     ({"tubelet_size": 16}, r"`tubelet_size=16`"),
-    ({"tubelet_size": (2, 0, 8)}, r"`tubelet_size=0`.*at least 1"),
+    ({"tubelet_size": (2, 0, 8)}, r"`tubelet_size=\(2, 0, 8\)`.*at least 1"),
     (
         {"tubelet_size": (9, 8, 8)},
         r"\(9, 8, 8\)` is larger than the clip .*\(8, 24, 40\) in time: 9 > 8. Use a smaller",
@@ -251,11 +252,54 @@ def test_what_cannot_be_is_a_value_error_that_names_the_value_and_the_way_out(wr
         tiny_config(**fields)
 
 
-def test_setting_an_unknown_problem_type_later_is_a_value_error_too():
-    config = tiny_config("spatio_temporal", problem_type="regression")
-    with pytest.raises(ValueError, match="`problem_type='classification'`"):
-        config.problem_type = "classification"
-    assert config.problem_type == "regression"
+def single_values():
+    """The wrong values above that are wrong whatever the other fields hold."""
+    combinations = ("larger than the clip", "does not divide", "has no meaning", "spans")
+    for wrong, message in WRONG:
+        if len(wrong) == 1 and not any(words in message for words in combinations):
+            yield *wrong.items(), message
+
+
+@pytest.mark.parametrize(("field", "message"), [*single_values()], ids=lambda one: "=".join(map(str, one))[:40])
+def test_a_wrong_value_is_refused_when_it_is_set_and_the_old_one_stays(field, message):
+    name, value = field
+    config = tiny_config("spatio_temporal")
+    before = config.to_dict()
+    for change in (lambda: setattr(config, name, value), lambda: config.update({name: value})):
+        with pytest.raises(ValueError, match=f"(?s){message}") as caught:
+            change()
+        assert type(caught.value) is ValueError
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "3", True, None, 10**9])
+def test_a_wrong_number_of_labels_is_refused_when_it_is_set(value):
+    config = tiny_config("spatio_temporal")
+    with pytest.raises(ValueError, match="`num_labels="):
+        config.num_labels = value
+    assert config.num_labels == 5
+
+
+def test_values_set_later_are_stored_as_given_at_construction():
+    config = tiny_config("spatio_temporal")
+    config.update({"attention_type": "factorized_encoder", "pooling": "gap", "image_size": (32, 48), "num_frames": 16})
+    config.tubelet_size = (4, 8, 8)
+    expected = tiny_config(
+        "factorised_encoder", pooling="mean", image_size=(32, 48), num_frames=16, tubelet_size=(4, 8, 8)
+    )
+    assert config.to_dict() == {**expected.to_dict(), "num_temporal_layers": 4}
+    assert (config.image_size, config.tubelet_size, config.grid_size) == ([32, 48], [4, 8, 8], (4, 4, 6))
+
+
+def test_none_set_later_is_the_default_when_a_model_is_built():
+    config = tiny_config("spatio_temporal")
+    config.update({"attention_type": "factorised_self_attention", "pooling": None})
+    assert ViViTModel(config).config.pooling == "mean"
+
+
+def test_integers_pass_where_floats_are_expected():
+    config = ViViTConfig(drop_path_rate=0, hidden_dropout_prob=0, layer_norm_eps=1, initializer_range=1)
+    assert (config.drop_path_rate, config.hidden_dropout_prob, config.layer_norm_eps) == (0, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -269,9 +313,24 @@ def test_setting_an_unknown_problem_type_later_is_a_value_error_too():
 )
 def test_a_wrong_value_set_later_is_caught_before_a_model_is_built_from_it(name, value, message):
     config = tiny_config("spatio_temporal")
-    vars(config)[name] = value  # as a script does that knows no better, whether or not setting it is refused
+    vars(config)[name] = value  # past the checks
     with pytest.raises(ValueError, match=message):
         ViViTModel(config)
+
+
+def test_a_list_changed_in_place_is_caught_before_a_model_is_built_from_it():
+    config = tiny_config("spatio_temporal")
+    config.tubelet_size[1] = "8"
+    with pytest.raises(ValueError, match=r"`tubelet_size=\[2, '8', 8\]` must be of type list\[int\]"):
+        ViViTModel(config)
+
+
+def test_a_wrong_combination_is_not_saved(tmp_path):
+    config = tiny_config("spatio_temporal")
+    config.num_attention_heads = 5
+    with pytest.raises(ValueError, match="`hidden_size=32` does not divide into `num_attention_heads=5`"):
+        config.save_pretrained(tmp_path)
+    assert not (tmp_path / "config.json").exists()
 
 
 # There and back
@@ -363,6 +422,42 @@ def test_overrides_are_validated_as_a_whole(tmp_path):
     with pytest.raises(ValueError, match="pooling='cls'"):
         load(tmp_path, attention_type="factorised_self_attention")
     assert load(tmp_path, attention_type="factorized_self_attention", pooling="gap").pooling == "mean"
+
+
+def test_a_derived_class_validates_overrides_as_a_whole_too(tmp_path):
+    class Derived(ViViTConfig):
+        """As a user may write it, without `@strict`."""
+
+    tiny_config("spatio_temporal").save_pretrained(tmp_path)
+    assert Derived.from_pretrained(tmp_path, hidden_size=30, num_attention_heads=5).hidden_size == 30
+    with pytest.raises(ValueError, match="`pooling='average'` is not known"):
+        Derived(pooling="average")
+
+
+def test_a_copied_or_pickled_configuration_is_equal_and_still_checks():
+    config = tiny_config("spatio_temporal", id2label=STORED, label_groups={"a": 1, "b": 2}, dtype="bfloat16")
+    for again in (copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert again == config and again.to_diff_dict() == config.to_diff_dict()
+        again.num_frames = 16
+        assert again != config and config.num_frames == 8
+        with pytest.raises(ValueError, match="`num_frames=0`"):
+            again.num_frames = 0
+
+
+def test_fields_of_transformers_are_value_errors_too(tmp_path):
+    """Those that no ViViT has, such as rotary embeddings, in a file or an argument."""
+    tiny_config("spatio_temporal").save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**stored, "layer_types": ["no_such_type"]}))
+    with pytest.raises(ValueError, match="layer_types") as caught:
+        ViViTConfig.from_pretrained(tmp_path)
+    assert type(caught.value) is ValueError
+
+
+def test_attentions_can_be_asked_for_whatever_computes_them(tmp_path):
+    config = tiny_config("spatio_temporal", output_attentions=True, attn_implementation="sdpa")
+    ViViTModel(config).save_pretrained(tmp_path)
+    assert ViViTModel.from_pretrained(tmp_path).config.output_attentions
 
 
 def test_unused_keyword_arguments_are_given_back(tmp_path):

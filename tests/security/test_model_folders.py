@@ -75,6 +75,20 @@ def test_a_field_that_no_model_can_have_is_named(folder, name, value):
         refused_at_once(lambda cls=load: cls.from_pretrained(folder), named)
 
 
+STRANGE = [
+    *[("check", 5), ("to_dict", {}), ("frame_size", 5), ("__class__", "x"), ("__validators__", 5)],
+    *[("attribute_map", 5), ("layer_types", 5), ("layer_types", ["x"]), ("per_layer_config", [1])],
+    *[("rope_parameters", {"rope_type": "yarn"}), ("_heterogeneity_spec", 5)],
+]
+
+
+@pytest.mark.parametrize(("name", "value"), STRANGE, ids=lambda value: str(value)[:24])
+def test_a_name_that_no_field_may_have_is_a_value_error(folder, name, value):
+    edit(folder / "config.json", **{name: value})
+    for load in (ViViTConfig, ViViTForVideoClassification):
+        refused_at_once(lambda cls=load: cls.from_pretrained(folder), "configuration|method|layer_types")
+
+
 def test_too_many_labels_are_refused_at_once(folder):
     named = "`num_labels=262,145` is too large; the limit is 262,144"
     refused_at_once(lambda: ViViTConfig(num_labels=262_145), named)
