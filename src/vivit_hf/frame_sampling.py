@@ -35,33 +35,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from .limits_vivit import check_choice, check_positive_integer, check_positive_number
+
 
 SHORT_VIDEO_POLICIES = ("repeat_last", "loop", "error")
 CLIP_STARTS = ("centre", "random")
 # Times of frames are multiples of a clock tick as floats: a microsecond keeps 3 * (1 / 3) on the right side of 1.
 TIME_TOLERANCE = 1e-6
-_LARGEST = float(np.finfo(np.float64).max)
-
-
-def check_positive_integer(name: str, value: int) -> int:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-    return int(value)
-
-
-def check_positive_number(name: str, value: float, least: float = 0.0, most: float = _LARGEST) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not (0 < value <= most):
-        upper = "" if most == _LARGEST else f" of at most {most:g}"
-        raise ValueError(f"`{name}` must be a positive number{upper}, got {value!r}.")
-    if value < least:
-        raise ValueError(f"`{name}` must be at least {least:g}, got {value!r}.")
-    return float(value)
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-    return value
 
 
 def _checked_generator(generator: np.random.Generator | None) -> np.random.Generator:
@@ -274,7 +254,7 @@ def window_around(crops: list[tuple[int, int, int, int]]) -> tuple[int, int, int
 
 
 def random_crop(
-    height: int, width: int, crop_height: int, crop_width: int, generator: np.random.Generator
+    height: int, width: int, crop_height: int, crop_width: int, generator: np.random.Generator | None
 ) -> tuple[int, int, int, int]:
     """A crop at a place drawn uniformly from `generator`: (top, left, height, width), the same for all of a clip."""
     _check_crop(height, width, crop_height, crop_width)

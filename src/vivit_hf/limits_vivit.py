@@ -5,7 +5,10 @@ A `config.json` or `preprocessor_config.json` may come from a stranger, so sizes
 memory or time is spent on them. They are far above those of any model in the literature.
 """
 
+import sys
 from typing import Any
+
+import numpy as np
 
 
 LIMITS: dict[str, int] = {
@@ -40,6 +43,38 @@ MOST_LABEL_CHARACTERS = 4_096
 RATES = (1e-6, 1_000.0)
 # Scales, such as `initializer_range`, `layer_norm_eps` and `rescale_factor`.
 LARGEST_SCALE = 1e6
+LARGEST_FLOAT = sys.float_info.max
+
+
+def check_positive_integer(name: str, value: Any) -> int:
+    """Return `value` as an int; raise ValueError unless it is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+    return int(value)
+
+
+def check_positive_number(name: str, value: Any, least: float = 0.0, most: float = LARGEST_FLOAT) -> float:
+    """Return `value` as a float; raise ValueError unless it is a finite number above 0, from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 < value <= most:
+        upper = "" if most == LARGEST_FLOAT else f" of at most {most:g}"
+        raise ValueError(f"`{name}` must be a positive number{upper}, got {value!r}.")
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least:g}, got {value!r}.")
+    return float(value)
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """Return `value` as a bool; raise ValueError unless it is True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+    return bool(value)
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
+    """Return `value`; raise ValueError unless it is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+    return value
 
 
 def check_limit(name: str, value: int, limit: int | None = None) -> None:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .frame_sampling import check_positive_number
+from .limits_vivit import check_positive_number
 from .video_download import DownloadError, DownloadLimitError, download, redacted
 
 

@@ -253,7 +253,7 @@ def test_sampling_needs_nothing_but_numpy():
             else []
         )
     }
-    assert imported == {"__future__", "numpy"}
+    assert imported == {"__future__", "numpy", "limits_vivit"}
 
 
 @pytest.mark.parametrize(("total", "stride"), [(5, 1), (7, 1), (8, 1), (20, 4), (29, 4), (30, 4), (1, 2)])

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..frame_conversion import FrameConverter, FrameShape, FrameSize, FrameWindow
-from ..frame_sampling import check_choice, check_positive_integer
+from ..limits_vivit import check_choice, check_positive_integer
 from ..video_container import demuxed, open_container
 from ..video_sources import VideoDecodingError, VideoLimits, is_pipe, open_pipe, source_name
 

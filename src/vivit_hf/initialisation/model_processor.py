@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..configuration_vivit import ViViTConfig
-from ..frame_sampling import check_positive_integer, check_positive_number, fixed_crops
+from ..frame_sampling import fixed_crops
+from ..limits_vivit import check_positive_integer, check_positive_number
 from ..video_processing_vivit import ViViTVideoProcessor, resized_frame_size
 
 
@@ -57,7 +58,7 @@ def processor_for(
             "distance between the frames of a clip."
         )
     if isinstance(source, ViViTVideoProcessor):
-        settings = stored = {name: getattr(source, name) for name in source.parameter_names()}
+        settings = stored = vars(source.settings)
     else:
         stored = dict(source or {})
         settings = {name: stored[name] for name in _PIXEL_SETTINGS if stored.get(name) is not None}
