@@ -1,4 +1,4 @@
-"""The files of a processor: those that transformers 5 writes and looks for, and those of its own Vivit processors."""
+"""Files of processors: those that transformers 5 writes and reads, and those of its own Vivit processors."""
 
 import json
 
@@ -32,6 +32,36 @@ NATIVE = {
     "size": {"shortest_edge": 24},
     "video_processor_type": "VivitVideoProcessor",
 }
+# A file that an earlier version of this package wrote.
+EARLIER = {
+    "auto_map": {"AutoImageProcessor": "video_processing_vivit.ViViTVideoProcessor"},
+    "clip_start": "centre",
+    "crop_position": "random",
+    "crop_size": {"height": 24, "width": 20},
+    "do_center_crop": True,
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "do_sample_frames": None,
+    "frame_sampling": "clip",
+    "frame_stride": 3,
+    "frames_per_second": 12.5,
+    "image_mean": [0.4],
+    "image_processor_type": "ViViTVideoProcessor",
+    "image_std": [0.2, 0.3, 0.4],
+    "num_clips": 1,
+    "num_crops": 1,
+    "num_frames": 6,
+    "num_threads": 0,
+    "offset": True,
+    "on_error": "repeat_last",
+    "resample": 3,
+    "rescale_factor": 1 / 127.5,
+    "short_video_policy": "loop",
+    "size": {"shortest_edge": 28},
+    "video_limits": {"max_frames": 900},
+}
 IMAGE, VIDEO, NESTED = "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"
 
 
@@ -45,15 +75,20 @@ def clip(frames=8):
 
 
 @pytest.mark.parametrize("layout", ["image", "video", "nested video", "nested image"])
-def test_settings_are_read_wherever_transformers_writes_them(tmp_path, layout):
+def test_settings_are_read_from_every_file_that_transformers_writes(tmp_path, layout):
     settings = {**SMALL, "frame_stride": 3}
     *nested, kind = layout.split()
     write(tmp_path, **({"nested": {f"{kind}_processor": settings}} if nested else {kind: settings}))
     assert ViViTVideoProcessor.from_pretrained(tmp_path).frame_stride == 3
 
 
+def test_files_of_earlier_versions_keep_every_setting(tmp_path):
+    write(tmp_path, image=EARLIER)
+    assert ViViTVideoProcessor.from_pretrained(tmp_path).to_dict() == EARLIER
+
+
 @pytest.mark.parametrize("layout", ["image", "video", "nested"])
-def test_a_native_video_processor_keeps_its_offset_and_is_named(tmp_path, layout, monkeypatch):
+def test_a_native_video_processor_keeps_its_offset_and_warns(tmp_path, layout, monkeypatch):
     monkeypatch.setattr("vivit_hf.processor_files.logger.warning", lambda text: messages.append(text))
     messages = []
     write(tmp_path, **{layout: {"video_processor": NATIVE} if layout == "nested" else NATIVE})
@@ -84,7 +119,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("files", [{IMAGE, VIDEO}, {IMAGE}, {VIDEO}], ids=["now", "older", "video alone"])
-def test_auto_classes_and_pipelines_find_what_we_save(folder, files, tmp_path):
+def test_auto_classes_and_pipelines_find_saved_processors(folder, files, tmp_path):
     from video_files import write_video
 
     assert {path.name for path in folder.glob("*processor_config.json")} == {IMAGE, VIDEO}
@@ -98,7 +133,7 @@ def test_auto_classes_and_pipelines_find_what_we_save(folder, files, tmp_path):
     assert len(pipeline("video-classification", model=str(folder))(str(path), top_k=2)) == 2
 
 
-def test_what_is_saved_replaces_every_older_file(folder):
+def test_saving_replaces_every_older_file(folder):
     write(folder, nested={"video_processor": NATIVE}, video=NATIVE)
     ViViTVideoProcessor(**SMALL, short_video_policy="loop").save_pretrained(folder)
     assert not (folder / NESTED).exists()
@@ -107,7 +142,7 @@ def test_what_is_saved_replaces_every_older_file(folder):
         assert type(processor) is ViViTVideoProcessor and processor.short_video_policy == "loop"
 
 
-def test_files_that_disagree_are_named_and_the_image_processor_is_followed(folder, monkeypatch):
+def test_files_that_disagree_warn_and_the_image_processor_wins(folder, monkeypatch):
     messages = []
     monkeypatch.setattr("vivit_hf.processor_files.logger.warning", lambda text: messages.append(text))
     settings = json.loads((folder / IMAGE).read_text())
@@ -116,6 +151,6 @@ def test_files_that_disagree_are_named_and_the_image_processor_is_followed(folde
     assert len(messages) == 1 and f"its {VIDEO} has other values of frame_stride" in messages[0]
 
 
-def test_a_folder_without_processor_says_which_file_is_missing(tmp_path):
+def test_a_folder_without_processor_names_the_missing_file(tmp_path):
     with pytest.raises(OSError, match=IMAGE):
         ViViTVideoProcessor.from_pretrained(tmp_path)

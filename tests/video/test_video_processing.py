@@ -1,5 +1,6 @@
-"""The video processor: any video in, exactly the right `pixel_values` out, and one stored configuration."""
+"""The video processor: every kind of video, exact `pixel_values`, and stored settings."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -59,7 +60,7 @@ def test_the_defaults_are_the_official_kinetics_recipe(tmp_path):
     assert difference.mean() <= 1
 
 
-def test_values_are_the_official_zero_centring():
+def test_values_are_zero_centred_as_in_the_official_code():
     ramp = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=-1)
     processor = ViViTVideoProcessor(num_frames=1, do_resize=False, crop_size=16)
     values = processor(ramp)["pixel_values"][0, 0, 0].flatten()
@@ -70,7 +71,7 @@ def test_values_are_the_official_zero_centring():
 
 
 @pytest.mark.parametrize("shape", [(96, 128), (500, 320), (41, 41), (40, 90)])
-def test_a_file_and_its_frames_as_an_array_agree(shape, tmp_path, processor):
+def test_files_and_arrays_of_their_frames_agree(shape, tmp_path, processor):
     path = write_video(tmp_path / "video.mkv", moving_frames(20, *shape), pix_fmt="yuv444p")
     frames = plain_decode(path)
     from_file, from_array = (processor(video, do_sample_frames=True)["pixel_values"] for video in (path, frames))
@@ -79,14 +80,14 @@ def test_a_file_and_its_frames_as_an_array_agree(shape, tmp_path, processor):
 
 
 @pytest.mark.parametrize("resample", ["nearest", "bicubic", "lanczos"])
-def test_the_other_filters_are_those_of_pil_from_files_too(resample, video, processor):
+def test_other_filters_match_pil_for_files(resample, video, processor):
     frames = plain_decode(video)
     values = processor(video, resample=resample)["pixel_values"]
     assert torch.equal(values, processor(frames, resample=resample)["pixel_values"])
     assert not torch.equal(values, processor(frames)["pixel_values"])
 
 
-def test_every_kind_of_video_in_memory_gives_the_same(processor):
+def test_every_kind_of_video_in_memory_gives_equal_values(processor):
     frames = moving_frames(8, 48, 64)
     expected = processor(frames)["pixel_values"]
     assert expected.shape == (1, 8, 3, 32, 32)
@@ -114,7 +115,7 @@ def test_every_kind_of_video_in_memory_gives_the_same(processor):
     assert (already_scaled - exact).abs().max() < 1e-6
 
 
-def test_channels(processor):
+def test_grey_and_alpha_become_three_channels(processor):
     frames = moving_frames(8, 48, 64)
     grey, alpha = frames[..., :1], np.concatenate([frames, frames[..., :1]], axis=-1)
     expected = processor(frames)["pixel_values"]
@@ -134,8 +135,8 @@ def test_channels(processor):
         processor(alpha, do_convert_rgb=False)
 
 
-def test_pictures_of_more_than_8_bits(processor):
-    """PIL would clip them at 255: floats in [0, 1] would be black, and 16 bits white."""
+def test_images_with_more_than_8_bits_keep_their_values(processor):
+    """PIL would clip them at 255, so that floats in [0, 1] are black and 16-bit images white."""
     grey = moving_frames(8, 48, 64)[..., 0]
     expected = processor(list(grey))["pixel_values"]
     as_float = [PIL.Image.fromarray(frame.astype(np.float32) / 255) for frame in grey]
@@ -146,8 +147,8 @@ def test_pictures_of_more_than_8_bits(processor):
         processor([PIL.Image.fromarray(frame.astype(np.uint16) * 257) for frame in grey])
 
 
-def test_stored_views_are_warned_of_when_they_are_saved(tmp_path, caplog, monkeypatch):
-    """Pipelines score the first row alone, and take the second for another video."""
+def test_saving_several_views_warns(tmp_path, caplog, monkeypatch):
+    """Pipelines score only the first row of a batch, and would assign the second to another video."""
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     ViViTVideoProcessor(num_clips=1).save_pretrained(tmp_path)
     assert "views of every video" not in caplog.text
@@ -185,7 +186,7 @@ def test_files_are_sampled_by_their_timestamps(video, processor):
     assert everything["pixel_values"].shape[:2] == (1, len(frames)) and everything.num_views == 1
 
 
-def test_views_come_in_one_call(video, processor):
+def test_one_call_returns_all_views(video, processor):
     frames = plain_decode(video)
     for source in (str(video), frames):
         features = processor(source, num_clips=4, num_crops=3)
@@ -202,7 +203,7 @@ def test_views_come_in_one_call(video, processor):
     assert torch.equal(two["pixel_values"][:6], processor(video, num_clips=2, num_crops=3)["pixel_values"])
 
 
-def test_batches_of_different_kinds_sizes_and_lengths(video, processor):
+def test_batches_mix_kinds_sizes_and_lengths(video, processor):
     videos = [video, video.read_bytes(), {"path": str(video), "bytes": None}, moving_frames(5, 70, 41)]
     videos.append((moving_frames(30, 41, 80) / 255).astype(np.float32))
     pixel_values = processor(videos)["pixel_values"]
@@ -240,7 +241,7 @@ def test_random_clips_and_crops_follow_their_seed(video, processor):
     assert torch.equal(first, processor(video, **choices)["pixel_values"]) and not torch.equal(first, second)
 
 
-def test_every_parameter_is_saved_and_loaded(tmp_path, video):
+def test_every_setting_is_saved_and_loaded(tmp_path, video):
     processor = ViViTVideoProcessor(
         **SMALL, frame_stride=3, clip_start="center", num_clips=2, num_crops=3, short_video_policy="loop",
         resample="bicubic", image_mean=0.4, image_std=[0.2, 0.3, 0.4], on_error="skip",
@@ -260,7 +261,7 @@ def test_every_parameter_is_saved_and_loaded(tmp_path, video):
     assert unused == {"foo": 1}
 
 
-def test_every_parameter_can_be_given_per_call(video):
+def test_every_setting_can_be_overridden_in_a_call(video):
     stored = ViViTVideoProcessor()
     others = {**SMALL, "num_clips": 2, "num_crops": 3, "offset": True, "rescale_factor": 1 / 127.5, "image_std": 0.25}
     assert torch.equal(stored(video, **others)["pixel_values"], ViViTVideoProcessor(**others)(video)["pixel_values"])
@@ -278,7 +279,7 @@ def test_every_parameter_can_be_given_per_call(video):
     ],
     ids=str,
 )
-def test_configurations_of_transformers_own_vivit_give_its_numbers(parameters, tmp_path):
+def test_settings_of_transformers_vivit_reproduce_its_output(parameters, tmp_path):
     native = VivitImageProcessor(**parameters)
     native.save_pretrained(tmp_path)
     ours = ViViTVideoProcessor.from_pretrained(tmp_path)
@@ -291,7 +292,7 @@ def test_configurations_of_transformers_own_vivit_give_its_numbers(parameters, t
 
 
 @pytest.mark.parametrize("role", ["image_processor", "video_processor"])
-def test_the_video_classification_pipeline_takes_it(role, video, processor):
+def test_the_video_classification_pipeline_accepts_it(role, video, processor):
     config = VivitConfig(
         image_size=32, num_frames=8, tubelet_size=[2, 16, 16], hidden_size=16, num_hidden_layers=1,
         num_attention_heads=2, intermediate_size=16,
@@ -303,7 +304,7 @@ def test_the_video_classification_pipeline_takes_it(role, video, processor):
     assert scores["LABEL_0"] == pytest.approx(expected[0].item(), abs=1e-2)
 
 
-def test_datasets_with_undecoded_videos(video, processor):
+def test_datasets_of_undecoded_videos(video, processor):
     rows = {"video": [str(video)] * 4, "label": [0, 1, 0, 1]}
     dataset = datasets.Dataset.from_dict(rows).cast_column("video", datasets.Video(decode=False))
     expected = processor(video)["pixel_values"][0]
@@ -313,39 +314,49 @@ def test_datasets_with_undecoded_videos(video, processor):
     assert torch.equal(live[1]["pixel_values"], expected)
 
 
-def test_broken_files_are_raised_skipped_or_mended(tmp_path, processor):
-    broken = tmp_path / "broken.mp4"
+@pytest.fixture(scope="module")
+def batch(tmp_path_factory):
+    """A good file, one that is no video, one with a damaged packet in its clip, and the good file again."""
+    folder = tmp_path_factory.mktemp("damaged")
+    broken = folder / "broken.mp4"
     broken.write_text("not a video")
     # Without B-frames damage shows only in later frames.
-    video = write_video(tmp_path / "sound.mp4", moving_frames(60, 96, 128), gop=60, options={"bf": "0"})
-    damaged = tmp_path / "damaged.mp4"
+    video = write_video(folder / "sound.mp4", moving_frames(60, 96, 128), gop=60, options={"bf": "0"})
+    damaged = folder / "damaged.mp4"
     damaged.write_bytes(video.read_bytes())
     damage_packet(damaged, sample_clips(60, 8, 2)[0][3])
-    batch = [video, broken, damaged, video]
+    return [video, broken, damaged, video]
 
-    with pytest.raises(VideoDecodingError, match=r"broken\.mp4"):
-        processor(batch)
-    with pytest.raises(VideoDecodingError, match=r"damaged\.mp4.*lost"):
-        processor(damaged)
 
+@pytest.mark.parametrize(("place", "message"), [(1, r"broken\.mp4"), (2, r"damaged\.mp4.*lost")])
+def test_files_that_cannot_be_read_raise(place, message, batch, processor):
+    with pytest.raises(VideoDecodingError, match=message):
+        processor(batch[place:])
+
+
+def test_files_that_cannot_be_read_are_skipped_and_reported(batch, processor):
     skipped = processor(batch, on_error="skip")
     assert skipped["pixel_values"].shape[0] == 2 and skipped.kept == [0, 3]
     assert [report.error is None for report in skipped.reports] == [True, False, False, True]
-    assert skipped.reports[1].source == str(broken) and "Invalid data" in skipped.reports[1].error
-    with pytest.raises(VideoDecodingError, match=r"None of the videos.*broken\.mp4"):
-        processor([broken], on_error="skip")
+    assert skipped.reports[1].source == str(batch[1]) and "Invalid data" in skipped.reports[1].error
+    clone = pickle.loads(pickle.dumps(skipped))
+    assert clone.kept == [0, 3] and clone.reports == skipped.reports
+    assert torch.equal(clone["pixel_values"], skipped["pixel_values"])
 
-    mended = processor([video, damaged], on_error="repeat_last")
+
+def test_a_batch_without_any_readable_file_raises(batch, processor):
+    with pytest.raises(VideoDecodingError, match=r"None of the videos.*broken\.mp4"):
+        processor([batch[1]], on_error="skip")
+
+
+def test_lost_frames_are_replaced_by_the_frame_before(batch, processor):
+    mended = processor([batch[0], batch[2]], on_error="repeat_last")
     good, repeated = mended["pixel_values"]
     assert torch.equal(repeated[:3], good[:3]) and not torch.equal(repeated[3], good[3])
     report = mended.reports[1]
     assert report.num_repeated_frames == 1 and report.num_damaged_frames >= 4
     with pytest.raises(VideoDecodingError, match=r"broken\.mp4"):
         processor(batch, on_error="repeat_last")
-
-    clone = pickle.loads(pickle.dumps(skipped))
-    assert clone.kept == [0, 3] and clone.reports == skipped.reports
-    assert torch.equal(clone["pixel_values"], skipped["pixel_values"])
 
 
 FRAMES = moving_frames(8, 48, 64)
@@ -373,12 +384,39 @@ FRAMES = moving_frames(8, 48, 64)
         ({"size": 30}, ValueError, "32 x 32.*30 x 40.*`crop_size`"),
     ],
 )
-def test_wrong_parameters_are_named(parameters, error, message, processor):
+def test_wrong_settings_are_named(parameters, error, message, processor):
     with pytest.raises(error, match=message):
         processor(FRAMES, **parameters)
     if "size" not in parameters or not isinstance(parameters["size"], int):
         with pytest.raises(error, match=message):
             ViViTVideoProcessor(**parameters)
+
+
+@pytest.mark.parametrize("name", ["num_frame", "frame_rate", "pixel_values"])
+def test_unknown_arguments_are_named(name, processor):
+    for call in (ViViTVideoProcessor, lambda **given: processor(FRAMES, **given), processor.settings_with):
+        with pytest.raises(TypeError, match=f"`{name}` is not a parameter of ViViTVideoProcessor"):
+            call({name: 1}) if call == processor.settings_with else call(**{name: 1})
+
+
+def test_the_settings_of_a_call_are_frozen(processor):
+    settings = processor.settings_with({"num_clips": 4, "num_crops": None})
+    assert (settings.num_clips, settings.num_crops, settings.num_frames) == (4, 1, 8)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.num_clips = 2
+
+
+def test_attributes_are_checked_in_the_next_call(processor):
+    processor.frames_per_second = 3e7
+    with pytest.raises(ValueError, match=r"`frames_per_second`.*at most 1000, got 30000000\.0"):
+        processor(FRAMES, video_fps=25)
+
+
+def test_a_frame_stride_takes_the_place_of_a_stored_rate():
+    settings = ViViTVideoProcessor(frames_per_second=5).settings
+    assert settings.updated({"frame_stride": 3}).frames_per_second is None
+    assert settings.updated({"frame_stride": 3, "frames_per_second": 2}).frames_per_second == 2
+    assert settings.updated({"frame_stride": None}).frames_per_second == 5
 
 
 @pytest.mark.parametrize(
@@ -408,18 +446,18 @@ def test_wrong_videos_are_named(videos, error, message, processor):
 
 
 @pytest.mark.parametrize("rate", [0, -1, math.nan, "30"])
-def test_a_rate_must_be_one(rate, processor):
+def test_video_fps_must_be_a_positive_number(rate, processor):
     with pytest.raises(ValueError, match=f"`video_fps` must be a positive number, got {rate!r}"):
         processor(FRAMES, video_fps=rate)
 
 
-def test_numpy_has_no_bfloat16(processor):
+def test_bfloat16_arrays_are_refused(processor):
     for kind in ("np", None):
         with pytest.raises(ValueError, match=r"numpy has no .*bfloat16: use return_tensors='pt'"):
             processor(FRAMES, return_tensors=kind, dtype=torch.bfloat16)
 
 
-def test_an_unclear_layout_can_be_said(processor):
+def test_input_data_format_settles_ambiguous_shapes(processor):
     both = np.zeros((8, 3, 40, 3), np.uint8)
     plain = {"do_resize": False, "do_center_crop": False}
     assert processor(both, input_data_format="channels_last", **plain)["pixel_values"].shape == (1, 8, 3, 3, 40)
@@ -438,7 +476,7 @@ def test_an_unclear_layout_can_be_said(processor):
     num_crops=st.sampled_from([1, 3]),
 )
 @settings(max_examples=60, deadline=None)
-def test_the_shape_is_what_was_asked_for(total, height, width, num_frames, edge, num_clips, num_crops):
+def test_shapes_are_as_requested(total, height, width, num_frames, edge, num_clips, num_crops):
     processor = ViViTVideoProcessor(
         num_frames=num_frames, size=edge, crop_size=8, num_clips=num_clips, num_crops=num_crops
     )
