@@ -1,6 +1,7 @@
 """`import vivit_hf` is quick, and yet the Auto classes know ViViT, whichever is imported first."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 import vivit_hf
 
 
+WINGS = sorted(path.parent.name for path in Path(vivit_hf.__file__).parent.glob("*/__init__.py"))
+PACKAGES = ["vivit_hf", *(f"vivit_hf.{wing}" for wing in WINGS if wing != "cli")]
 SLOW = ("torch", "transformers", "numpy", "av")
 
 
@@ -66,12 +69,32 @@ print([finder for finder in sys.meta_path if type(finder).__module__.startswith(
     assert task == "ViViTVideoClassificationPipeline" and left == "[]"
 
 
-def test_what_is_exported_is_there_and_known_to_type_checkers():
-    tree = ast.parse(Path(vivit_hf.__file__).read_text(encoding="utf-8"))
-    (typed,) = [node for node in tree.body if isinstance(node, ast.If)]
-    names = {alias.name: node.module for node in typed.body for alias in node.names}
-    assert names == vivit_hf._MODULES and sorted(names) == sorted(vivit_hf.__all__)
-    for name in vivit_hf.__all__:
-        assert getattr(vivit_hf, name).__module__ == f"vivit_hf.{names[name]}" and name in dir(vivit_hf)
+@pytest.mark.parametrize("package", PACKAGES)
+def test_exports_exist_and_are_known_to_type_checkers(package):
+    module = importlib.import_module(package)
+    (typed,) = [node for node in ast.parse(Path(module.__file__).read_text()).body if isinstance(node, ast.If)]
+    homes = {alias.asname: f"{package}.{node.module}" for node in typed.body for alias in node.names}
+    assert sorted(homes) == module.__all__
+    for name, home in homes.items():
+        assert getattr(module, name) is getattr(importlib.import_module(home), name)
+        assert name in dir(module)
     with pytest.raises(AttributeError, match="no attribute 'ViVit'"):
-        _ = vivit_hf.ViVit
+        _ = module.ViVit
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_export_has_the_name_of_a_module(package):
+    """Importing the module would hide the export."""
+    module = importlib.import_module(package)
+    assert not set(module.__all__) & {path.stem for path in Path(module.__file__).parent.iterdir()}
+
+
+def test_what_a_command_does_not_use_is_not_imported():
+    program = """
+import sys
+from vivit_hf.data import find_videos
+from vivit_hf.hub.import_hooks import call_after_import
+import vivit_hf.inference, vivit_hf.training, vivit_hf.explain, vivit_hf.conversion, vivit_hf.initialisation
+print(sorted(sys.modules.keys() & {"torch", "transformers", "datasets"}))
+"""
+    assert run(program).strip() == "[]"

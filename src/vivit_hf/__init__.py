@@ -6,63 +6,71 @@ Importing the package registers it with the Auto classes, so that `AutoModelForV
 """
 
 import importlib
+import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-
-from .hub.import_hooks import call_after_import
-
-
-if TYPE_CHECKING:
-    from .configuration_vivit import ViViTConfig
-    from .frame_sampling import sample_frames_uniformly
-    from .hub.model_card import write_model_card
-    from .inference.demo_model import demo_model_path
-    from .inference.finite_outputs import NonFiniteError
-    from .inference.streaming import StreamingClassifier
-    from .initialisation.from_image import InitialisationReport, config_from_vit, initialise_from_vit
-    from .modeling_vivit import ViViTForVideoClassification, ViViTModel, ViViTPreTrainedModel
-    from .video_decoding import VideoReader
-    from .video_processing_vivit import ViViTVideoProcessor
-    from .video_sources import VideoDecodingError
 
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "InitialisationReport",
-    "NonFiniteError",
-    "StreamingClassifier",
-    "ViViTConfig",
-    "ViViTForVideoClassification",
-    "ViViTModel",
-    "ViViTPreTrainedModel",
-    "ViViTVideoProcessor",
-    "VideoDecodingError",
-    "VideoReader",
-    "config_from_vit",
-    "demo_model_path",
-    "initialise_from_vit",
-    "sample_frames_uniformly",
-    "write_model_card",
-]
 
-# Imported when they are first asked for: most of them import torch, which takes seconds.
-_MODULES = {
-    "InitialisationReport": "initialisation.from_image",
-    "NonFiniteError": "inference.finite_outputs",
-    "StreamingClassifier": "inference.streaming",
-    "ViViTConfig": "configuration_vivit",
-    "ViViTForVideoClassification": "modeling_vivit",
-    "ViViTModel": "modeling_vivit",
-    "ViViTPreTrainedModel": "modeling_vivit",
-    "ViViTVideoProcessor": "video_processing_vivit",
-    "VideoDecodingError": "video_sources",
-    "VideoReader": "video_decoding",
-    "config_from_vit": "initialisation.from_image",
-    "demo_model_path": "inference.demo_model",
-    "initialise_from_vit": "initialisation.from_image",
-    "sample_frames_uniformly": "frame_sampling",
-    "write_model_card": "hub.model_card",
-}
+def lazy_exports(
+    package: str, modules: dict[str, str]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """
+    Return `__getattr__`, `__dir__` and `__all__` of a package that imports its exports when they are first used.
+
+    Most modules import torch, which takes seconds; `import vivit_hf` and `vivit-hf --help` do not need it.
+
+    Args:
+        package: the full name of the package.
+        modules: modules of the package, each with the names that it exports, separated by spaces.
+    """
+    homes = {name: module for module, names in modules.items() for name in names.split()}
+
+    def import_export(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{package}.{homes[name]}"), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return import_export, lambda: sorted({*vars(sys.modules[package]), *homes}), sorted(homes)
+
+
+if TYPE_CHECKING:
+    from .configuration_vivit import ViViTConfig as ViViTConfig
+    from .frame_sampling import sample_frames_uniformly as sample_frames_uniformly
+    from .hub.model_card import write_model_card as write_model_card
+    from .inference.demo_model import demo_model_path as demo_model_path
+    from .inference.finite_outputs import NonFiniteError as NonFiniteError
+    from .inference.streaming import StreamingClassifier as StreamingClassifier
+    from .initialisation.from_image import InitialisationReport as InitialisationReport
+    from .initialisation.from_image import config_from_vit as config_from_vit
+    from .initialisation.from_image import initialise_from_vit as initialise_from_vit
+    from .modeling_vivit import ViViTForVideoClassification as ViViTForVideoClassification
+    from .modeling_vivit import ViViTModel as ViViTModel
+    from .modeling_vivit import ViViTPreTrainedModel as ViViTPreTrainedModel
+    from .video_decoding import VideoReader as VideoReader
+    from .video_processing_vivit import ViViTVideoProcessor as ViViTVideoProcessor
+    from .video_sources import VideoDecodingError as VideoDecodingError
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "configuration_vivit": "ViViTConfig",
+        "frame_sampling": "sample_frames_uniformly",
+        "hub.model_card": "write_model_card",
+        "inference.demo_model": "demo_model_path",
+        "inference.finite_outputs": "NonFiniteError",
+        "inference.streaming": "StreamingClassifier",
+        "initialisation.from_image": "InitialisationReport config_from_vit initialise_from_vit",
+        "modeling_vivit": "ViViTForVideoClassification ViViTModel ViViTPreTrainedModel",
+        "video_decoding": "VideoReader",
+        "video_processing_vivit": "ViViTVideoProcessor",
+        "video_sources": "VideoDecodingError",
+    },
+)
 
 
 def _register_config() -> None:
@@ -112,26 +120,21 @@ def _register_pipeline() -> None:
     SUPPORTED_TASKS["video-classification"]["impl"] = ViViTVideoClassificationPipeline
 
 
-# Importing the Auto classes imports torch, which takes seconds; `import vivit_hf` and `vivit-hf --help` need neither.
-call_after_import(
-    {
-        "transformers.models.auto.configuration_auto": _register_config,
-        "transformers.models.auto.modeling_auto": _register_models,
-        "transformers.models.auto.image_processing_auto": _register_image_processor,
-        "transformers.models.auto.video_processing_auto": _register_video_processor,
-        "transformers.pipelines": _register_pipeline,
-    },
-    prefixes=("transformers.", f"{__name__}."),
-)
+def _register_with_auto_classes() -> None:
+    """Register ViViT with each Auto class once it is imported; importing them here would import torch."""
+    from .hub.import_hooks import call_after_import
+
+    auto = "transformers.models.auto"
+    call_after_import(
+        {
+            f"{auto}.configuration_auto": _register_config,
+            f"{auto}.modeling_auto": _register_models,
+            f"{auto}.image_processing_auto": _register_image_processor,
+            f"{auto}.video_processing_auto": _register_video_processor,
+            "transformers.pipelines": _register_pipeline,
+        },
+        prefixes=("transformers.", f"{__name__}."),
+    )
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+_register_with_auto_classes()

@@ -1,1 +1,28 @@
-"""Where a model looked: attention rollout, gradient relevance, overlays and charts."""
+"""Where a model looked: attention rollout, gradient relevance, and pictures of both."""
+
+from typing import TYPE_CHECKING
+
+from .. import lazy_exports
+
+
+if TYPE_CHECKING:
+    from .batch_picture import draw_batch as draw_batch
+    from .explanation import Explanation as Explanation
+    from .explanation import explain_clip as explain_clip
+    from .heat import draw_overlay as draw_overlay
+    from .pictures import draw_explanation as draw_explanation
+    from .pictures import save_explanation as save_explanation
+    from .relevance import Relevance as Relevance
+    from .relevance import attention_rollout as attention_rollout
+    from .relevance import gradient_relevance as gradient_relevance
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "batch_picture": "draw_batch",
+        "explanation": "Explanation explain_clip",
+        "heat": "draw_overlay",
+        "pictures": "draw_explanation save_explanation",
+        "relevance": "Relevance attention_rollout gradient_relevance",
+    },
+)

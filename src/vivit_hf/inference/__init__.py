@@ -1,1 +1,44 @@
 """What a user does with a trained model: predictions, streams, timelines, scores."""
+
+from typing import TYPE_CHECKING
+
+from .. import lazy_exports
+
+
+if TYPE_CHECKING:
+    from .clips import predict_clips as predict_clips
+    from .demo_model import demo_model_path as demo_model_path
+    from .fingerprints import model_fingerprint as model_fingerprint
+    from .finite_outputs import NonFiniteError as NonFiniteError
+    from .live_video import LiveVideo as LiveVideo
+    from .metrics import classification_metrics as classification_metrics
+    from .pipeline import ViViTVideoClassificationPipeline as ViViTVideoClassificationPipeline
+    from .prediction import VideoPrediction as VideoPrediction
+    from .prediction import predict_videos as predict_videos
+    from .segments import Segment as Segment
+    from .segments import merge_windows as merge_windows
+    from .streaming import StreamingClassifier as StreamingClassifier
+    from .streaming import WindowPrediction as WindowPrediction
+    from .timeline import video_timeline as video_timeline
+    from .views import average_views as average_views
+    from .views import describe_views as describe_views
+    from .views import predict_views as predict_views
+    from .views import to_probabilities as to_probabilities
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "clips": "predict_clips",
+        "demo_model": "demo_model_path",
+        "fingerprints": "model_fingerprint",
+        "finite_outputs": "NonFiniteError",
+        "live_video": "LiveVideo",
+        "metrics": "classification_metrics",
+        "pipeline": "ViViTVideoClassificationPipeline",
+        "prediction": "VideoPrediction predict_videos",
+        "segments": "Segment merge_windows",
+        "streaming": "StreamingClassifier WindowPrediction",
+        "timeline": "video_timeline",
+        "views": "average_views describe_views predict_views to_probabilities",
+    },
+)

@@ -1,1 +1,25 @@
 """From an image ViT to a ViViT, and the sizes and costs of a model."""
+
+from typing import TYPE_CHECKING
+
+from .. import lazy_exports
+
+
+if TYPE_CHECKING:
+    from .from_image import InitialisationReport as InitialisationReport
+    from .from_image import config_from_vit as config_from_vit
+    from .from_image import initialise_from_vit as initialise_from_vit
+    from .inspection import ModelPart as ModelPart
+    from .inspection import describe_model as describe_model
+    from .inspection import inspect_parts as inspect_parts
+    from .model_processor import check_processor as check_processor
+    from .model_processor import processor_for as processor_for
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "from_image": "InitialisationReport config_from_vit initialise_from_vit",
+        "inspection": "ModelPart describe_model inspect_parts",
+        "model_processor": "check_processor processor_for",
+    },
+)

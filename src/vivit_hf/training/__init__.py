@@ -1,1 +1,33 @@
 """Clips, augmentation, mixing, optimiser groups, checkpoints, the trainer and its recipes."""
+
+from typing import TYPE_CHECKING
+
+from .. import lazy_exports
+
+
+if TYPE_CHECKING:
+    from .augmentation import ClipAugmentation as ClipAugmentation
+    from .clips import ClipSampler as ClipSampler
+    from .clips import StreamedClips as StreamedClips
+    from .clips import VideoClips as VideoClips
+    from .mixing import ClipCollator as ClipCollator
+    from .mixing import cutmix as cutmix
+    from .mixing import mixup as mixup
+    from .mixing import soft_labels as soft_labels
+    from .overfitting import OverfitReport as OverfitReport
+    from .overfitting import overfit_one_batch as overfit_one_batch
+    from .recipes import RECIPES as RECIPES
+    from .recipes import Recipe as Recipe
+    from .trainer import ClipTrainer as ClipTrainer
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "augmentation": "ClipAugmentation",
+        "clips": "ClipSampler StreamedClips VideoClips",
+        "mixing": "ClipCollator cutmix mixup soft_labels",
+        "overfitting": "OverfitReport overfit_one_batch",
+        "recipes": "RECIPES Recipe",
+        "trainer": "ClipTrainer",
+    },
+)
