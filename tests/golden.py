@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from convert_scenic_checkpoint import config_from_scenic, state_dict_from_scenic
 from paths import FIXTURES
 
 from vivit_hf import ViViTForVideoClassification
+from vivit_hf.conversion.scenic_weights import config_from_scenic, state_dict_from_scenic
 
 
 GOLDEN = FIXTURES / "scenic"

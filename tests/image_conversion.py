@@ -1,9 +1,10 @@
-"""Running `convert_vit_checkpoint.py` as a user does, and what its refusals have in common."""
+"""Run `vivit-hf convert vit`, and check what all its refusals have in common."""
 
 import re
 
 import numpy as np
-from convert_vit_checkpoint import main
+
+from vivit_hf.conversion.convert_vit import main
 
 
 # What a pickle calls if it is let: it must not.

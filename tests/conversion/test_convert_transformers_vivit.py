@@ -3,11 +3,9 @@
 import json
 import re
 
-import convert_transformers_vivit
 import numpy as np
 import pytest
 import torch
-from convert_transformers_vivit import main
 from image_conversion import EXECUTED, Attack, assert_refused, difference
 from safetensors.torch import load_file, save_file
 from tiny_models import make_clips, make_model, randomise, tiny_config
@@ -15,6 +13,8 @@ from transformers import AutoImageProcessor, VivitConfig, VivitForVideoClassific
 from vit_models import perturb, write_layout
 
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
+from vivit_hf.conversion import convert_transformers
+from vivit_hf.conversion.convert_transformers import main
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_there_and_back_is_the_same_to_the_bit(native, convert):
     assert code == 0, errors
     code, printed, errors, back = convert(ours, "--to", "transformers", output="back")
     assert code == 0, errors
-    assert difference(printed) < 1e-5 and "does not sample" in printed
+    assert difference(printed) < 1e-5 and "does not sample frames" in printed
     before, after = (load_file(path / "model.safetensors") for path in (folder, back))
     assert set(before) == set(after) and all(torch.equal(before[name], after[name]) for name in before)
     before, after = (json.loads((path / "config.json").read_text()) for path in (folder, back))
@@ -142,7 +142,7 @@ def test_our_model_gives_its_logits_in_transformers(tmp_path, convert):
     ours.save_pretrained(tmp_path / "ours")
     code, printed, errors, output = convert(tmp_path / "ours", "--to", "transformers")
     assert code == 0, errors
-    assert "drop_path_rate=0.1 is left behind" in printed
+    assert "drop_path_rate=0.1 is lost" in printed
     native = VivitForVideoClassification.from_pretrained(output).eval()
     clips = make_clips(config)
     with torch.no_grad():
@@ -188,7 +188,7 @@ def test_the_wrong_direction_is_named(tmp_path, native, convert):
     [
         (lambda w: w.pop("vivit.encoder.layer.1.output.dense.bias"), "vivit.encoder.layer.1.mlp.fc2.bias"),
         (lambda w: w.pop("classifier.bias"), "missing: classifier.bias"),
-        (lambda w: w.update({"classifier.weight": torch.ones(5, 24)}), "another shape: classifier.weight is (5, 24)"),
+        (lambda w: w.update({"classifier.weight": torch.ones(5, 24)}), "wrong shape: classifier.weight is (5, 24)"),
         (lambda w: w.update({"vivit.layernorm.bias": torch.ones(7)}), "vivit.layernorm.bias (7,) -> (24,)"),
         (lambda w: w.update({"vivit.adapter.weight": torch.ones(2)}), "vivit.adapter.weight"),
     ],
@@ -214,14 +214,14 @@ def test_damaged_files_and_pickles_are_named(tmp_path, native, convert):
 
 @pytest.mark.parametrize("name", ["vivit.embeddings.position_embeddings", "vivit.encoder.layer.1.mlp.fc2.weight"])
 def test_the_parity_check_finds_damage(tmp_path, native, convert, monkeypatch, name):
-    load = convert_transformers_vivit.load_ours
+    load = convert_transformers.load_ours
 
     def load_damaged(source, **overrides):
         model = load(source, **overrides)
         perturb(model.get_parameter(name))
         return model
 
-    monkeypatch.setattr(convert_transformers_vivit, "load_ours", load_damaged)
+    monkeypatch.setattr(convert_transformers, "load_ours", load_damaged)
     result = convert(native[1], "--to", "vivit_hf")
     assert result[0] == 1 and "parity: " in result[2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["native"]

@@ -5,11 +5,9 @@ import pickle
 import warnings
 from unittest.mock import Mock
 
-import convert_vit_checkpoint
 import numpy as np
 import pytest
 import torch
-from convert_vit_checkpoint import main
 from huggingface_hub.errors import EntryNotFoundError
 from image_conversion import EXECUTED, Attack, assert_refused, converter, difference, jax_arrays
 from safetensors.torch import load_file, save_file
@@ -18,7 +16,8 @@ from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassificatio
 from vit_models import make_vit, perturb, write_layout
 
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
-from vivit_hf.conversion import weight_files
+from vivit_hf.conversion import convert_vit, weight_files
+from vivit_hf.conversion.convert_vit import main
 from vivit_hf.conversion.image_sources import read_image_source
 from vivit_hf.hub.model_card import read_initialisation
 from vivit_hf.initialisation.from_image import TUBELET_INITS, config_from_vit, initialise_from_vit
@@ -152,7 +151,7 @@ def test_the_parity_check_finds_damage(tmp_path, folder, convert, monkeypatch, a
         damage(vivit.get_parameter(name))
         return report
 
-    monkeypatch.setattr(convert_vit_checkpoint, "initialise_from_vit", initialise)
+    monkeypatch.setattr(convert_vit, "initialise_from_vit", initialise)
     assert_refused(convert(folder, "--attention-type", attention_type), tmp_path, "parity: ", "nothing was written")
     code, printed, errors, _ = convert(folder, "--attention-type", attention_type, "--skip-parity")
     assert code == 0 and "parity not checked (--skip-parity)" in printed, errors
@@ -353,7 +352,7 @@ def test_a_push_that_fails_leaves_the_folder(folder, convert, monkeypatch):
 
     monkeypatch.setattr(ViViTForVideoClassification, "push_to_hub", push)
     code, _, errors, output = convert(folder, "--push-to-hub", "me/mine")
-    assert code == 1 and "is whole, but was not uploaded to me/mine: no network" in errors
+    assert code == 1 and "is complete, but was not uploaded to me/mine: no network" in errors
     assert ViViTForVideoClassification.from_pretrained(output)
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from image_conversion import EXECUTED, Attack, assert_refused, converter, difference, jax_arrays
 from safetensors.torch import save_file
-from scenic_reference import _Weights, attend, embed, transformer
 from transformers import ViTModel
 from vit_models import make_vit, timm_weights
 
 from vivit_hf import ViViTVideoProcessor
 from vivit_hf.conversion.image_sources import read_image_source
+from vivit_hf.conversion.scenic_reference import _Weights, attend, embed, transformer
 
 
 @pytest.fixture

@@ -5,30 +5,22 @@ import re
 import subprocess
 import sys
 
-import export_onnx
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
-from export_onnx import (
-    DEFAULT_OPSET,
-    INT8_FILE,
-    LEAST_OPSET,
-    MODEL_FILE,
-    REPORT_FILE,
-    main,
-    measure_agreement,
-    write_int8,
-    write_onnx,
-)
-from parity import random_clip
 from paths import ROOT
 from tiny_models import ATTENTION_TYPES, case_config, make_clips, make_model
 from torch import nn
 from video_files import write_video
 
 from vivit_hf import ViViTConfig, ViViTVideoProcessor
+from vivit_hf.conversion import onnx_models
+from vivit_hf.conversion.export_onnx import main, measure_agreement
+from vivit_hf.conversion.onnx_format import DEFAULT_OPSET, INT8_FILE, LEAST_OPSET, MODEL_FILE, REPORT_FILE
+from vivit_hf.conversion.onnx_models import size_of, write_int8, write_onnx
+from vivit_hf.conversion.parity import random_clip
 from vivit_hf.conversion.weight_files import ConversionError
 from vivit_hf.data.labels import LabelMap
 from vivit_hf.initialisation.model_processor import processor_for
@@ -161,13 +153,13 @@ def test_int8_runs_with_every_batch_and_quantises_every_linear_layer(exported):
 
 def test_the_weights_stand_in_a_file_of_their_own_where_one_would_be_too_large(tmp_path, monkeypatch):
     model = make_model(case_config("spatio_temporal"))
-    monkeypatch.setattr(export_onnx, "MOST_BYTES_IN_ONE_FILE", 1000)
+    monkeypatch.setattr(onnx_models, "MOST_BYTES_IN_ONE_FILE", 1000)
     write_onnx(model, tmp_path / MODEL_FILE, DEFAULT_OPSET, {"key": "value"})
     write_int8(tmp_path / MODEL_FILE, tmp_path / INT8_FILE, is_large=True)
     files = {file.name for file in tmp_path.iterdir()}
     assert files == {MODEL_FILE, f"{MODEL_FILE}.data", INT8_FILE, f"{INT8_FILE}.data"}
     for name in (MODEL_FILE, INT8_FILE):
-        assert export_onnx._bytes(tmp_path / name) > 4 * (tmp_path / name).stat().st_size / 3
+        assert size_of(tmp_path / name) > 4 * (tmp_path / name).stat().st_size / 3
     assert metadata(tmp_path / MODEL_FILE) == {"key": "value"}
     clips = make_clips(model.config, 3)
     with torch.no_grad():
@@ -285,7 +277,7 @@ def test_a_graph_that_computes_something_else_is_not_kept(tmp_path, export, monk
             model.vivit.encoder.layer[1].mlp.fc2.weight.view(-1)[-1] += 1e-1
         write_onnx(model, *arguments)
 
-    monkeypatch.setattr(export_onnx, "write_onnx", write_damaged)
+    monkeypatch.setattr(onnx_models, "write_onnx", write_damaged)
     assert_refused(export(), tmp_path, "parity: logits", "nothing was written")
 
 
@@ -306,7 +298,7 @@ def test_a_full_output_folder_is_left_alone(tmp_path, export):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--opset", 17], "--opset 17 is too old: torch exports from 18 on"),
+        (["--opset", 17], "--opset 17 is too old; torch exports to 18 or newer"),
         (["--num-clips-checked", 3], "--num-clips-checked 3 is too few: 4 are needed"),
         (["--videos", "nowhere"], "nowhere"),
     ],

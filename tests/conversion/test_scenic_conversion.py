@@ -6,28 +6,23 @@ import re
 import subprocess
 import sys
 
-import conversion_tools
-import convert_scenic_checkpoint
 import msgpack
 import numpy as np
 import pytest
 import torch
-from convert_scenic_checkpoint import (
-    config_from_scenic,
-    main,
-    name_map,
-    read_scenic_checkpoint,
-    state_dict_from_scenic,
-)
 from golden import CASES, load_case
-from parity import tokens_and_logits
 from paths import FIXTURES, ROOT
-from scenic_reference import official_forward
-from scenic_releases import RELEASES, Release
 from transformers import AutoImageProcessor, AutoModelForVideoClassification
 
 import vivit_hf
 from vivit_hf import ViViTConfig
+from vivit_hf.conversion import convert_scenic, label_files
+from vivit_hf.conversion.convert_scenic import main
+from vivit_hf.conversion.parity import tokens_and_logits
+from vivit_hf.conversion.scenic_checkpoint import read_scenic_checkpoint
+from vivit_hf.conversion.scenic_reference import official_forward
+from vivit_hf.conversion.scenic_releases import RELEASES, Release
+from vivit_hf.conversion.scenic_weights import config_from_scenic, name_map, state_dict_from_scenic
 
 
 SCENIC = FIXTURES / "scenic"
@@ -108,7 +103,7 @@ def test_every_array_is_accounted_for():
     for expected in (
         "missing: cls_SpatialTransformer (for vivit.embeddings.cls_token)",
         "no place for: Transformer/left_over (1, 1, 24)",
-        "another shape: output_projection/kernel gives (9, 24)",
+        "wrong shape: output_projection/kernel gives (9, 24)",
     ):
         assert expected in str(error.value)
 
@@ -191,7 +186,7 @@ def test_the_parity_check_finds_damage(tmp_path, convert, monkeypatch, damage):
         damage(state_dict)
         return state_dict
 
-    monkeypatch.setattr(convert_scenic_checkpoint, "state_dict_from_scenic", damaged)
+    monkeypatch.setattr(convert_scenic, "state_dict_from_scenic", damaged)
     checkpoint = SCENIC / "ckpt_03_new_params.msgpack"
     code, _, errors, output = convert(checkpoint)
     assert code == 1 and "error: parity: logits of the result differ" in errors
@@ -314,7 +309,7 @@ def test_labels_come_from_the_hub(tmp_path, tiny_release, convert_release, monke
         (tmp_path / name).write_text(json.dumps({str(index): f"motion {index}" for index in range(7)}))
         return str(tmp_path / name)
 
-    monkeypatch.setattr(conversion_tools, "hf_hub_download", download)
+    monkeypatch.setattr(label_files, "hf_hub_download", download)
     code, _, errors, output = convert_release()
     assert code == 0 and not errors, errors
     assert asked == [("huggingface/label-files", "tiny-id2label.json", "dataset")]

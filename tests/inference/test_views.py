@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from vivit_hf import ViViTConfig
-from vivit_hf.data.labels import LabelMap
-from vivit_hf.inference.views import average_views, to_probabilities
+from vivit_hf.data.labels import LabelMap, to_probabilities
+from vivit_hf.inference.views import average_views
 
 
 ONE = LabelMap({"": tuple("abcdefg")})

@@ -7,7 +7,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from convert_scenic_checkpoint import config_from_scenic, state_dict_from_scenic
 from golden import GOLDEN
 from tiny_models import ATTENTION_TYPES, make_clips, randomise
 from transformers import (
@@ -22,6 +21,7 @@ from transformers import (
 from vit_models import make_vit
 
 from vivit_hf import ViViTForVideoClassification, ViViTModel
+from vivit_hf.conversion.scenic_weights import config_from_scenic, state_dict_from_scenic
 from vivit_hf.embeddings_vivit import resample_position_embeddings
 from vivit_hf.initialisation.from_image import (
     TEMPORAL_ATTENTION_INITS,

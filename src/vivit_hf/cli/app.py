@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from .convert import PASS_ON, convert
+from .export import export
 from .inspect import inspect
 from .output import EscapingGroup, escape_logs, say
 from .scan import scan
@@ -26,6 +28,8 @@ app = typer.Typer(
 )
 for command in (classify, timeline, explain, inspect, scan, demo):
     app.command()(command)
+app.command(context_settings=PASS_ON)(export)
+app.add_typer(convert, name="convert")
 
 
 def _print_version(is_wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""Weights and settings of other implementations."""
+"""Convert weights of image ViTs, google-research/scenic and transformers, and export models to ONNX."""
 
 from typing import TYPE_CHECKING
 
@@ -8,12 +8,17 @@ from .. import lazy_exports
 if TYPE_CHECKING:
     from .image_sources import ImageSource as ImageSource
     from .image_sources import read_image_source as read_image_source
+    from .scenic_checkpoint import read_scenic_checkpoint as read_scenic_checkpoint
+    from .scenic_weights import config_from_scenic as config_from_scenic
+    from .scenic_weights import state_dict_from_scenic as state_dict_from_scenic
     from .weight_files import ConversionError as ConversionError
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "image_sources": "ImageSource read_image_source",
+        "scenic_checkpoint": "read_scenic_checkpoint",
+        "scenic_weights": "config_from_scenic state_dict_from_scenic",
         "weight_files": "ConversionError",
     },
 )

@@ -23,6 +23,7 @@ from .weight_files import (
     check_weights,
     find_file,
     find_weights,
+    read_config,
     read_json,
     read_tensors,
     shards,
@@ -62,10 +63,7 @@ def read_image_source(source: str, num_heads: int | None = None) -> ImageSource:
         if path.suffix == ".safetensors":
             return read_timm_vit(path, {}, num_heads)
         raise ConversionError(f"{source} is neither a folder, nor a Hub id, nor an .npz or .safetensors file.")
-    config_file = find_file(source, "config.json")
-    if config_file is None:
-        raise ConversionError(f"{source} has no config.json, which says what kind of model it is.")
-    config = read_json(config_file)
+    config = read_config(source)
     if "model_type" in config:
         return read_transformers_vit(source, config)
     if "architecture" in config:
@@ -73,7 +71,7 @@ def read_image_source(source: str, num_heads: int | None = None) -> ImageSource:
         if len(weights) != 1:
             raise ConversionError(f"{source}: timm's weights are expected in one file, not in {len(weights)}.")
         return read_timm_vit(weights[0], config, num_heads)
-    raise ConversionError(f"{config_file} has neither transformers' `model_type` nor timm's `architecture`.")
+    raise ConversionError(f"{source}: config.json has neither transformers' `model_type` nor timm's `architecture`.")
 
 
 # transformers

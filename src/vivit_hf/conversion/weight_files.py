@@ -74,6 +74,17 @@ def _why_hub_is_silent(source: str, nowhere: str) -> str | None:
     return None
 
 
+def read_config(source: str) -> dict[str, Any]:
+    """Read the config.json of a folder or Hub id; raise a ConversionError if there is none."""
+    config_file = find_file(source, "config.json")
+    if config_file is None:
+        raise ConversionError(f"{source} has no config.json, so the kind of model is unknown.")
+    config = read_json(config_file)
+    if not isinstance(config, dict):
+        raise ConversionError(f"{config_file} holds a {type(config).__name__}; expected a JSON object.")
+    return config
+
+
 def has_processor(source: str) -> bool:
     """Whether a folder or repository has settings of an image or video processor, under any of transformers' names."""
     names = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .hub_datasets import load_hub_dataset as load_hub_dataset
     from .labels import LabelMap as LabelMap
     from .labels import split_videos as split_videos
+    from .labels import to_probabilities as to_probabilities
     from .scan import VideoScan as VideoScan
     from .scan import find_videos as find_videos
     from .scan import scan_files as scan_files
@@ -25,7 +26,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "annotation_rows": "AnnotationError",
         "annotations": "Annotations LabelledVideo read_videos",
         "hub_datasets": "StreamedVideos hub_videos load_hub_dataset",
-        "labels": "LabelMap split_videos",
+        "labels": "LabelMap split_videos to_probabilities",
         "scan": "VideoScan find_videos scan_files",
     },
 )

@@ -215,6 +215,19 @@ class LabelMap:
         )
 
 
+def to_probabilities(logits: torch.Tensor, label_map: LabelMap) -> torch.Tensor:
+    """
+    Return probabilities (..., num_labels): the softmax within each label group, or the sigmoid with several labels per
+    video. The outputs of a regression are returned as they are.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if label_map.is_regression:
+        return logits
+    if label_map.has_several:
+        return logits.sigmoid()
+    return torch.cat([part.softmax(dim=-1) for part in logits.split(label_map.sizes, dim=-1)], dim=-1)
+
+
 def _ordered_names(stored: Any, path: Path) -> tuple[str, ...]:
     if isinstance(stored, list):
         return tuple(map(str, stored))

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..data.labels import LabelMap
+from ..data.labels import LabelMap, to_probabilities
 from ..frame_sampling import sample_frames_uniformly
 from ..inference.finite_outputs import check_finite
-from ..inference.views import to_probabilities
 from ..video_processing_vivit import ViViTVideoProcessor
 from .pixels import to_uint8
 from .relevance import Relevance, attention_rollout, backbone_for, evaluating, gradient_relevance

@@ -17,10 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.labels import LabelMap
+from ..data.labels import LabelMap, to_probabilities
 from ..embeddings_vivit import check_pixel_values
 from ..inference.finite_outputs import check_finite
-from ..inference.views import to_probabilities
 
 
 # The dot products that make one sub-layer, side by side, and whether each attends over time.

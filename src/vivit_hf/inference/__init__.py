@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from .views import average_views as average_views
     from .views import describe_views as describe_views
     from .views import predict_views as predict_views
-    from .views import to_probabilities as to_probabilities
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
@@ -39,6 +38,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "segments": "Segment merge_windows",
         "streaming": "StreamingClassifier WindowPrediction",
         "timeline": "video_timeline",
-        "views": "average_views describe_views predict_views to_probabilities",
+        "views": "average_views describe_views predict_views",
     },
 )

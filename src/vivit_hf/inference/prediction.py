@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.labels import LabelMap
+from ..data.labels import LabelMap, to_probabilities
 from ..video_processing_vivit import ViViTVideoProcessor
 from ..video_sources import VideoDecodingError
 from .finite_outputs import check_finite
-from .views import average_views, predict_views, to_probabilities
+from .views import average_views, predict_views
 
 
 @dataclass

@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..data.labels import LabelMap
+from ..data.labels import LabelMap, to_probabilities
 from .streaming import WindowPrediction
-from .views import to_probabilities
 
 
 # A window cannot resolve what is much shorter than itself: shorter segments go to their neighbours, and a cut this near

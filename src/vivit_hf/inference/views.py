@@ -64,19 +64,6 @@ def average_views(logits: torch.Tensor, label_map: LabelMap, averaging: str = "p
     return torch.cat([part.log_softmax(dim=-1).logsumexp(dim=1) - np.log(part.shape[1]) for part in parts], dim=-1)
 
 
-def to_probabilities(logits: torch.Tensor, label_map: LabelMap) -> torch.Tensor:
-    """
-    Return probabilities (..., num_labels): the softmax within each label group, or the sigmoid with several labels per
-    video. The outputs of a regression are returned as they are.
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if label_map.is_regression:
-        return logits
-    if label_map.has_several:
-        return logits.sigmoid()
-    return torch.cat([part.softmax(dim=-1) for part in logits.split(label_map.sizes, dim=-1)], dim=-1)
-
-
 def describe_views(
     processor: ViViTVideoProcessor, num_clips: int, num_crops: int, averaging: str = "probabilities"
 ) -> str:

@@ -1,4 +1,4 @@
-"""From an image ViT to a ViViT, and the sizes and costs of a model."""
+"""Initialise a ViViT from an image ViT, and describe a model's sizes and costs."""
 
 from typing import TYPE_CHECKING
 

@@ -1,9 +1,11 @@
 """
-The forward pass of google-research/scenic `projects/vivit/model.py` in numpy, for checking conversions. It shares
-nothing with the package: it was written from the paper and the official code, and reads parameters by official names.
+The forward pass of google-research/scenic `projects/vivit/model.py` in numpy, to check conversions against.
 
-Shapes are written in the words batch, time, space, hidden.
+It was written from the paper and the official code, reads parameters by their official names, and deliberately shares
+no code with the model. Shapes are given in the words batch, time, space, hidden.
 """
+
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,15 +30,15 @@ def official_forward(
     dtype: type = np.float64,
 ) -> tuple[np.ndarray, np.ndarray]:
     """
-    Tokens (batch, time, space, hidden) as they enter the encoder, all of them, and the logits (batch, classes).
+    Return all tokens (batch, time, space, hidden) as they enter the encoder, and the logits (batch, classes).
 
     Args:
-        params: arrays by their `/`-joined names.
+        params: official arrays by their `/`-joined names.
         model_config: `config.model` of an official configuration.
         video: (batch, frames, height, width, channels).
-        steps: time steps whose tokens go through the (spatial) encoder, to save time; None for all. The temporal
-            encoder of a factorised encoder then sees their outputs in turn, as many as there are time steps.
-        dtype: to compute in.
+        steps: time steps whose tokens go through the (spatial) encoder, to save time; None for all. Model 2's temporal
+            encoder then gets their outputs in turn, repeated to the number of time steps.
+        dtype: dtype of the computation.
     """
     weights = _Weights(params, dtype)
     kind = (model_config.get("attention_config") or {}).get("type", "spacetime")
@@ -81,8 +83,8 @@ def official_forward(
     return grid, weights.dense(features, "output_projection")
 
 
-def embed(weights: "_Weights", model_config: Mapping[str, Any], video: np.ndarray) -> np.ndarray:
-    """(batch, frames, height, width, channels) -> (batch, time, space, hidden); what fills no patch is left out."""
+def embed(weights: _Weights, model_config: Mapping[str, Any], video: np.ndarray) -> np.ndarray:
+    """(batch, frames, height, width, channels) -> (batch, time, space, hidden), without pixels that fill no patch."""
     kernel = weights("embedding/kernel")
     encoding = model_config["temporal_encoding_config"]
     if encoding["method"] == "temporal_sampling":
@@ -99,8 +101,8 @@ def embed(weights: "_Weights", model_config: Mapping[str, Any], video: np.ndarra
     return patches @ kernel.reshape(-1, hidden) + weights("embedding/bias")
 
 
-def transformer(weights: "_Weights", encoder: str, tokens: np.ndarray, attention: Any, order: Any = None) -> np.ndarray:
-    """All blocks and the last LayerNorm; with an `order` the blocks attend over one axis after the other."""
+def transformer(weights: _Weights, encoder: str, tokens: np.ndarray, attention: Any, order: Any = None) -> np.ndarray:
+    """Apply all blocks and the last LayerNorm; with an `order`, blocks attend over one axis after the other."""
     index = 0
     while f"{encoder}/encoderblock_{index}/{'LayerNorm_mlp' if order else 'LayerNorm_0'}/scale" in weights.params:
         block = f"{encoder}/encoderblock_{index}/"
@@ -120,8 +122,8 @@ def transformer(weights: "_Weights", encoder: str, tokens: np.ndarray, attention
     return weights.layer_norm(tokens, f"{encoder}/encoder_norm")
 
 
-def over_axis(weights: "_Weights", block: str, tokens: np.ndarray, axis: str) -> np.ndarray:
-    """Factorised self-attention: (batch, time, space, hidden) among the tokens of one step, or of one place."""
+def over_axis(weights: _Weights, block: str, tokens: np.ndarray, axis: str) -> np.ndarray:
+    """Attend in (batch, time, space, hidden) within one time step ("space") or within one place ("time")."""
     normed = weights.layer_norm(tokens, f"{block}LayerNorm_{axis}")
     normed = normed.swapaxes(1, 2) if axis == "time" else normed
     attended = weights.attention(normed, f"{block}MultiHeadDotProductAttention_{axis}", attend)
@@ -129,7 +131,7 @@ def over_axis(weights: "_Weights", block: str, tokens: np.ndarray, axis: str) ->
 
 
 def attend(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """(..., tokens, heads, head_dim) each -> the same: attention among the tokens of the axis before the heads."""
+    """Attend over the axis before the heads: (..., tokens, heads, head_dim) each -> the same."""
     query, key, value = (array.swapaxes(-2, -3) for array in (query, key, value))  # (..., heads, tokens, head_dim)
     scores = (query / np.sqrt(query.shape[-1]).astype(query.dtype)) @ key.swapaxes(-1, -2)
     scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -145,7 +147,7 @@ def attend_half_and_half(query: np.ndarray, key: np.ndarray, value: np.ndarray) 
 
 
 def gelu(values: np.ndarray) -> np.ndarray:
-    """The tanh approximation, flax's default."""
+    """Return the tanh approximation of GELU, flax's default."""
     inner = np.sqrt(2 / np.pi).astype(values.dtype) * (values + 0.044715 * values**3)
     return 0.5 * values * (1 + np.tanh(inner))
 
@@ -161,7 +163,7 @@ def _flat(grid: np.ndarray) -> np.ndarray:
 
 
 class _Weights:
-    """Official parameters by name, and the layers that they belong to."""
+    """Official parameters by name, and the layers that use them."""
 
     def __init__(self, params: Params, dtype: type):
         self.params = params
@@ -179,7 +181,7 @@ class _Weights:
         return centred / np.sqrt(variance + 1e-6).astype(self.dtype) * self(f"{name}/scale") + self(f"{name}/bias")
 
     def attention(self, values: np.ndarray, name: str, attention: Any) -> np.ndarray:
-        """(..., tokens, hidden) -> the same; kernels are (hidden, heads, head_dim), back (heads, head_dim, hidden)."""
+        """(..., tokens, hidden) -> the same; kernels (hidden, heads, head_dim), `out` (heads, head_dim, hidden)."""
         heads = []
         for projection in ("query", "key", "value"):
             kernel = self(f"{name}/{projection}/kernel")

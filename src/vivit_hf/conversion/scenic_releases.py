@@ -1,17 +1,19 @@
-"""The models that google-research/scenic has released for ViViT: their configurations and the names of their labels."""
+"""Configurations and label names of the ViViT models that google-research/scenic has released."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from conversion_tools import labels_from_hub, read_labels, warn
-
-from vivit_hf.conversion.weight_files import ConversionError, read_json
+from .command import warn
+from .label_files import labels_from_hub, read_labels
+from .weight_files import ConversionError, read_json
 
 
 @dataclass(frozen=True)
 class Release:
-    """A released model: its official `config.model`, and what its data set decides."""
+    """The official `config.model` of a released model, and the settings of its data set."""
 
     model_config: Mapping[str, Any]
     num_labels: int
@@ -48,7 +50,11 @@ def _factorised_encoder(
     }
 
 
-_KINETICS_400 = {"num_labels": 400, "label_file": "kinetics400-id2label.json", "datasets": ("kinetics400",)}
+_KINETICS_400: dict[str, Any] = {
+    "num_labels": 400,
+    "label_file": "kinetics400-id2label.json",
+    "datasets": ("kinetics400",),
+}
 RELEASES = {
     "vivit-b-16x2-kinetics400": Release(
         {**_SHARED, **_BASE, "hidden_size": 768, "attention_config": {"type": "spacetime"}}, **_KINETICS_400
@@ -71,40 +77,37 @@ RELEASES = {
 }
 
 
-# The names of their labels
-
-
 def find_labels(path: str | None, release: Release | None, num_labels: int) -> dict[int, str] | None:
     """
-    Label names: from the file if there is one, else those of the released model, else None with a warning.
+    Read label names from a file, or from the Hub for a released model; return None after a warning without either.
 
     Raises:
-        ConversionError: if the file names another number of labels.
+        ConversionError: if the number of names is not `num_labels`.
     """
     groups = dict(release.label_groups or {}) if release else {}
+    file = path or (release.label_file if release else None)
+    labels: dict[int, str] | None
     if path is not None:
         labels = _grouped_labels(path, groups) if groups else read_labels(path)
     else:
-        labels = labels_from_hub(release.label_file) if release and release.label_file else None
+        labels = labels_from_hub(file) if file else None
         if labels is None:
-            warn("the labels have no names but numbers; give --labels FILE")
+            warn("the labels have no names, only numbers; give --labels FILE")
             labels = _prefixed({group: [f"LABEL_{n}" for n in range(size)] for group, size in groups.items()}) or None
     if labels is not None and len(labels) != num_labels:
-        raise ConversionError(
-            f"{path or release.label_file} names {len(labels)} labels, but the classifier has {num_labels} outputs."
-        )
+        raise ConversionError(f"{file} names {len(labels)} labels, but the classifier has {num_labels} outputs.")
     return labels
 
 
 def _grouped_labels(path: str, groups: Mapping[str, int]) -> dict[int, str]:
-    """A JSON map of each group to its list of names, or one list of all names in the order of the groups."""
+    """Read a JSON map from group to list of names, or one list of all names in the order of the groups."""
     stored = read_json(path) if path.endswith(".json") else None
     if not isinstance(stored, dict) or set(stored) != set(groups):
         names = list(read_labels(path).values())
         stored, start = {}, 0
         for group, size in groups.items():
             stored[group], start = names[start : start + size], start + size
-        stored[group] += names[start:]  # too many are reported below
+        stored[group] += names[start:]  # extra names are reported below
     for group, size in groups.items():
         if len(stored[group]) != size:
             sizes = " and ".join(f"{size} of {group}" for group, size in groups.items())
@@ -113,6 +116,6 @@ def _grouped_labels(path: str, groups: Mapping[str, int]) -> dict[int, str]:
 
 
 def _prefixed(groups: Mapping[str, Sequence[str]]) -> dict[int, str]:
-    """`noun: pan`, so that a name that is in two groups stays two labels."""
+    """Prefix names with their group (`noun: pan`), so that a name in two groups is two labels."""
     names = [f"{group}: {name.removeprefix(f'{group}: ')}" for group, names in groups.items() for name in names]
     return dict(enumerate(names))

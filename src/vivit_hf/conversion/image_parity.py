@@ -1,95 +1,25 @@
-"""
-Source and result run against each other on a random clip.
+"""Compare a ViViT with the image ViT that it was initialised from."""
 
-A whole clip of 32 frames takes minutes on a small machine. So the embeddings are compared for all of its tokens, and
-the layers, every one of them, on the tokens of its first and last time step only: attention takes any set of tokens.
-"""
+from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
 from transformers import ViTModel
 
-from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTModel
-from vivit_hf.conversion.weight_files import ConversionError
-from vivit_hf.embeddings_vivit import resample_position_embeddings
-from vivit_hf.frame_sampling import sample_frames_uniformly
-from vivit_hf.initialisation.from_image import POSITION_INITS
-from vivit_hf.modeling_vivit import ENCODERS, POOLINGS
-
-
-TOLERANCE = 1e-4  # absolute in float32, and relative to the largest value where that is above 1
-
-
-def random_clip(config: Any, seed: int = 0) -> torch.Tensor:
-    """(1, frames, channels, height, width) in [-1, 1]."""
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(1, config.num_frames, config.num_channels, height, width, generator=generator) * 2 - 1
-
-
-def chosen_steps(config: ViViTConfig) -> list[int]:
-    """The first time step and the last."""
-    return sorted({0, config.grid_size[0] - 1})
-
-
-def compare(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], what: str) -> str:
-    """
-    The parity figure, in words.
-
-    Raises:
-        ConversionError: if anything differs by more than `TOLERANCE`.
-    """
-    worst = 0.0
-    for name, expected in theirs.items():
-        actual = ours[name]
-        if actual.shape != expected.shape:
-            raise ConversionError(
-                f"parity: {name} are {tuple(actual.shape)} in the result and {tuple(expected.shape)} in the source."
-            )
-        difference = (actual - expected).abs().max().item()
-        limit = TOLERANCE * max(1.0, expected.abs().max().item())
-        if not difference <= limit:  # so that NaN fails too
-            raise ConversionError(
-                f"parity: {name} of the result differ from the source's by {difference:.2e}, more than {limit:.0e} "
-                f"({what}); nothing was written."
-            )
-        worst = max(worst, difference)
-    return f"max abs difference {worst:.1e}: {what}"
-
-
-@torch.no_grad()
-def tokens_and_logits(model: ViViTForVideoClassification, clip: torch.Tensor) -> dict[str, torch.Tensor]:
-    """
-    Our tokens (1, time, space, hidden) of a whole clip as they enter the encoder, and logits from `chosen_steps`.
-
-    Model 2's temporal encoder sees the outputs for these steps in turn, as many as there are time steps.
-    """
-    vivit, config = model.vivit, model.config
-    tokens, class_token = vivit.embeddings(clip)
-    chosen = tokens[:, chosen_steps(config)]
-    if config.attention_type == "factorised_encoder":
-        steps = vivit.encode_space(chosen, class_token)
-        steps = steps[:, [index % steps.shape[1] for index in range(tokens.shape[1])]]  # (batch, time, hidden)
-        pooled = steps.mean(dim=1) if vivit.temporal_encoder is None else vivit.encode_time(steps)[1]
-    else:
-        _, pooled = ENCODERS[config.attention_type](vivit, chosen, class_token, False)
-    if vivit.pre_logits is not None:
-        pooled = vivit.pre_logits(pooled).tanh()
-    return {"tokens": tokens, "logits": model.classifier(pooled)}
-
-
-# Image transformers
+from ..configuration_vivit import ViViTConfig
+from ..embeddings_vivit import resample_position_embeddings
+from ..frame_sampling import sample_frames_uniformly
+from ..initialisation.from_image import POSITION_INITS
+from ..modeling_vivit import POOLINGS, ViViTForVideoClassification, ViViTModel
+from .parity import chosen_steps, random_clip
 
 
 @dataclass
 class ImageReference:
-    """What an image transformer makes of a clip, for a ViViT of some variant that starts from it."""
+    """Outputs of an image ViT that a ViViT initialised from it must reproduce on `clip`."""
 
     clip: torch.Tensor
     expected: dict[str, torch.Tensor]
@@ -100,7 +30,7 @@ class ImageReference:
 def image_reference(
     vit: ViTModel, config: ViViTConfig, *, tubelet_init: str, temporal_attention_init: str, position_init: str
 ) -> ImageReference:
-    """Runs the ViT on the images that the ViViT's time steps must be equal to: see `step_images`."""
+    """Run the ViT on the images that correspond to the ViViT's time steps; see `step_images`."""
     clip = random_clip(config)
     embedded = _embed(vit, step_images(clip, config, tubelet_init), config, position_init)  # (time, 1 + space, hidden)
     has_class_token = config.pooling == "cls"
@@ -122,7 +52,7 @@ def image_reference(
 
 @torch.no_grad()
 def image_outputs(model: ViViTForVideoClassification, reference: ImageReference) -> dict[str, torch.Tensor]:
-    """The same from the ViViT."""
+    """Return the ViViT's outputs under the same names as `reference.expected`."""
     vivit, config = model.vivit, model.config
     tokens, class_token = vivit.embeddings(reference.clip)
     chosen = tokens[:, chosen_steps(config)]  # (1, steps, space, hidden)
@@ -141,11 +71,9 @@ def image_outputs(model: ViViTForVideoClassification, reference: ImageReference)
 
 @contextlib.contextmanager
 def silent_temporal_attention(vivit: ViViTModel) -> Iterator[None]:
-    """Model 3 without what its attention over time adds."""
-    hooks = [
-        layer.attention_time.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
-        for layer in vivit.encoder.layer
-    ]
+    """Zero the outputs of Model 3's temporal attention."""
+    attentions = [vivit.get_submodule(f"encoder.layer.{i}.attention_time") for i in range(len(vivit.encoder.layer))]
+    hooks = [one.register_forward_hook(lambda module, args, output: torch.zeros_like(output)) for one in attentions]
     try:
         yield
     finally:
@@ -155,10 +83,10 @@ def silent_temporal_attention(vivit: ViViTModel) -> Iterator[None]:
 
 def step_images(clip: torch.Tensor, config: ViViTConfig, tubelet_init: str) -> torch.Tensor:
     """
-    For every time step the image (time, channels, height, width) that the inflated kernel sees in it.
+    Return the image that the inflated kernel sees in each time step: (time, channels, height, width).
 
-    A kernel that is the image kernel times a weight per frame gives the image kernel's answer to the weighted sum of
-    the frames: the central frame, the mean frame, or the rank-pooled one.
+    An inflated kernel is the image kernel times a weight per frame. Its output for a tubelet is therefore the image
+    kernel's output for the weighted sum of the frames: the central, mean or rank-pooled frame.
     """
     if config.embedding_type == "uniform_frame_sampling":
         return clip[0, sample_frames_uniformly(config.num_frames, config.num_sampled_frames).tolist()]
@@ -180,7 +108,7 @@ def step_images(clip: torch.Tensor, config: ViViTConfig, tubelet_init: str) -> t
 
 
 def _embed(vit: ViTModel, images: torch.Tensor, config: ViViTConfig, position_init: str) -> torch.Tensor:
-    """The ViT's tokens (time, 1 + space, hidden), position embeddings resized to the images by the ViT itself."""
+    """Return the ViT's tokens (time, 1 + space, hidden), with position embeddings resized by the ViT if it can."""
     embeddings = vit.embeddings
     if config.frame_size == tuple(embeddings.image_size):
         return embeddings(images)
@@ -188,7 +116,7 @@ def _embed(vit: ViTModel, images: torch.Tensor, config: ViViTConfig, position_in
     old_height, old_width = embeddings.image_size[0] // patch_height, embeddings.image_size[1] // patch_width
     if position_init == "tile" and old_height == old_width and isinstance(embeddings.patch_size, int):
         return embeddings(images, interpolate_pos_encoding=True)
-    positions = resample_position_embeddings(  # what the ViT itself cannot do
+    positions = resample_position_embeddings(  # the ViT cannot do this itself
         embeddings.position_embeddings,
         new_grid=(1, *config.grid_size[1:]),
         old_grid=(1, old_height, old_width),
@@ -219,7 +147,7 @@ def _spatial_stack(vit: ViTModel, config: ViViTConfig, tokens: torch.Tensor) -> 
 
 
 def _masked(vit: ViTModel, config: ViViTConfig, tokens: torch.Tensor) -> tuple[torch.Tensor, str]:
-    """Model 4 as masks on the ViT's own layers: half of the heads see their place, half of them their time step."""
+    """Compute Model 4 with masks on the ViT's layers: half of the heads see their place, half their time step."""
     time, space = tokens.shape[:2]
     step = torch.arange(time).repeat_interleave(space)
     place = torch.arange(space).repeat(time)
@@ -237,8 +165,3 @@ _OUTPUTS = {
     "factorised_self_attention": _spatial_stack,
     "factorised_dot_product_attention": _masked,
 }
-
-
-def frozen(model: nn.Module) -> nn.Module:
-    """In eval mode, without gradients."""
-    return model.eval().requires_grad_(False)

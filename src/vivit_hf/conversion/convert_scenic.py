@@ -1,0 +1,135 @@
+"""`vivit-hf convert scenic`: convert flax checkpoints of google-research/scenic."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..configuration_vivit import ViViTConfig
+from ..initialisation.model_processor import processor_for
+from ..modeling_vivit import ViViTForVideoClassification
+from .command import add_size_argument, make_parser, needs_extra, progress, run
+from .label_files import set_labels
+from .parity import chosen_steps, compare, frozen, random_clip, tokens_and_logits
+from .processors import describe_processor
+from .results import Result, count_parameters, save, whole_folder
+from .scenic_reference import official_forward
+from .scenic_releases import RELEASES, find_labels
+from .scenic_weights import config_from_scenic, state_dict_from_scenic
+from .weight_files import ConversionError, read_json
+
+
+def convert(args: argparse.Namespace) -> Result:
+    """Convert a checkpoint, and compare what was written with a numpy version of the official model."""
+    with needs_extra("conversion"):
+        from .scenic_checkpoint import read_scenic_checkpoint
+
+    release = RELEASES.get(args.model)
+    with progress(steps=5) as begin, whole_folder(args.output) as folder:
+        begin(f"reading {args.checkpoint}")
+        model_config = release.model_config if release else _model_config(args.model_config)
+        params = read_scenic_checkpoint(args.checkpoint)
+        config = _config(args, model_config, params)
+
+        begin("mapping")
+        with torch.device("meta"):
+            model = ViViTForVideoClassification(config)
+        model.load_state_dict(state_dict_from_scenic(params, config), strict=True, assign=True)
+        frame_stride = release.frame_stride if release else 2
+        processor = processor_for(config, resize=args.resize, frame_stride=frame_stride)
+
+        begin("writing")
+        origin = f"Converted from the official checkpoint `{Path(args.checkpoint).name}` of google-research/scenic."
+        name = args.push_to_hub or Path(args.output).name
+        datasets = list(release.datasets) if release else None
+        save(model, processor, folder, name, report=origin, datasets=datasets)
+        result = Result(
+            output=args.output,
+            model=f"{config.attention_type}, {config.num_labels} labels" + (f", {args.model}" if args.model else ""),
+            mapped=len(params),
+            num_parameters=count_parameters(model),
+            processor=describe_processor(processor),
+        )
+        del model  # free memory for the reference
+        if not args.skip_parity:
+            begin("running the reference")
+            clip = random_clip(config)
+            steps = chosen_steps(config)
+            expected = _reference_outputs(params, model_config, clip, steps)
+            del params
+            begin("loading and running the result")
+            model = frozen(ViViTForVideoClassification.from_pretrained(folder))
+            what = f"all tokens' embeddings, and logits from time steps {steps} = numpy version of the official code"
+            result.parity = compare(tokens_and_logits(model, clip), expected, what)
+            del model
+    return result
+
+
+def _model_config(path: str) -> Mapping[str, Any]:
+    model_config = read_json(path)
+    if not isinstance(model_config, dict):
+        raise ConversionError(f"{path} holds a {type(model_config).__name__}; expected an official configuration.")
+    return model_config.get("model", model_config)
+
+
+def _config(args: argparse.Namespace, model_config: Mapping[str, Any], params: Mapping[str, np.ndarray]) -> ViViTConfig:
+    release = RELEASES.get(args.model)
+    if "output_projection/bias" not in params:
+        raise ConversionError(
+            f"{args.checkpoint} has no classifier (output_projection/bias); it has {sorted(params)[:5]}."
+        )
+    num_labels = len(params["output_projection/bias"])
+    if release and num_labels != release.num_labels:
+        raise ConversionError(f"{args.checkpoint} has {num_labels} outputs, but {args.model} has {release.num_labels}.")
+    num_frames = args.num_frames or (release.num_frames if release else 32)
+    image_size = args.image_size or (release.image_size if release else 224)
+    try:
+        config = config_from_scenic(model_config, num_frames=num_frames, image_size=image_size, num_labels=num_labels)
+    except KeyError as error:
+        raise ConversionError(f"{args.model_config}: the model configuration has no entry {error}.") from error
+    if (labels := find_labels(args.labels, release, num_labels)) is not None:
+        set_labels(config, labels)
+    if release and release.label_groups:
+        config.label_groups = dict(release.label_groups)
+    return config
+
+
+def _reference_outputs(
+    params: Mapping[str, np.ndarray], model_config: Mapping[str, Any], clip: torch.Tensor, steps: list[int]
+) -> dict[str, torch.Tensor]:
+    video = clip.permute(0, 1, 3, 4, 2).numpy()  # (batch, frames, height, width, channels)
+    tokens, logits = official_forward(params, model_config, video, steps, np.float32)
+    return {"tokens": torch.from_numpy(tokens), "logits": torch.from_numpy(logits)}
+
+
+def command_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    parser = make_parser(
+        "Convert a ViViT checkpoint of google-research/scenic (flax msgpack) into a `save_pretrained` folder.", prog
+    )
+    source = parser.add_argument_group("source")
+    source.add_argument("--checkpoint", required=True, metavar="FILE", help="flax msgpack file of an official release")
+    which = source.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", choices=RELEASES, help="the released model in the checkpoint")
+    which.add_argument(
+        "--model-config", metavar="FILE", help="for other models: JSON of the official `config.model` or `config`"
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--num-frames", type=int, help="frames in a clip (default: the released model's, else 32)")
+    add_size_argument(model, "--image-size", "one side, or height and width (default: the released model's, else 224)")
+    model.add_argument("--resize", type=int, metavar="PIXELS", help="short side before the crop (default: 256 for 224)")
+    model.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="class names: JSON list, JSON map of index to name, or one per line (default: those in the Hub's "
+        "huggingface/label-files)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    return run(convert, command_parser(prog), argv)

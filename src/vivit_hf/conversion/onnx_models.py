@@ -1,0 +1,192 @@
+"""Write ONNX models of a classifier, in float32 and int8, and run them in onnxruntime."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnxruntime.capi import onnxruntime_pybind11_state
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from torch import nn
+
+from ..modeling_vivit import ViViTForVideoClassification
+from .command import warn
+from .onnx_format import DEFAULT_OPSET, INPUT, MOST_BYTES_IN_ONE_FILE, OUTPUT, Clip, clip_shape
+from .weight_files import ConversionError
+
+
+# onnxruntime has an error class for every status code, but no common base class.
+_KINDS = [kind for kind in vars(onnxruntime_pybind11_state).values() if isinstance(kind, type)]
+_RUNTIME_ERRORS = tuple(kind for kind in _KINDS if issubclass(kind, Exception))
+
+
+class _Logits(nn.Module):
+    """Return plain logits, as ONNX graphs have no `ImageClassifierOutput`."""
+
+    def __init__(self, model: ViViTForVideoClassification):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values=pixel_values).logits
+
+
+def write_onnx(
+    model: ViViTForVideoClassification, path: Path, opset: int, metadata: dict[str, str] | None = None
+) -> None:
+    """
+    Write the graph from `pixel_values` (batch, frames, channels, height, width) to `logits` (batch, num_labels).
+
+    Both are float32, and the batch size is free. Weights beyond 2 GB go into a second file beside `path`.
+
+    Args:
+        model: in float32 and eval mode.
+        opset: version of the ONNX operators, `LEAST_OPSET` or newer.
+        metadata: written to the file's `metadata_props`.
+
+    Raises:
+        ConversionError: if torch cannot export the model to this opset.
+    """
+    clips = torch.zeros(2, *clip_shape(model.config))  # a batch of 1 would become a constant
+    try:
+        with _quietly(), torch.no_grad():
+            program: Any = torch.onnx.export(
+                _Logits(model).eval(),
+                (clips,),
+                dynamo=True,
+                opset_version=opset,
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
+                verbose=False,
+            )
+    except RuntimeError as error:
+        raise ConversionError(
+            f"torch {torch.__version__} cannot export this model to opset {opset}. If the opset is the reason, choose "
+            f"another --opset, such as {DEFAULT_OPSET}: {error.__cause__ or error}"
+        ) from error
+    graph = program.model
+    if graph.opset_imports[""] != opset:
+        raise ConversionError(
+            f"torch {torch.__version__} cannot export to opset {opset}: the result has {graph.opset_imports['']}; "
+            f"choose another --opset, such as {DEFAULT_OPSET}."
+        )
+    _strip(graph)
+    graph.metadata_props.update(metadata or {})
+    is_large = sum(parameter.nbytes for parameter in model.parameters()) > MOST_BYTES_IN_ONE_FILE
+    if is_large:
+        program.save(path, external_data=True)
+    proto = onnx.load(path, load_external_data=False) if is_large else program.model_proto
+    # Drop the shapes of weights from `value_info`: the quantiser of onnxruntime 1.23 transposes weights, but not these.
+    weights = {weight.name for weight in proto.graph.initializer}
+    kept = [value for value in proto.graph.value_info if value.name not in weights]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(kept)
+    onnx.save(proto, path)
+    _check(path)
+
+
+def _strip(graph: Any) -> None:
+    """Remove the source locations of nodes, which show local paths and take as much space as a small model."""
+    graph.graph.metadata_props.clear()
+    values = [*graph.graph.inputs, *graph.graph.initializers.values()]
+    for node in graph.graph:
+        node.metadata_props.clear()
+        values += node.outputs
+    for value in values:
+        value.metadata_props.clear()
+
+
+def write_int8(source: Path, path: Path, is_large: bool = False) -> None:
+    """
+    Quantise the weights of matrix products per output channel; activations are quantised at run time.
+
+    Weights are unsigned, as activations are: signed ones saturate on processors without VNNI, where the measured
+    agreement would then not hold (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html). The
+    patch embedding, a hundredth of the weights, stays in float32, because its error affects every layer.
+
+    Args:
+        is_large: whether to write the weights to a file of their own.
+
+    Raises:
+        ConversionError: if the result is not a valid model.
+    """
+    nodes = onnx.load(source, load_external_data=False).graph.node
+    patch_embedding = next(node.name for node in nodes if node.op_type == "MatMul")
+    with _quietly():
+        quantize_dynamic(
+            source,
+            path,
+            op_types_to_quantize=["MatMul"],
+            nodes_to_exclude=[patch_embedding],
+            per_channel=True,
+            weight_type=QuantType.QUInt8,
+            use_external_data_format=is_large,
+        )
+    _check(path)
+
+
+def _check(path: Path) -> None:
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ConversionError(f"{path.name} is not a valid ONNX model; nothing was written: {error}") from error
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Hide the warnings of exporter and quantiser unless they fail."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    except Exception:
+        for message in dict.fromkeys(str(warning.message) for warning in caught):
+            warn(message)
+        raise
+    finally:
+        logging.disable(disabled)
+
+
+def onnx_logits(path: Path, clips: Sequence[Clip], batches: Sequence[int]) -> torch.Tensor:
+    """
+    Return the logits (clips, num_labels), float32, that onnxruntime computes on the CPU.
+
+    Args:
+        batches: sizes of the first batches; the remaining clips are run one by one.
+
+    Raises:
+        ConversionError: if onnxruntime cannot load the file or run these batches.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # the raised errors have the same messages
+    options.intra_op_num_threads = torch.get_num_threads()
+    sizes = [*batches, *[1] * (len(clips) - sum(batches))]
+    ends = np.cumsum(sizes)
+    rows = []
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        for start, end in zip(ends - sizes, ends, strict=True):
+            pixel_values = torch.cat([clip() for clip in clips[start:end]]).numpy()
+            rows += session.run([OUTPUT], {INPUT: pixel_values})
+    except _RUNTIME_ERRORS as error:
+        raise ConversionError(
+            f"onnxruntime {onnxruntime.__version__} cannot run {path.name}; nothing was written. Another --opset may "
+            f"help. Its message: {error}"
+        ) from error
+    return torch.from_numpy(np.concatenate(rows))
+
+
+def size_of(path: Path) -> int:
+    """Return the size of a model in bytes, including the file of external weights."""
+    return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
