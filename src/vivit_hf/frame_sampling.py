@@ -247,8 +247,11 @@ def fixed_crops(
     return [centre_crop(height, width, crop_height, crop_width)]
 
 
-def window_around(crops: list[tuple[int, int, int, int]]) -> tuple[int, int, int, int]:
-    """Return the smallest window (top, left, height, width) around all crops."""
+def crop_window(
+    height: int, width: int, crop_height: int, crop_width: int, *, num_crops: int
+) -> tuple[int, int, int, int]:
+    """Return the part of a frame that `fixed_crops` cover, (top, left, height, width)."""
+    crops = fixed_crops(height, width, crop_height, crop_width, num_crops=num_crops)
     top, left = (min(crop[axis] for crop in crops) for axis in (0, 1))
     bottom, right = (max(crop[axis] + crop[axis + 2] for crop in crops) for axis in (0, 1))
     return top, left, bottom - top, right - left

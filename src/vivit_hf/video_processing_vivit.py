@@ -23,13 +23,13 @@ from transformers.utils import logging
 from .auto_class import AutoClassMixin
 from .frame_conversion import FrameSize
 from .frame_sampling import (
+    crop_window,
     fixed_crops,
     random_crop,
     resized_size,
     sample_clips,
     sample_clips_at_rate,
     sample_uniform_clip,
-    window_around,
 )
 from .limits_vivit import check_choice, check_positive_number
 from .processor_files import SERVICE_KEYS, ProcessorFilesMixin
@@ -218,7 +218,8 @@ def reader_size(settings: Any) -> FrameSize | None:
     """
     if not settings.do_resize or settings.resample != PIL.Image.Resampling.BILINEAR:
         return None
-    return partial(resized_frame_size, settings=settings)
+    crop_size = settings.crop_size if settings.do_center_crop else None
+    return partial(resized_size, size=settings.size, crop_size=crop_size)
 
 
 def _generator(generator: np.random.Generator | int | None) -> np.random.Generator:
@@ -260,6 +261,10 @@ def _clips_of_file(
     """Return the resized clips of a file, uint8 (clips, frames, height, width, channels), the indices of their frames,
     (clips, frames), and the report of the reader."""
     size = reader_size(settings)
+    window = None
+    if settings.do_center_crop and not _is_random_crop(settings) and (size is not None or not settings.do_resize):
+        height, width = _crop_size(settings)
+        window = partial(crop_window, crop_height=height, crop_width=width, num_crops=settings.num_crops)
     num_threads = settings.num_threads
     if num_threads is None:
         num_threads = 0 if get_worker_info() is None else 1
@@ -278,7 +283,7 @@ def _clips_of_file(
         clips = reader.read(
             choose,
             size=size,
-            window=partial(_window, settings=settings) if size is not None or not settings.do_resize else None,
+            window=window,
             on_lost="repeat_last" if settings.on_error == "repeat_last" else "raise",
         )
     if size is None:
@@ -304,13 +309,6 @@ def _sample(timestamps: np.ndarray, settings: ProcessorSettings, generator: np.r
             "fills their clips."
         )
     return sample_clips(total, num_frames, stride, short_video_policy=policy, **clips)
-
-
-def _window(height: int, width: int, settings: ProcessorSettings) -> tuple[int, int, int, int]:
-    """Return the part of a frame that its crops need: (top, left, height, width)."""
-    if not settings.do_center_crop or _is_random_crop(settings):
-        return 0, 0, height, width
-    return window_around(fixed_crops(height, width, *_crop_size(settings), num_crops=settings.num_crops))
 
 
 def _crop_size(settings: ProcessorSettings) -> tuple[int, int]:
