@@ -105,7 +105,7 @@ def test_what_is_given_wins_over_a_vivit_and_a_recipe(vivit):
         ({"tubelet_size": "2x8"}, "--tubelet_size is time,height,width, got '2x8'"),
         ({"resize": 40, "resize_ratio": 1.2}, "--resize and --resize_ratio set the same"),
         ({"frame_stride": 1, "frames_per_second": 5.0}, "--frame_stride and --frames_per_second set the same"),
-        ({"resize": 24}, "resize=24 makes frames smaller than the crop of 32 x 32"),
+        ({"resize": 24}, "resize=24 makes frames smaller than the model's crop of 32 x 32"),
     ],
 )
 def test_a_flag_that_cannot_be_is_named(vivit, given, message):

@@ -1,4 +1,4 @@
-"""The video processor of a model: clips of the model's size, whatever made the image model's pixels and the video."""
+"""The video processor of a model: clips of the model's size from every image processor and every video."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ IMAGE_PROCESSORS = {
     "no resize": {**HALF, "do_resize": False, "size": {"height": 224, "width": 224}},
     "none": None,
 }
-RATIOS = {"shortest edge and crop": 248 / 224}  # of the others 256 / 224, their own or the official one
+RATIOS = {"shortest edge and crop": 248 / 224}  # 256 / 224 for the others
 FRAMES = {"landscape": (54, 96), "portrait": (96, 54), "square": (60, 60), "small": (9, 12), "panorama": (20, 300)}
 
 
@@ -55,7 +55,7 @@ def test_every_video_becomes_clips_of_the_models_size(source, image_size):
 
 
 @pytest.mark.parametrize("source", IMAGE_PROCESSORS)
-def test_pixels_are_those_of_the_image_model_and_the_short_side_keeps_its_ratio(source):
+def test_pixel_settings_and_resize_ratio_of_the_image_model_are_kept(source):
     stored = IMAGE_PROCESSORS[source] or {}
     processor = processor_for(tiny_config("spatio_temporal", image_size=64), stored)
     assert processor.image_mean == stored.get("image_mean", [0.5] * 3)
@@ -73,7 +73,7 @@ def test_official_sizes():
     assert processor_for(config, IMAGE_PROCESSORS["none"], resize=300).size == {"shortest_edge": 300}
 
 
-def test_what_a_video_processor_has_stays():
+def test_settings_of_a_video_processor_are_kept():
     own = ViViTVideoProcessor(
         num_frames=16,
         frames_per_second=5.0,
@@ -97,20 +97,20 @@ def test_what_a_video_processor_has_stays():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"resize": 31}, "resize=31 makes frames smaller than the crop of 32 x 32"),
+        ({"resize": 31}, "resize=31 makes frames smaller than the model's crop of 32 x 32"),
         ({"resize_ratio": 0.9}, "resize=29 makes frames smaller"),
         ({"resize_ratio": 0}, "`resize_ratio` must be a positive number, got 0"),
         ({"resize": 40, "resize_ratio": 1.1}, "not both"),
         ({"frame_stride": 2, "frames_per_second": 5.0}, "not both"),
     ],
 )
-def test_settings_that_cannot_work_are_named(settings, message):
+def test_impossible_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         processor_for(tiny_config("spatio_temporal", image_size=32), **settings)
 
 
 def test_a_model_of_grey_frames_is_refused():
-    with pytest.raises(ValueError, match="Videos have 3 channels, and the model takes 1"):
+    with pytest.raises(ValueError, match="Videos have 3 channels, but the model expects 1"):
         processor_for(tiny_config("spatio_temporal", num_channels=1))
 
 
@@ -125,7 +125,7 @@ def test_a_model_of_grey_frames_is_refused():
         {"do_resize": False, "do_center_crop": False},
     ],
 )
-def test_a_processor_whose_clips_the_model_does_not_take_is_found_before_a_video_is_read(settings):
+def test_a_processor_that_does_not_fit_the_model_is_refused(settings):
     config = tiny_config("spatio_temporal", image_size=32)
     fitting = {"num_frames": 8, "size": 36, "crop_size": 32}
     check_processor(ViViTVideoProcessor(**fitting), config)

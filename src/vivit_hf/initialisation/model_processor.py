@@ -1,8 +1,8 @@
 """
-The video processor of a model: one rule for the conversion scripts, fine-tuning, and whoever else makes one.
+Make the video processor of a model, for conversion, fine-tuning and others.
 
-The short side of a frame is resized to a multiple of the crop, and the crop has the model's size, so that a video of
-any shape becomes a clip that the model takes.
+The short side of a frame is resized to a multiple of the crop, and the crop has the size of the model, so that videos
+of any shape become clips that the model accepts.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ..video_processing_vivit import ViViTVideoProcessor, resized_frame_size
 
 OFFICIAL_RESIZE_RATIO = 256 / 224  # short side over crop in the official recipes
 
-# Taken over from the processor of an image model.
+# Settings to keep from the processor of an image model.
 _PIXEL_SETTINGS = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor", "resample", "offset")
-# Frames (height, width) to check a processor with: landscape, portrait, square, tiny, and extremely wide or high.
+# Frame sizes (height, width) for `check_processor`: landscape, portrait, square, tiny, and extremely wide or high.
 _FRAME_SIZES = ((1080, 1920), (1920, 1080), (480, 480), (6, 8), (8, 6), (90, 1600), (1600, 90))
 
 
@@ -34,21 +34,21 @@ def processor_for(
     frames_per_second: float | None = None,
 ) -> ViViTVideoProcessor:
     """
-    A processor that turns a video of any shape into clips of the model's size.
+    Return a processor that turns videos of any shape into clips of the model's size.
 
     Args:
-        config: of the video model, which decides on the number of frames and the size of the crop.
-        source: where other settings come from: a `ViViTVideoProcessor`, or the contents of an image model's
-            `preprocessor_config.json`, of which mean, standard deviation, rescaling and resampling are taken over. None
-            is the official recipe: every second frame, values in [-1, 1].
+        config: of the video model; sets the number of frames and the size of the crop.
+        source: other settings, from a `ViViTVideoProcessor`, or from the `preprocessor_config.json` of an image model,
+            which gives mean, standard deviation, rescaling and resampling. None is the official recipe: every second
+            frame, values in [-1, 1].
         resize: the short side before the crop, in pixels.
-        resize_ratio: the same as a multiple of the short side of the crop. The default is that of `source` if it
-            resizes and crops, else the official 256 / 224.
-        frame_stride, frames_per_second: instead of those of `source`; one of the two.
+        resize_ratio: the same as a multiple of the short side of the crop. The default is the ratio of `source` if it
+            resizes and crops, otherwise the official 256 / 224.
+        frame_stride, frames_per_second: replace those of `source`; at most one of the two.
 
     Raises:
-        ValueError: for a short side below that of the crop, two settings that exclude each other, or a model that does
-            not take three channels.
+        ValueError: for a short side below that of the crop, settings that exclude each other, or a model that does not
+            take three channels.
     """
     if resize is not None and resize_ratio is not None:
         raise ValueError(f"Give resize={resize} (pixels) or resize_ratio={resize_ratio} (of the crop), not both.")
@@ -58,7 +58,7 @@ def processor_for(
             "distance between the frames of a clip."
         )
     if isinstance(source, ViViTVideoProcessor):
-        settings = stored = vars(source.settings)
+        settings = stored = dict(vars(source.settings))
     else:
         stored = dict(source or {})
         settings = {name: stored[name] for name in _PIXEL_SETTINGS if stored.get(name) is not None}
@@ -68,8 +68,8 @@ def processor_for(
         resize = round(min(height, width) * (ratio or OFFICIAL_RESIZE_RATIO))
     if check_positive_integer("resize", resize) < min(height, width):
         raise ValueError(
-            f"resize={resize} makes frames smaller than the crop of {height} x {width} (height x width) that the model "
-            f"takes; expected {min(height, width)} or more."
+            f"resize={resize} makes frames smaller than the model's crop of {height} x {width} (height x width); "
+            f"expected {min(height, width)} or more."
         )
     settings |= {
         "num_frames": config.num_frames,
@@ -90,7 +90,7 @@ def processor_for(
 
 
 def resize_ratio_of(settings: Mapping[str, Any]) -> float | None:
-    """Short side after resizing over that of the crop, for the settings of a processor that has both; at least 1."""
+    """Return the short side after resizing over that of the crop, at least 1; None for settings without both."""
     short_side, crop = _short_side(settings.get("size")), _short_side(settings.get("crop_size"))
     if not settings.get("do_resize", True) or not settings.get("do_center_crop") or not short_side or not crop:
         return None
@@ -98,7 +98,7 @@ def resize_ratio_of(settings: Mapping[str, Any]) -> float | None:
 
 
 def _short_side(size: Any) -> int | None:
-    """Of a size as image processors store it: a number, (height, width), or a dictionary."""
+    """Return the short side of a size as image processors store it: a number, (height, width), or a dictionary."""
     if isinstance(size, Mapping):
         size = size.get("shortest_edge") or [size.get("height"), size.get("width")]
     sides = [size] if isinstance(size, int) else list(size or ())
@@ -106,9 +106,9 @@ def _short_side(size: Any) -> int | None:
 
 
 def check_processor(processor: ViViTVideoProcessor, config: ViViTConfig) -> None:
-    """Raises ValueError unless videos of every shape become clips that the model takes; decodes nothing."""
+    """Raise ValueError unless videos of every shape become clips that the model accepts. Decodes nothing."""
     if config.num_channels != 3:
-        raise ValueError(f"Videos have 3 channels, and the model takes {config.num_channels}.")
+        raise ValueError(f"Videos have 3 channels, but the model expects {config.num_channels}.")
     wanted = (config.num_frames, *config.frame_size)
     for frame in _FRAME_SIZES:
         height, width = resized_frame_size(*frame, processor)
@@ -117,7 +117,7 @@ def check_processor(processor: ViViTVideoProcessor, config: ViViTConfig) -> None
             _, _, height, width = fixed_crops(height, width, *crop, num_crops=1)[0]
         if (processor.num_frames, height, width) != wanted:
             raise ValueError(
-                f"The processor gives clips of {(processor.num_frames, height, width)} (frames, height, width) for "
-                f"videos of {frame[0]} x {frame[1]} pixels, and the model takes {wanted}: set its `num_frames`, `size` "
-                "and `crop_size`, with do_center_crop=True."
+                f"The processor makes clips of {(processor.num_frames, height, width)} (frames, height, width) from "
+                f"videos of {frame[0]} x {frame[1]} pixels, but the model expects {wanted}: set `num_frames`, `size` "
+                "and `crop_size` of the processor, and do_center_crop=True."
             )
