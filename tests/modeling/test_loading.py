@@ -5,8 +5,9 @@ import logging
 
 import pytest
 import torch
+from paths import FIXTURES
 from safetensors.torch import load_file, save_file
-from tiny_models import ATTENTION_TYPES, make_model, tiny_config
+from tiny_models import ATTENTION_TYPES, CASES, make_model, tiny_config
 from transformers import AutoModelForVideoClassification, VivitConfig, VivitForVideoClassification, VivitModel
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTModel
@@ -89,6 +90,19 @@ def test_native_base_model_loads_and_its_pooler_is_left_out(native, clips, tmp_p
     assert "pooler.dense.weight" in load_file(tmp_path / "model.safetensors")
     model = ViViTModel.from_pretrained(tmp_path)
     torch.testing.assert_close(model(clips).last_hidden_state, base(clips).last_hidden_state, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_folder_saved_by_the_first_version_gives_the_same_logits(case):
+    """Parameter names never change: these files were written by version 0.1.0, before its modules moved."""
+    folder = FIXTURES / "saved_by_0.1.0" / case
+    model = AutoModelForVideoClassification.from_pretrained(folder).eval()
+    assert set(load_file(folder / "model.safetensors")) == set(model.state_dict())
+    clips = torch.linspace(-1, 1, 4 * 3 * 8 * 16, dtype=torch.float64).mul(50).cos().float().reshape(1, 4, 3, 8, 16)
+    with torch.no_grad():
+        logits = model(clips).logits[0]
+    expected = torch.tensor(json.loads((folder / "logits.json").read_text()))
+    torch.testing.assert_close(logits, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_a_foreign_key_is_an_error_that_names_it(native, tmp_path):
