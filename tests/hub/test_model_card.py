@@ -30,7 +30,7 @@ def test_a_base_model_that_is_a_folder_is_in_the_text_alone(model, tmp_path):
     path = write_model_card(tmp_path, model, base_model=str(tmp_path), report="14 newly initialised")
     read = ModelCard.load(path)
     assert read.data.base_model is None and f"Started from `{tmp_path}`." in read.text
-    assert "newly initialised mean nothing" in read.text
+    assert "Newly initialised parameters must be trained" in read.text
 
 
 def test_one_name_need_not_be_a_list(model, tmp_path):

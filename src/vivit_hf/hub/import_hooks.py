@@ -1,4 +1,4 @@
-"""Call functions once other modules have been imported, without importing these modules."""
+"""Call functions after other modules are imported, without importing those modules."""
 
 import importlib.abc
 import importlib.machinery
@@ -10,10 +10,10 @@ from types import ModuleType
 
 class _CallingFinder(importlib.abc.MetaPathFinder):
     """
-    Find modules as the other finders do, and call the functions that wait for them after their import.
+    Find modules with the other finders, and call the functions that wait for a module after its import.
 
-    No function runs while any module below `prefixes` is still executing: the modules of transformers import each other
-    in circles, and a function that imports from them would find some half executed.
+    No function runs while any module below `prefixes` is executing: the modules of transformers import each other
+    in circles, and a function that imports from them would find half-executed modules.
     """
 
     def __init__(self, functions: dict[str, Callable[[], None]], prefixes: tuple[str, ...]) -> None:
@@ -26,7 +26,7 @@ class _CallingFinder(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if not fullname.startswith(self._prefixes):
             return None
-        # Ask only the finders behind this one: reloading the package adds a second one, and two would ask each other.
+        # Ask only the finders behind this one. Reloading the package adds a second one, and they would ask each other.
         others = list(itertools.dropwhile(lambda finder: finder is not self, sys.meta_path))[1:]
         spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
@@ -44,7 +44,7 @@ class _CallingFinder(importlib.abc.MetaPathFinder):
         return spec
 
     def call_waiting(self) -> None:
-        """Call the functions whose modules have been imported."""
+        """Call the functions whose modules are imported."""
         while self._num_executing == 0 and (loaded := sorted(self._waiting.keys() & sys.modules.keys())):
             self._waiting.pop(loaded[0])()
         if not self._waiting and self in sys.meta_path:
@@ -53,12 +53,12 @@ class _CallingFinder(importlib.abc.MetaPathFinder):
 
 def call_after_import(functions: dict[str, Callable[[], None]], prefixes: tuple[str, ...]) -> None:
     """
-    Call each function when the module that is its key has been imported: now if it has been, else right after.
+    Call each function once its module is imported: immediately if it already is, otherwise right after its import.
 
     Args:
-        functions (`dict[str, Callable]`): full module name to a function without arguments.
-        prefixes (`tuple[str, ...]`): names such as `"transformers."`; a function waits until no module whose name
-            begins with one of them is executing.
+        functions: functions without arguments, by the full name of the module that they wait for.
+        prefixes: prefixes of module names, such as `"transformers."`. A function also waits until no module with one of
+            these prefixes is executing.
     """
     finder = _CallingFinder(functions, prefixes)
     sys.meta_path.insert(0, finder)

@@ -1,4 +1,4 @@
-"""The model card of a ViViT: the Hub's metadata, what the model is, how it started, and code that loads it."""
+"""The model card of a ViViT: metadata for the Hub, facts about the model and its start, and code that loads it."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -25,18 +25,18 @@ VARIANTS = {
 DEFAULT_LICENSE = "apache-2.0"
 DEFAULT_TAGS = ("vivit", "video-classification", "vision")
 
-# What stands between the first two is written anew each time; all around it belongs to the user.
+# The text between these two is rewritten each time; the text around it belongs to the user.
 _BEGIN = "<!-- vivit_hf: from here on, push_to_hub writes this text anew -->"
 _END = "<!-- vivit_hf: your own text is kept above and below -->"
 _INITIALISATION = "## Initialisation\n"
 _RESULTS = "## Results\n"
 _STARTED_FROM = "Started from "
-# transformers' empty form, which pushing a processor or a configuration leaves in a new repository.
+# The empty form that transformers writes when it pushes a processor or a configuration to a new repository.
 _EMPTY_FORM = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
 
 
 class InitialisationSummary(Protocol):
-    """What `InitialisationReport` offers for a card."""
+    """The part of `InitialisationReport` that a card needs."""
 
     def to_markdown(self) -> str: ...
 
@@ -59,22 +59,22 @@ def write_model_card(
     protocol: str | None = None,
 ) -> Path:
     """
-    Writes `README.md`, in the Hub's format for model cards, into a folder.
+    Write `README.md`, in the Hub's format for model cards, into a folder.
 
-    A card that is there already is kept: its text as it is but for the part that this function wrote itself, its
-    metadata but for what is given here, with gaps filled.
+    An existing card keeps its text, except for the part that this function wrote, and its metadata, except for the
+    values given here and for missing values. A card whose metadata cannot be read is left unchanged, with a warning.
 
     Args:
-        folder: of a saved model.
+        folder: the folder of a saved model.
         model: a `ViViTModel` or `ViViTForVideoClassification`.
         repo_id: the name on the Hub, by default that of the folder.
         base_model: the model it was made from; a Hub id goes into the metadata, a path only into the text.
-        license: "apache-2.0" if the card has none.
+        license: by default that of the card, or "apache-2.0".
         datasets, metrics: one name on the Hub or several, such as "kinetics400" and "accuracy".
         tags: one or several besides "vivit", "video-classification" and "vision".
-        report: of `initialise_from_vit`, or any Markdown that says where the weights come from.
+        report: the report of `initialise_from_vit`, or any Markdown about the origin of the weights.
         results: scores by name, such as {"top1": 0.8}, for the text and for the Hub's metadata (`model-index`).
-        protocol: the views that the results come from; without them a score cannot be repeated.
+        protocol: the views per video that the results are averages of; a score cannot be reproduced without them.
 
     Returns:
         The path of the card.
@@ -124,7 +124,7 @@ def write_model_card(
 
 
 def read_initialisation(folder: str | os.PathLike) -> tuple[str | None, str | None]:
-    """(base model, where the weights come from) as `write_model_card` wrote them into this folder, else None."""
+    """Return the base model and the initialisation that `write_model_card` wrote into a folder, None if it did not."""
     try:
         card = _read(Path(folder) / "README.md")
     except ValueError:
@@ -136,18 +136,18 @@ def read_initialisation(folder: str | os.PathLike) -> tuple[str | None, str | No
 
 
 def _read(path: Path) -> ModelCard | None:
-    """The card; None if there is none, or only transformers' empty form. A ValueError if its metadata is not valid."""
+    """Return the card, None if it is missing or transformers' empty form; raise a ValueError for invalid metadata."""
     content = path.read_text(encoding="utf-8") if path.exists() else _EMPTY_FORM
     if _EMPTY_FORM in content:
         return None
     try:
         return ModelCard(content)
-    except Exception as error:  # PyYAML's are of no common kind with those of the card itself
+    except Exception as error:  # PyYAML's errors and those of ModelCard share no base class
         raise ValueError(f"The metadata at the top of {path} cannot be read: {error}") from error
 
 
 def is_repo_id(name: str | None) -> bool:
-    """Whether the Hub could know something by this name, and it is no path here."""
+    """Return whether a name is a valid Hub id and not a path on this machine."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -161,7 +161,7 @@ def _listed(names: str | Sequence[str] | None) -> list[str]:
 
 def _initialisation(base_model: str | None, report: Report | None) -> str:
     text = report if report is None or isinstance(report, str) else report.to_markdown()
-    if base_model and not (text or "").startswith(_STARTED_FROM):  # as a text has that an earlier card is read from
+    if base_model and not (text or "").startswith(_STARTED_FROM):  # a text from an earlier card has this line
         link = f"[{base_model}](https://huggingface.co/{base_model})" if is_repo_id(base_model) else f"`{base_model}`"
         text = f"{_STARTED_FROM}{link}." + (f"\n\n{text}" if text else "")
     return text or ""
@@ -190,7 +190,7 @@ def _eval_results(
 
 
 def _section_in(text: str, heading: str) -> str:
-    """What stands under a heading of the part that `write_model_card` wrote."""
+    """Return the text below a heading, from the part that `write_model_card` wrote."""
     written = text.partition(_BEGIN)[2].partition(_END)[0]
     return written.partition(heading)[2].partition("\n## ")[0].strip()
 
@@ -202,9 +202,9 @@ def _description(model: Any, repo_id: str, initialisation: str, results: str) ->
         f"A Video Vision Transformer, {PAPER}, in the implementation of `vivit_hf`.",
         f"| | |\n| --- | --- |\n{rows}",
         "## Use\n\nWith the package `vivit_hf` installed:\n\n" + _code(_package_snippet(model, repo_id)),
-        "Without it, `transformers` takes the code from this repository (read it first, as with any code that you "
+        "Without it, `transformers` runs the code in this repository (read it first, as any code that you "
         "download and run):\n\n" + _code(_remote_code_snippet(model, repo_id)),
-        "Reading video files takes PyAV (`pip install av`); lists of frames and arrays do without.",
+        "Reading video files requires PyAV (`pip install av`); lists of frames and arrays do not.",
     ]
     if results:
         parts.append(f"{_RESULTS}\n{results}")
@@ -212,17 +212,17 @@ def _description(model: Any, repo_id: str, initialisation: str, results: str) ->
         parts.append(f"{_INITIALISATION}\n{initialisation}")
     height, width = config.frame_size
     limits = [
-        f"It sees clips of {config.num_frames} frames of {height} x {width} pixels, sampled from the video as the "
-        "processor's configuration says; what happens between these frames or outside of the crop it cannot know.",
+        f"The model sees clips of {config.num_frames} frames of {height} x {width} pixels, sampled from the video as "
+        "the processor is configured. It does not see anything between these frames or outside the crop.",
         "Scores depend on the views (clips and crops per video): state them with every result.",
     ]
     if hasattr(model, "classifier"):
         limits.append(
-            f"It tells {config.num_labels} classes apart and gives one of them for any video, also for one that shows "
-            "none of them. It has the biases of the data it was trained on."
+            f"It distinguishes {config.num_labels} classes and assigns one of them to any video, even if the video "
+            "shows none of them. It has the biases of its training data."
         )
         if any(status in initialisation for status in ("newly initialised", "Newly initialised")):
-            limits.append("Parameters that are newly initialised mean nothing before they are trained.")
+            limits.append("Newly initialised parameters must be trained before the model is of any use.")
     parts.append("## Limitations\n\n" + "\n".join(f"- {limit}" for limit in limits))
     return "\n\n".join(parts)
 
