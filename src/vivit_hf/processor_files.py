@@ -11,6 +11,7 @@ from pathlib import Path
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+from transformers import PretrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, logging
 from transformers.video_processing_utils import BaseVideoProcessor
@@ -86,7 +87,7 @@ class ProcessorFilesMixin(_Base):
 
         A preprocessor_config.json of this class comes first. Otherwise the order is "video_processor" in
         processor_config.json, video_preprocessor_config.json, "image_processor" in processor_config.json,
-        preprocessor_config.json.
+        preprocessor_config.json. If none of them has `num_frames`, the config.json of the model tells.
         """
         with named_json_errors(source, "processor configuration"):
             image, unused = _read_if_there(super().get_image_processor_dict, source, kwargs)
@@ -103,6 +104,11 @@ class ProcessorFilesMixin(_Base):
             raise ValueError(
                 f"The processor configuration of {source} must be a JSON object, got {type(settings).__name__}."
             )
+        if settings.get("num_frames") is None:  # as in files of transformers' VivitImageProcessor
+            with named_json_errors(source, "config.json"):
+                config, _ = _read_if_there(PretrainedConfig.get_config_dict, source, kwargs)
+            if isinstance(config, dict) and config.get("num_frames") is not None:
+                settings["num_frames"] = config["num_frames"]
         if is_ours and isinstance(video, dict) and video.get("video_processor_type") == cls.__name__:
             names = [name for name in SETTING_NAMES if settings.get(name) != video.get(name)]
             if names:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import make_model, tiny_config
-from transformers import AutoImageProcessor, VivitImageProcessor, pipeline
+from transformers import AutoImageProcessor, VivitConfig, VivitImageProcessor, pipeline
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 
 from vivit_hf import ViViTVideoProcessor
@@ -109,6 +109,17 @@ def test_a_native_video_processor_samples_files_as_its_pipeline_does(tmp_path):
     write(tmp_path, video={**NATIVE, "num_frames": 8, "do_sample_frames": True, "fps": 5})
     processor = ViViTVideoProcessor.from_pretrained(tmp_path)
     assert (processor.num_frames, processor.frames_per_second) == (8, 5)
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_a_native_processor_without_num_frames_takes_those_of_its_model(tmp_path, kind):
+    VivitConfig(num_frames=16).save_pretrained(tmp_path)
+    settings = VivitImageProcessor().to_dict() if kind == "image" else NATIVE
+    write(tmp_path, **{kind: {**settings, "num_frames": None}})
+    assert ViViTVideoProcessor.from_pretrained(tmp_path).num_frames == 16
+    assert ViViTVideoProcessor.from_pretrained(tmp_path, num_frames=4).num_frames == 4
+    write(tmp_path, **{kind: {**settings, "num_frames": 8}})
+    assert ViViTVideoProcessor.from_pretrained(tmp_path).num_frames == 8
 
 
 @pytest.fixture
