@@ -196,7 +196,10 @@ class ProcessorSettings:
                 "num_clips=1 or frame_sampling='clip'."
             )
         if self.num_crops == 3 and not self.do_center_crop:
-            raise ValueError("num_crops=3 needs do_center_crop=True and a `crop_size`.")
+            raise ValueError(
+                "num_crops=3 needs a processor that crops, and this one has do_center_crop=False: use num_crops=1 "
+                "(`--num-crops 1`), or set do_center_crop=True and `crop_size`."
+            )
         if self.do_center_crop:
             check_clip("`num_frames` and `crop_size`", self.num_frames, *self.crop_size.values())
         elif self.do_resize:

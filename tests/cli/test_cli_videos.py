@@ -14,6 +14,7 @@ import av
 import pytest
 from PIL import Image
 from tiny_models import make_model, tiny_config
+from transformers import VivitConfig, VivitForVideoClassification, VivitImageProcessor
 from typer.testing import CliRunner
 from video_files import damage_packet, write_kind, write_video
 
@@ -146,6 +147,24 @@ def test_explain_knows_labels_by_the_names_that_it_prints(grouped, tmp_path):
     process = run(*arguments, "--method", "gradient", "--label", "cup")
     names = "noun: cup, noun: door, verb: take, verb: open, verb: close"
     assert process.returncode == 2 and names in said(process.stderr)
+
+
+def test_classify_takes_a_folder_of_transformers_vivit_with_its_number_of_frames(tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = VivitConfig(num_frames=4, image_size=32, num_labels=2, **sizes)
+    VivitForVideoClassification(config).save_pretrained(tmp_path)
+    VivitImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    arguments = ["classify", str(SAMPLES / "up_left.mp4"), "--model", str(tmp_path), "--num-clips", "1"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0 and "1 clip x 3 crops of 4 frames" in result.stdout, result.stderr
+
+
+def test_classify_takes_three_crops_only_of_a_processor_that_crops(grouped):
+    arguments = ["classify", str(SAMPLES / "up_left.mp4"), "--model", str(grouped), "--num-clips", "1"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0 and "1 clip x 1 crop of 8 frames" in result.stdout, result.stderr
+    result = CliRunner().invoke(app, [*arguments, "--num-crops", "3"])
+    assert result.exit_code == 2 and "use num_crops=1 (`--num-crops 1`)" in said(result.stderr)
 
 
 def test_classify_gives_labels_by_their_group(grouped, tmp_path):

@@ -49,7 +49,12 @@ def classify(
     model: ModelOption = None,
     top_k: Annotated[int, typer.Option(min=1, help="Labels to show for a video.")] = 5,
     num_clips: Annotated[int, typer.Option(min=1, help="Clips from each video, spread over it.")] = 4,
-    num_crops: Annotated[int, typer.Option(min=1, max=3, help="Crops of each clip: 1 or 3.")] = 3,
+    num_crops: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=3, help="Crops of each clip: 1 or 3.", show_default="3, or 1 if the processor does not crop"
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Clips that the model sees at a time.")] = 16,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode; 0: none besides this one.")] = 0,
     on_error: OnErrorOption = "warn",
@@ -87,6 +92,8 @@ def classify(
     processor.on_error = "repeat_last" if on_error == "warn" else "raise"
     if processor.frame_sampling == "uniform":
         num_clips = 1  # one clip is spread over the whole video
+    if num_crops is None:
+        num_crops = 3 if processor.do_center_crop else 1
     label_map = LabelMap.from_config(classifier.config)
 
     def predict(videos: Sequence[Any]) -> Iterator[VideoPrediction]:
