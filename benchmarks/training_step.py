@@ -16,7 +16,6 @@ import copy
 import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,17 +24,13 @@ from measuring import Row, at_most, file_to_write, median_ratio, report
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-import finetune  # noqa: E402 (found by the line above)
-from finetuning_data import Splits  # noqa: E402
-
-from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor  # noqa: E402
-from vivit_hf.data.annotations import LabelledVideo  # noqa: E402
-from vivit_hf.data.labels import LabelMap  # noqa: E402
-from vivit_hf.training.trainer import parameter_groups  # noqa: E402
+from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor
+from vivit_hf.data.annotations import LabelledVideo
+from vivit_hf.data.labels import LabelMap
+from vivit_hf.training.finetuning import make_trainer
+from vivit_hf.training.finetuning_data import Splits
+from vivit_hf.training.finetuning_parser import parse_arguments
+from vivit_hf.training.parameters import parameter_groups
 
 
 TARGET = 1.15
@@ -81,11 +76,11 @@ def under_the_script(model: ViViTForVideoClassification, data: ClipsInMemory, st
     """CPU seconds of `steps` steps of the trainer that finetune.py makes."""
     argv = f"--output_dir {folder} --use_cpu --max_steps {steps + WARM_UP} --per_device_train_batch_size {BATCH}"
     argv += " --dataloader_num_workers 0 --eval_strategy no --save_strategy no --report_to none --disable_tqdm true"
-    arguments = finetune.parse_arguments(argv.split())
+    arguments = parse_arguments(argv.split())
     videos = [LabelledVideo(f"{index}.mp4", (NAMES[index % len(NAMES)],), "memory") for index in range(len(data))]
     splits = Splits(videos, None, LabelMap({"": NAMES}))
     processor = ViViTVideoProcessor(num_frames=FRAMES, size={"shortest_edge": SIDE}, crop_size=SIDE)
-    trainer, _ = finetune.make_trainer(arguments, splits, model, processor)
+    trainer, _ = make_trainer(arguments, splits, model, processor, print)
     trainer.train_dataset, clock = data, CpuClock()
     trainer.add_callback(clock)
     trainer.train()

@@ -260,7 +260,7 @@ def test_the_road_as_the_readme_has_it(videos, tmp_path):
     printed = run([finetune.__file__], finetune_command(start, videos, model, "--dataloader_num_workers", 2))
     assert f"  {start}: attention_type factorised_encoder, num_temporal_layers 1, " in printed
     assert "num_frames 4, image_size 32, frame_stride 2, short side resized to 37" in printed
-    assert f"{start} has its own, so these of recipe small-data do not count: num_temporal_layers 4" in printed
+    assert f"{start} overrides these settings of recipe small-data: num_temporal_layers 4" in printed
     run([evaluate.__file__], evaluate_command(model, videos, scores))
     classified = run(["-m", "vivit_hf"], classify_command(model, videos), returncode=1)  # one cannot be read
     check_results(model, scores, classified, short_side=37)

@@ -12,11 +12,12 @@ import classify_dataset
 import evaluate
 import pyarrow.parquet
 import pytest
-from finetuning_data import DataArguments, load_splits
 
 from vivit_hf import demo_model_path
 from vivit_hf.data.annotations import AnnotationError, read_videos
 from vivit_hf.data.whole_files import as_utf8
+from vivit_hf.training.finetuning_arguments import DataArguments
+from vivit_hf.training.finetuning_data import load_splits
 
 
 LATIN = os.fsdecode(b"caf\xe9")

@@ -18,19 +18,12 @@ from vivit_hf.inference.metrics import classification_metrics
 from vivit_hf.inference.prediction import predict_videos
 from vivit_hf.training import trainer as training
 from vivit_hf.training.augmentation import ClipAugmentation
+from vivit_hf.training.checkpoints import is_complete_checkpoint, last_complete_checkpoint
 from vivit_hf.training.clips import VideoClips
 from vivit_hf.training.mixing import ClipCollator
 from vivit_hf.training.overfitting import overfit_one_batch
-from vivit_hf.training.trainer import (
-    ClipTrainer,
-    depths,
-    freeze,
-    gradient_norms,
-    is_complete_checkpoint,
-    last_complete_checkpoint,
-    parameter_groups,
-    part_of,
-)
+from vivit_hf.training.parameters import depths, freeze, gradient_norms, parameter_groups, part_of
+from vivit_hf.training.trainer import ClipTrainer
 
 
 def make(attention_type, **settings):

@@ -11,6 +11,7 @@ import typer
 
 from .convert import PASS_ON, convert
 from .export import export
+from .finetune import finetune
 from .inspect import inspect
 from .output import EscapingGroup, escape_logs, say
 from .scan import scan
@@ -29,6 +30,7 @@ app = typer.Typer(
 for command in (classify, timeline, explain, inspect, scan, demo):
     app.command()(command)
 app.command(context_settings=PASS_ON)(export)
+app.command(context_settings=PASS_ON)(finetune)
 app.add_typer(convert, name="convert")
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import re
-import zipfile
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, IntervalStrategy
 from transformers.utils import logging
 
 from ..data.labels import IGNORED, LabelMap
@@ -21,207 +18,15 @@ from ..inference.metrics import classification_metrics, collapsed_class
 from ..inference.views import average_views, predict_views
 from ..loss_vivit import video_classification_loss
 from ..video_sources import VideoDecodingError
+from .checkpoints import deferred_interrupt
 from .clips import ClipSampler, StreamedClips, VideoClips
+from .parameters import gradient_norms, parameter_groups
 from .stream_loading import StreamBatches, StreamLoader, StreamPosition
 
 
 logger = logging.get_logger(__name__)
 
-FREEZINGS = ("none", "spatial", "all_but_head")
 MAX_UNREADABLE = 100  # videos of a stream in a row, in one process
-LORA_TARGETS = r".*\.(q_proj|v_proj)"
-_TEMPORAL = re.compile(
-    r"(^|\.)(temporal_embeddings|temporal_encoder|temporal_layernorm|attention_time|layernorm_time)\."
-)
-_LAYER = re.compile(r"(?:^|\.)(encoder|temporal_encoder)\.layer\.(\d+)\.")
-
-
-# What is trained, and how fast
-
-
-def part_of(name: str) -> str:
-    """The part of a model that a parameter belongs to: embeddings, encoder, temporal or classifier."""
-    if re.search(r"(^|\.)classifier\.", name):
-        return "classifier"
-    if _TEMPORAL.search(name):
-        return "temporal"
-    return "embeddings" if re.search(r"(^|\.)embeddings\.", name) else "encoder"
-
-
-def freeze(model: torch.nn.Module, what: str) -> list[str]:
-    """
-    Keeps parameters as they are; returns their names.
-
-    "spatial": all that comes from an image transformer, which leaves Model 2's temporal encoder or Model 3's temporal
-    attention and position embeddings, and the classifier. "all_but_head": leaves only the classifier. "none": nothing.
-
-    Raises ValueError for "spatial" where space and time share their parameters (Models 1 and 4, average pooling).
-    """
-    if what not in FREEZINGS:
-        raise ValueError(f"`freeze` must be one of {', '.join(FREEZINGS)}, got {what!r}.")
-    parts = {name: part_of(name) for name, _ in model.named_parameters()}
-    trained = {"none": set(parts.values()), "spatial": {"temporal", "classifier"}, "all_but_head": {"classifier"}}[what]
-    if what == "spatial" and "temporal" not in parts.values():
-        raise ValueError(
-            "freeze='spatial' leaves nothing over time to train: this model has no parameters of its own for time "
-            "(Models 2 and 3 have). Use 'all_but_head', or LoRA."
-        )
-    # Without temporal embeddings of its own, a model tells time steps apart by the position embeddings of its tokens.
-    has_own_positions = any(".temporal_embeddings." in f".{name}" for name in parts)
-    frozen = []
-    for name, parameter in model.named_parameters():
-        is_position = name.endswith("position_embeddings") and what == "spatial" and not has_own_positions
-        parameter.requires_grad_(parts[name] in trained or is_position)
-        if not parameter.requires_grad:
-            frozen.append(name)
-    return frozen
-
-
-def untrained_modules(model: Any) -> list[str]:
-    """
-    Return the modules that still ignore the order of frames, as an image ViT leaves them, in the form in which
-    peft's `modules_to_save` takes them.
-
-    These are the embeddings if their position embeddings are the same at every time step, and the modules over time if
-    their LayerNorms still have their initial values. If they are frozen, or trained by low-rank updates alone, the
-    model cannot learn the order of frames.
-
-    Args:
-        model: a `ViViTForVideoClassification`.
-    """
-    embeddings, names = model.vivit.embeddings, []
-    positions = embeddings.position_embeddings.detach()[:, embeddings.num_prefix_tokens :]
-    positions = positions.unflatten(1, (embeddings.grid[0], -1))  # (1, time, space, hidden)
-    if embeddings.grid[0] > 1 and torch.allclose(positions, positions[:, :1].expand_as(positions), atol=1e-6):
-        names.append("vivit.embeddings")
-    norms = {
-        name: module
-        for name, module in model.named_modules()
-        if name.endswith((".temporal_layernorm", ".layernorm_time"))
-    }
-    if norms and all(bool((norm.weight == 1).all()) and not norm.bias.any() for norm in norms.values()):
-        is_second_encoder = any(name.endswith(".temporal_layernorm") for name in norms)
-        names += (
-            ["temporal_embeddings", "temporal_encoder", "temporal_layernorm"]
-            if is_second_encoder
-            else ["attention_time", "layernorm_time"]
-        )
-    return names
-
-
-def depths(model: torch.nn.Module) -> dict[str, int]:
-    """How far each parameter is from the output, 0 for the classifier and final norms and 1 more per layer below."""
-    places = {}
-    for name, _ in model.named_parameters():
-        match = _LAYER.search(name.replace(".modules_to_save.default.", "."))  # a copy that peft trains
-        if match:
-            places[name] = (1 if match[1] == "encoder" else 2, int(match[2]))
-        elif part_of(name) == "embeddings":
-            places[name] = (0, 0)
-        elif "temporal_embeddings" in name or re.search(r"(^|\.)vivit\.layernorm\.", name):
-            places[name] = (2, 0)  # between Model 2's encoders; without a second one, at the end
-        else:
-            places[name] = (3, 0)
-    has_second = any(
-        place[0] == 2 and part_of(name) == "temporal" and ".layer." in name for name, place in places.items()
-    )
-    if not has_second:
-        places = {name: (3, 0) if place[0] == 2 else place for name, place in places.items()}
-    order = sorted(set(places.values()), reverse=True)
-    if (3, 0) not in order:
-        order.insert(0, (3, 0))
-    return {name: order.index(place) for name, place in places.items()}
-
-
-def parameter_groups(
-    model: torch.nn.Module, learning_rate: float, weight_decay: float, layer_decay: float = 1.0
-) -> list[dict[str, Any]]:
-    """
-    Groups for an optimiser: learning_rate * layer_decay ** depth (see `depths`), and no weight decay for biases, norms,
-    class tokens and position embeddings. Frozen parameters are left out.
-    """
-    if not 0 < layer_decay <= 1:
-        raise ValueError(f"`layer_decay={layer_decay!r}` must be above 0 and at most 1.")
-    depth_of = depths(model)
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        decays = parameter.ndim > 1 and not name.endswith(("cls_token", "position_embeddings"))
-        depth = depth_of[name] if layer_decay != 1 else 0
-        group = groups.setdefault(
-            (depth, decays),
-            {
-                "params": [],
-                "lr": learning_rate * layer_decay**depth,
-                "weight_decay": weight_decay if decays else 0.0,
-            },
-        )
-        group["params"].append(parameter)
-    if not groups:
-        raise ValueError("No parameter is left to train.")
-    return [groups[key] for key in sorted(groups)]
-
-
-def gradient_norms(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The norm of the gradient of each part of the model (see `part_of`), and of all of it as "total": tensors ()."""
-    norms: dict[str, list[torch.Tensor]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            norm = torch.linalg.vector_norm(parameter.grad.detach().float())
-            norms.setdefault(part_of(name), []).append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    result = {part: torch.stack(values).norm() for part, values in norms.items()}
-    return {**result, "total": torch.stack(list(result.values())).norm()} if result else {}
-
-
-# Checkpoints
-
-
-def is_complete_checkpoint(folder: Path) -> bool:
-    """Whether everything that a `Trainer` checkpoint has is there to its last byte: a killed process leaves less."""
-    try:
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        weights = list(folder.glob("*.safetensors"))
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            if not named <= {path.name for path in weights}:
-                return False
-        for path in weights:
-            with safe_open(path, framework="pt"):  # compares the header with the size of the file
-                continue
-        zipped = [*folder.glob("*.pt"), *folder.glob("*.pth")]
-        names = {path.name for path in zipped}
-        is_sharded = any(path.is_dir() for path in folder.glob("*_fsdp_*")) or any(folder.glob("optimizer_*"))
-        has_optimizer = is_sharded or {"optimizer.pt", "scheduler.pt"} <= names
-        has_random_state = any(name.startswith("rng_state") for name in names)
-        return (
-            "global_step" in state
-            and bool(weights or is_sharded)
-            and has_optimizer
-            and has_random_state
-            and all(zipfile.is_zipfile(path) for path in zipped)  # their directory stands at the end
-        )
-    except (OSError, ValueError, KeyError, SafetensorError):
-        return False
-
-
-def last_complete_checkpoint(folder: str | Path) -> Path | None:
-    """The latest `checkpoint-N` of a folder that is whole; those that are not are passed over, with a warning."""
-    folder = Path(folder)
-    numbered = [
-        (int(match[1]), path)
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    ]
-    for _, path in sorted(numbered, reverse=True):
-        if is_complete_checkpoint(path):
-            return path
-        logger.warning(f"{path} is not whole, as a process leaves it that was killed while writing: it is passed over.")
-    return None
-
-
-# The trainer
 
 
 class ClipTrainer(Trainer):
@@ -403,6 +208,24 @@ class ClipTrainer(Trainer):
                 "uneven classes (class weights, balanced sampling). Try whether one batch can be learnt by heart "
                 "(overfit_one_batch)."
             )
+
+    # Checkpoints
+
+    def _save_checkpoint(self, *arguments: Any, **settings: Any) -> None:
+        folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        try:
+            with deferred_interrupt():
+                super()._save_checkpoint(*arguments, **settings)
+        except Exception:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint would take up space for nothing
+            raise
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and hasattr(self.model, "peft_config"):
+            # An adapter alone does not tell for which model and which clips it was trained.
+            self.model.config.save_pretrained(output_dir or self.args.output_dir)
 
     # Evaluation
 

@@ -1,4 +1,4 @@
-"""Which weights examples/finetune.py trains, and in which precision."""
+"""Which weights fine-tuning trains, and in which precision."""
 
 import json
 import re
@@ -65,7 +65,7 @@ def test_lora_from_an_image_vit_learns_the_order_of_frames(data, tmp_path, varia
         model.save_pretrained(tmp_path / "start")
         given = {"lora_rank": 2, "model_name_or_path": tmp_path / "start"}
     run(data, tmp_path / "out", **given, max_steps=3, save_strategy="steps", save_steps=2, layer_decay=0.7)
-    assert "LoRA: trained in full, since they know nothing of time yet: " in capsys.readouterr().out
+    assert "LoRA: trained in full, because they ignore the order of frames so far: " in capsys.readouterr().out
     model = ViViTForVideoClassification.from_pretrained(tmp_path / "out")
     assert sees_order(model)
     if variant == "factorised_self_attention":

@@ -1,4 +1,4 @@
-"""Settings files of examples/finetune.py, and failures after training."""
+"""Settings files, the help, and failures after training."""
 
 import dataclasses
 
@@ -8,6 +8,14 @@ from finetune_runs import run, write_data
 from transformers import AutoImageProcessor
 
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
+from vivit_hf.training.finetuning_arguments import (
+    AugmentationArguments,
+    DataArguments,
+    FineTuningArguments,
+    ModelArguments,
+)
+from vivit_hf.training.finetuning_parser import parse_arguments
+from vivit_hf.training.trainer import ClipTrainer
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +31,7 @@ def data(tmp_path_factory):
         ("num_frames: 16.5", "num_frames: expected int, got 16.5"),
         ("num_frames: true", "num_frames: expected int, got True"),
         ("bf16: perhaps", "bf16: expected true or false, got 'perhaps'"),
-        ("weight_decay: null", "weight_decay: null is not possible here"),
+        ("weight_decay: null", "weight_decay: null is not allowed here"),
         ("tubelet_size: [2, 16, 16]", r"tubelet_size: expected one value, got the list \[2, 16, 16\]"),
         ("recipe: {name: small-data}", "recipe: expected one value, got {'name': 'small-data'}"),
         ("lr_scheduler_type: cosin", "lr_scheduler_type: expected one of linear, cosine, .* got 'cosin'"),
@@ -46,7 +54,7 @@ def test_values_of_a_settings_file_have_the_types_of_the_arguments(tmp_path):
         "average_tokens_across_devices: false\nrecipe: small-data"
     )
     argv = [str(tmp_path / "settings.yaml"), "--output_dir", str(tmp_path / "out")]
-    model, data, augmentation, training = finetune.parse_arguments(argv)
+    model, data, augmentation, training = parse_arguments(argv)
     assert (training.learning_rate, model.num_frames, training.bf16, data.resize) == (1e-4, 16, False, None)
     assert type(training.max_grad_norm) is float and augmentation.horizontal_flip == "True"
     assert training.label_names == ["labels"] and training.average_tokens_across_devices is False
@@ -60,13 +68,13 @@ def test_the_help_has_our_arguments_first_and_all_of_them_on_demand(capsys):
         assert not ended.value.code
         texts.append(capsys.readouterr().out)
     short, everything = texts
-    ours = (finetune.ModelArguments, finetune.DataArguments, finetune.AugmentationArguments)
+    ours = (ModelArguments, DataArguments, AugmentationArguments)
     for name in [name for one in ours for name in one.__annotations__] + ["recipe", "learning_rate", "output_dir"]:
         assert f"  --{name} " in short, name
     assert "--help-all" in short and short.count("\n") < 200
     places = [short.index(f"\n  --{name} ") for name in ("model_name_or_path", "train_dir", "recipe", "learning_rate")]
     assert places == sorted(places)
-    for field in dataclasses.fields(finetune.FineTuningArguments):
+    for field in dataclasses.fields(FineTuningArguments):
         assert not field.init or f"  --{field.name}" in everything, field.name
     assert "--torch_empty_cache_steps" in everything and "--torch_empty_cache_steps" not in short
 
@@ -78,7 +86,7 @@ def test_what_would_fail_after_training_is_refused_before_it(data, tmp_path, mon
     run(data, tmp_path / "first", max_steps=1)
     processor = ViViTVideoProcessor.from_pretrained(tmp_path / "first", frame_sampling="uniform")
     processor.save_pretrained(tmp_path / "first")
-    monkeypatch.setattr(finetune.ClipTrainer, "train", lambda *_, **__: pytest.fail("it trains"))
+    monkeypatch.setattr(ClipTrainer, "train", lambda *_, **__: pytest.fail("it trains"))
     given = {"model_name_or_path": tmp_path / "first", "num_frames": None}
     for changes, message in (
         ({"num_clips": 4}, "frame_sampling='uniform' spreads one clip over the whole video, got num_clips=4"),
@@ -98,7 +106,7 @@ def test_whatever_fails_after_training_the_model_is_saved(data, tmp_path, monkey
             return {}
         raise RuntimeError("no more")
 
-    monkeypatch.setattr(finetune.ClipTrainer, culprit, fail)
+    monkeypatch.setattr(ClipTrainer, culprit, fail)
     with pytest.raises(RuntimeError, match="no more"):
         run(data, tmp_path, max_steps=1, **extra)
     model, processor = (
@@ -113,7 +121,7 @@ def test_an_evaluation_that_fails_during_training_leaves_a_checkpoint(data, tmp_
         raise RuntimeError("no score")
 
     with monkeypatch.context() as patch:
-        patch.setattr(finetune.ClipTrainer, "_metrics", fail)
+        patch.setattr(ClipTrainer, "_metrics", fail)
         with pytest.raises(RuntimeError, match="no score"):
             run(data, tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1)
     run(data, tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1)

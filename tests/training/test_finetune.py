@@ -1,4 +1,4 @@
-"""examples/finetune.py as its users start it, on miniature data."""
+"""Fine-tuning as users start it, on miniature data."""
 
 import csv
 import json
@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForVideoClassification, ViTForImageClassification
 
 from vivit_hf import ViViTForVideoClassification
+from vivit_hf.training import finetuning
+from vivit_hf.training.finetuning_parser import parse_arguments
 from vivit_hf.training.recipes import RECIPES
 
 
@@ -43,7 +45,7 @@ def test_from_an_image_vit_to_a_model_that_classifies(data, tmp_path):
     assert not [noise for noise in ("LOAD REPORT", "pin_memory", "not sharded") if noise in process.stderr]
     assert "16 videos to train on, 4 for validation, 4 classes" in printed
     assert "Training on 1 process(es), device type cpu" in printed
-    assert "No horizontal flips: 4 class names speak of a side or a turn (down_left, down_right" in printed
+    assert "No horizontal flips: 4 class names mention a side or a turn (down_left, down_right" in printed
     assert re.search(r"vit: \d+ copied, 1 inflated, \d+ newly initialised parameters", printed)
 
     out = tmp_path / "out"
@@ -109,7 +111,7 @@ def test_a_vivit_goes_on_with_its_classifier_if_the_classes_are_the_same(data, t
         learning_rate=0.0,
         num_frames=None,
     )
-    assert "the same 4 classes, and so the same classifier" in capsys.readouterr().out
+    assert "the same 4 classes, so its classifier is kept" in capsys.readouterr().out
     second = ViViTForVideoClassification.from_pretrained(tmp_path / "second")
     assert list(second.config.id2label.values()) == order
     assert torch.equal(second.classifier.weight, first.classifier.weight)
@@ -327,7 +329,7 @@ def test_input_that_cannot_work_is_an_error_before_a_model_is_loaded(data, tmp_p
     def load(*arguments):
         raise AssertionError("a model is loaded")
 
-    monkeypatch.setattr(finetune, "build_model", load)
+    monkeypatch.setattr(finetuning, "build_model", load)
     with pytest.raises(SystemExit, match=message):
         run(data, tmp_path / "out", **changes)
     assert not (tmp_path / "out" / "config.json").exists()
@@ -337,7 +339,7 @@ def test_settings_that_cannot_work(data, tmp_path, capsys):
     for changes, message in (
         ({"freeze": "spatial", "attention_type": "spatio_temporal"}, "no parameters of its own for time"),
         ({"lora_rank": 2, "freeze": "all_but_head"}, "leave --freeze out"),
-        ({"scale_jitter": "0.9"}, "two factors as 0.9,1.33"),
+        ({"scale_jitter": "0.9"}, "expected two factors such as 0.9,1.33"),
         ({"horizontal_flip": "perhaps"}, "yes, no or auto"),
         ({"resume_from_checkpoint": str(tmp_path)}, "not a whole checkpoint"),
         ({"model_name_or_path": str(tmp_path / "no_model")}, "no_model"),
@@ -348,7 +350,11 @@ def test_settings_that_cannot_work(data, tmp_path, capsys):
         with pytest.raises(SystemExit):
             finetune.main(argv)
     errors = capsys.readouterr().err
-    assert "there are k400-b, k400-b-fe" in errors and "no_such_thing" in errors and "--output_dir is needed" in errors
+    assert (
+        "expected one of k400-b, k400-b-fe" in errors
+        and "no_such_thing" in errors
+        and "--output_dir is required" in errors
+    )
 
 
 # Recipes
@@ -386,7 +392,7 @@ def test_recipes_are_the_official_ones(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_understood_and_explicit_arguments_beat_it(name, tmp_path, capsys):
     argv = ["--recipe", name, "--output_dir", str(tmp_path), "--use_cpu", "--report_to", "none"]
-    _, data, augmentation, training = finetune.parse_arguments([*argv, "--per_device_train_batch_size", "4"])
+    _, data, augmentation, training = parse_arguments([*argv, "--per_device_train_batch_size", "4"])
     base = RECIPES[name].arguments["learning_rate"]
     assert training.learning_rate == pytest.approx(base * 4 / 64)
     assert f"learning rate {base:g} for 64 clips per step, so {base * 4 / 64:g} for 4" in capsys.readouterr().out
@@ -402,7 +408,7 @@ def test_every_recipe_is_understood_and_explicit_arguments_beat_it(name, tmp_pat
         "--gradient_accumulation_steps",
         "8",
     ]
-    _, data, augmentation, training = finetune.parse_arguments([*argv, *given])
+    _, data, augmentation, training = parse_arguments([*argv, *given])
     assert (training.learning_rate, data.num_clips, augmentation.scale_jitter) == (0.3, 1, "0.5,2")
 
 

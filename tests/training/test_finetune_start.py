@@ -1,4 +1,4 @@
-"""Which model and which clips examples/finetune.py trains: what is given, what the start has, what a recipe says."""
+"""The model and the clips of a fine-tuning run: given settings, those of the start, and those of a recipe."""
 
 import json
 
@@ -6,8 +6,6 @@ import finetune
 import numpy as np
 import pytest
 import torch
-from finetuning_data import DataArguments
-from finetuning_model import ModelArguments, build_model
 from image_conversion import jax_arrays
 from safetensors.torch import save_file
 from tiny_models import case_config, make_model
@@ -16,6 +14,16 @@ from vit_models import make_vit, timm_weights
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor
 from vivit_hf.data.labels import LabelMap
+from vivit_hf.training import finetuning
+from vivit_hf.training.finetuning_arguments import (
+    Arguments,
+    AugmentationArguments,
+    DataArguments,
+    FineTuningArguments,
+    ModelArguments,
+)
+from vivit_hf.training.finetuning_data import Splits
+from vivit_hf.training.finetuning_model import build_model
 from vivit_hf.training.recipes import RECIPES
 
 
@@ -28,8 +36,10 @@ def start_from(source, recipe=None, **given):
     printed = []
     model = {name: value for name, value in given.items() if name in ModelArguments.__dataclass_fields__}
     data = {name: value for name, value in given.items() if name not in model}
-    arguments = ModelArguments(model_name_or_path=str(source), **model)
-    start = build_model(arguments, DataArguments(**data), LABELS, printed.append, recipe)
+    training = FineTuningArguments(recipe=None if recipe is None else recipe.name, use_cpu=True)
+    model = ModelArguments(model_name_or_path=str(source), **model)
+    arguments = Arguments(model, DataArguments(**data), AugmentationArguments(), training)
+    start = build_model(arguments, LABELS, printed.append)
     return start, "\n".join(printed)
 
 
@@ -70,8 +80,8 @@ def test_a_vivit_keeps_its_structure_frames_size_and_stride_under_a_recipe(vivit
     assert start.model.config.num_temporal_layers == 2 and start.processor.image_mean == [0.4]
     assert f"  {vivit}: attention_type factorised_encoder, num_temporal_layers 2, " in printed
     assert "num_frames 8, image_size 32, frame_stride 3, short side resized to 34, image_mean [0.4]" in printed
-    line = next(line for line in printed.splitlines() if "do not count" in line)
-    assert "these of recipe small-data do not count: " in line
+    line = next(line for line in printed.splitlines() if "overrides" in line)
+    assert "overrides these settings of recipe small-data: " in line
     for text in ("num_temporal_layers 4", "num_frames 32", "image_size 224", "frame_stride 2", "resize_ratio 1.143"):
         assert text in line
 
@@ -93,7 +103,7 @@ def test_what_is_given_wins_over_a_vivit_and_a_recipe(vivit):
     [
         (
             {"num_temporal_layers": 4},
-            "has num_temporal_layers=2, which is in its weights: leave --num_temporal_layers 4",
+            "has num_temporal_layers=2, which its weights fix: leave --num_temporal_layers 4",
         ),
         ({"attention_type": "spatio_temporal"}, "leave --attention_type spatio_temporal out"),
         ({"tubelet_size": "4,8,8"}, r"has tubelet_size=\[2, 8, 8\]"),
@@ -197,13 +207,13 @@ def test_the_script_hands_the_recipe_over(vivit, tmp_path, monkeypatch, capsys):
     def stop(*arguments):
         raise ValueError("that is enough")
 
-    monkeypatch.setattr(finetune, "make_trainer", stop)
-    monkeypatch.setattr(finetune, "load_splits", lambda *_: finetune.Splits([], [], LABELS))
+    monkeypatch.setattr(finetuning, "make_trainer", stop)
+    monkeypatch.setattr(finetuning, "load_splits", lambda *_: Splits([], [], LABELS))
     argv = ["--recipe", "small-data", "--model_name_or_path", str(vivit), "--output_dir", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="that is enough"):
         finetune.main([*argv, "--use_cpu", "--frame_stride", "5"])
     printed = capsys.readouterr().out
-    assert "given: frame_stride 5" in printed and "these of recipe small-data do not count" in printed
+    assert "given: frame_stride 5" in printed and "overrides these settings of recipe small-data" in printed
 
 
 # Sources of image ViTs
@@ -281,11 +291,11 @@ def test_a_recipes_clips_do_not_count_where_one_is_spread_over_a_video(vivit, tm
     def stop(arguments, *_):
         raise ValueError(f"{arguments[1].num_clips} x {arguments[1].num_crops} views")
 
-    monkeypatch.setattr(finetune, "make_trainer", stop)
-    monkeypatch.setattr(finetune, "load_splits", lambda *_: finetune.Splits([], [], LABELS))
+    monkeypatch.setattr(finetuning, "make_trainer", stop)
+    monkeypatch.setattr(finetuning, "load_splits", lambda *_: Splits([], [], LABELS))
     argv = ["--model_name_or_path", str(vivit), "--output_dir", str(tmp_path / "out"), "--use_cpu"]
     with pytest.raises(SystemExit, match="1 x 3 views"):
         finetune.main([*argv, "--recipe", "small-data"])
-    assert "num_clips of the recipe small-data does not count" in capsys.readouterr().out
+    assert "num_clips of the recipe small-data does not apply" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="num_clips=2"):
         finetune.main([*argv, "--num_clips", "2"])

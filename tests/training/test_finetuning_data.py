@@ -1,14 +1,15 @@
-"""examples/finetuning_data.py: which videos are trained on and which are held out."""
+"""The data of a fine-tuning run: which videos are trained on and which are held out."""
 
 import csv
 from collections import Counter
 
 import datasets
 import pytest
-from finetuning_data import DataArguments, load_splits
 
 from vivit_hf.data.annotations import AnnotationError
 from vivit_hf.data.hub_datasets import StreamedVideos
+from vivit_hf.training.finetuning_arguments import DataArguments
+from vivit_hf.training.finetuning_data import load_splits
 
 
 def load(seed=0, **arguments):
@@ -98,7 +99,7 @@ def test_groups_stay_together(table):
     ):
         load(train_file=train, validation_file=validation, group_column="patient")
     _, said = load(train_file=train, validation_file=validation)
-    assert "Warning: 4 of the 4 validation videos belong to files or groups that are trained on" in said
+    assert "Warning: 4 of the 4 validation videos share a file or a group with training videos" in said
 
 
 def test_fewer_samples_are_of_all_classes(table):
@@ -135,7 +136,7 @@ def test_a_list_of_the_authors(table, tmp_path):
 def test_a_folder_of_splits_is_no_folder_of_classes(table, tmp_path):
     table([(f"{split}/{label}/1.mp4", "") for split in ("train", "Val") for label in ("run", "jump")])
     with pytest.raises(
-        AnnotationError, match=r"its folders are splits \(Val, train\) and not classes: give one as --train"
+        AnnotationError, match=r"its folders are splits \(Val, train\), not classes: give one as --train"
     ):
         load(train_dir=str(tmp_path))
 

@@ -1,0 +1,43 @@
+"""`vivit-hf finetune`: train a ViViT on your own videos."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from .output import printable, say
+
+
+def finetune(context: typer.Context) -> None:
+    """
+    Fine-tune a ViViT on your own videos; --help lists the arguments.
+
+    Example: vivit-hf finetune --train_dir videos/train --recipe small-data --output_dir my_vivit
+    """
+    main(context.args)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command with these arguments, by default those of the process."""
+    from ..training.finetuning_parser import parse_arguments
+
+    try:
+        arguments = parse_arguments(sys.argv[1:] if argv is None else argv, _echo)
+        from ..training.finetuning import prepare
+
+        run = prepare(arguments, _echo)
+    except (ValueError, OSError) as error:
+        raise SystemExit(printable(f"finetune: {error}")) from error
+    try:
+        run.run()
+    except KeyboardInterrupt:
+        checkpoint = run.last_checkpoint()
+        then = "there is no checkpoint yet" if checkpoint is None else f"run again to continue from {checkpoint}"
+        say(f"Interrupted: {then}.")
+        raise SystemExit(130) from None
+
+
+def _echo(text: str) -> None:
+    typer.echo(printable(text))

@@ -1,0 +1,451 @@
+"""A fine-tuning run: everything is checked first, then the model is trained, saved, evaluated and pushed."""
+
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from transformers import TrainingArguments, set_seed
+
+from ..configuration_vivit import ViViTConfig
+from ..conversion.weight_files import read_json
+from ..data.labels import LabelMap, class_weights
+from ..explain.batch_picture import draw_batch
+from ..hub.model_card import is_repo_id, write_model_card
+from ..inference.metrics import describe_chance
+from ..inference.views import describe_views
+from ..modeling_vivit import ViViTForVideoClassification
+from .augmentation import ClipAugmentation, names_with_sides
+from .checkpoints import deferred_interrupt, is_complete_checkpoint, last_complete_checkpoint
+from .clips import StreamedClips, VideoClips
+from .finetuning_arguments import Arguments, FineTuningArguments, ModelArguments
+from .finetuning_data import Splits, load_splits
+from .finetuning_model import SIZES, STRUCTURE, Start, build_model, labels_to_score
+from .finetuning_parser import Say, speaker
+from .mixing import ClipCollator
+from .overfitting import overfit_one_batch
+from .parameters import freeze, parameter_groups
+from .recipes import RECIPES
+from .trainer import ClipTrainer
+
+
+ADAPTER_FOLDER = "adapter"
+_MEGABYTE = 1e6
+
+
+@dataclass
+class FineTuning:
+    """
+    A run that has passed its checks (see `prepare`).
+
+    `validation` has all views for the final evaluation, or is None; `checkpoint` is what to resume from, or None.
+    """
+
+    arguments: Arguments
+    start: Start
+    trainer: ClipTrainer
+    validation: VideoClips | StreamedClips | None
+    checkpoint: str | None
+    push: bool
+    say: Say
+
+    def run(self) -> None:
+        """Train, save, evaluate and push, as far as the arguments ask for it."""
+        training = self.arguments.training
+        if training.save_batch_picture:
+            draw_first_batch(self.trainer, training.save_batch_picture, self.say)
+        if training.overfit_one_batch:
+            try_one_batch(self.trainer, training, self.say)
+        if training.do_train:
+            self._train()
+        results = self._evaluate()
+        damaged = self.trainer.all_damaged_files()
+        if training.do_train:
+            self.trainer.save_state()
+            if training.should_save:
+                self._finish(results, damaged)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+
+    def last_checkpoint(self) -> Path | None:
+        """Return the checkpoint that the run would resume from now, or None."""
+        return last_complete_checkpoint(self.arguments.training.output_dir)
+
+    def _train(self) -> None:
+        """Train, and save model, processor and metrics."""
+        try:
+            result = self.trainer.train(resume_from_checkpoint=self.checkpoint)
+            self._save()  # before anything else can fail
+        except Exception as error:
+            if (reason := lack_of_space(self.arguments.training, self.trainer.model)) is not None:
+                raise SystemExit(f"finetune: {reason}") from error
+            raise
+        metrics = {**result.metrics, "train_damaged_files": len(self.trainer.all_damaged_files()["train"])}
+        if isinstance(self.trainer.train_dataset, VideoClips):
+            metrics["train_samples"] = len(self.trainer.train_dataset)
+        self._report("train", metrics)
+
+    def _save(self) -> None:
+        """Save model and processor; with LoRA also the adapter, and merge it into the model to evaluate."""
+        trainer, folder = self.trainer, Path(self.trainer.args.output_dir)
+        with deferred_interrupt():
+            if self.arguments.model.lora_rank:
+                if trainer.args.should_save:
+                    trainer.model.save_pretrained(folder / ADAPTER_FOLDER)
+                trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
+                if trainer.args.should_save:
+                    trainer.model.save_pretrained(folder)
+            else:
+                trainer.save_model()  # in all processes: each may hold a part of it
+                if trainer.args.should_save and (folder / ADAPTER_FOLDER / "adapter_config.json").exists():
+                    shutil.rmtree(folder / ADAPTER_FOLDER)  # it belongs to an earlier model in this folder
+            if trainer.args.should_save:
+                self.start.processor.save_pretrained(folder)
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Score the model on all views of the validation videos; return no scores if there are none."""
+        if self.validation is None:
+            return {}
+        data, training = self.arguments.data, self.arguments.training
+        results: dict[str, Any] = self.trainer.evaluate(self.validation)
+        results["eval_protocol"] = describe_views(
+            self.start.processor, data.num_clips, data.num_crops, training.averaging
+        )
+        results["eval_damaged_files"] = len(self.trainer.all_damaged_files()["eval"])
+        self._report("eval", results)
+        near_chance = describe_chance({name.removeprefix("eval_"): value for name, value in results.items()})
+        if near_chance is not None:
+            self.say(near_chance)
+        return results
+
+    def _report(self, split: str, metrics: dict[str, Any]) -> None:
+        self.trainer.log_metrics(split, metrics)
+        self.trainer.save_metrics(split, metrics)
+
+    def _finish(self, results: dict[str, Any], damaged: dict[str, dict[str, str]]) -> None:
+        """Write the list of damaged files and a model card with the scores, and push the model if asked to."""
+        training = self.arguments.training
+        folder = Path(training.output_dir)
+        (folder / "damaged_files.json").write_text(json.dumps(damaged, indent=2) + "\n", encoding="utf-8")
+        if any(damaged.values()):
+            counts = " and ".join(f"{len(files)} {split}" for split, files in damaged.items())
+            self.say(f"Files that could not be read ({counts}): see {folder / 'damaged_files.json'}")
+        model = ViViTForVideoClassification.from_pretrained(folder)
+        card = self._card(results)
+        write_model_card(folder, model, repo_id=training.hub_model_id, **card)
+        if not self.push:
+            return
+        repository, private = _repository(training), bool(training.hub_private_repo)
+        try:
+            model.push_to_hub(repository, private=private, token=training.hub_token, **card)
+            self.start.processor.push_to_hub(repository, private=private, token=training.hub_token)
+        except Exception as error:
+            raise SystemExit(
+                f"finetune: the model is saved in {folder}, but it could not be pushed to {repository}: {error}"
+            ) from error
+        self.say(f"Uploaded to {repository}.")
+
+    def _card(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Return what the model card says about the run."""
+        scores = {
+            name.removeprefix("eval_"): value
+            for name, value in results.items()
+            if name.endswith(("top1", "top5", "_map")) and isinstance(value, float)
+        }
+        dataset = self.arguments.data.dataset_name
+        return {
+            "base_model": self.start.source if self.start.is_pretrained else None,
+            "report": self.start.report,
+            "datasets": dataset if is_repo_id(dataset) else None,
+            "metrics": ["accuracy"],
+            "results": scores,
+            "protocol": results.get("eval_protocol"),
+        }
+
+
+def prepare(arguments: Arguments, echo: Say = print) -> FineTuning:
+    """
+    Check everything that can be checked before training, and set the run up.
+
+    Args:
+        arguments: of the run.
+        echo: prints one text; only the first process uses it.
+
+    Raises:
+        ValueError: for arguments, data, a model, a checkpoint or an output folder that cannot be used.
+        OSError: for files that cannot be read.
+    """
+    model_arguments, data, _, training = arguments
+    say = speaker(training, echo)
+    check_processes(training, say)
+    check_output(model_arguments, training)
+    own_labels = None if training.do_train else labels_to_score(model_arguments.model_name_or_path)
+    splits = load_splits(data, training.seed, say, own_labels)
+    check_fit(training, splits)
+    push, training.push_to_hub = training.push_to_hub and training.do_train, False  # once, after training
+    if push:
+        check_repository(training)
+    set_seed(training.seed)
+    checkpoint = find_checkpoint(training, say) if training.do_train else None
+    start = build_model(arguments, splits.label_map, say)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, start, model_arguments)
+    check_views(arguments, start, splits, say)
+    frozen = [] if model_arguments.lora_rank else freeze(start.model, model_arguments.freeze)
+    if training.do_train:
+        if (reason := lack_of_space(training, start.model)) is not None:
+            raise ValueError(reason)
+        trained = sum(parameter.numel() for parameter in start.model.parameters() if parameter.requires_grad)
+        say(f"{trained:,} parameters to train" + f", {len(frozen)} tensors frozen" * bool(frozen))
+    label_map = LabelMap.from_config(start.model.config)  # in the order of a classifier that is kept
+    splits = Splits(splits.train, splits.validation, label_map)
+    trainer, validation = make_trainer(arguments, splits, start.model, start.processor, say)
+    return FineTuning(arguments, start, trainer, validation, checkpoint, push, say)
+
+
+# Checks before training
+
+
+def check_processes(training: TrainingArguments, say: Say) -> None:
+    """Raise ValueError for launchers that start several processes which would not train together."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and training.device.type == "cpu":
+        raise ValueError("FSDP is set up, but on CPUs it would silently be plain data parallelism: it needs GPUs.")
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != training.world_size:
+        raise ValueError(
+            f"{started} processes were started, but this one trains by itself (world size {training.world_size}): "
+            f"there would be {started} independent copies. On CPUs add --use_cpu --ddp_backend gloo."
+        )
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" and started == 1:
+        say("One process only. On CPUs, `torchrun --nproc_per_node N ... --use_cpu` starts several.")
+    say(f"Training on {training.world_size} process(es), device type {training.device.type}.")
+
+
+def check_output(arguments: ModelArguments, training: FineTuningArguments) -> None:
+    """Create the output folder. Raise ValueError if that or a file in it cannot be written, or it is the LoRA base."""
+    folder = Path(training.output_dir)
+    if arguments.lora_rank and Path(arguments.model_name_or_path).resolve() == folder.resolve():
+        raise ValueError(
+            f"--output_dir {folder} is the model itself, whose original weights --lora_rank needs to resume: give "
+            "another folder."
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--output_dir {folder}: the folder cannot be created or written to ({error.strerror}): give another one."
+        ) from error
+    picture = training.save_batch_picture
+    if picture is not None and not Path(picture).absolute().parent.is_dir():
+        raise ValueError(f"--save_batch_picture {picture}: there is no such folder.")
+
+
+def check_fit(training: FineTuningArguments, splits: Splits) -> None:
+    """Raise ValueError for arguments that do not go with the data."""
+    if not training.do_train:
+        if splits.validation is None:
+            raise ValueError("--do_eval: there are no validation videos: give --validation_dir or --validation_file.")
+        for name in ("overfit_one_batch", "save_batch_picture"):
+            if getattr(training, name):
+                raise ValueError(f"--{name} takes training videos: leave it or --do_eval out.")
+        return
+    if not splits.is_streamed:
+        return
+    for name in ("class_weights", "balanced_sampling"):
+        if getattr(training, name):
+            raise ValueError(
+                f"--{name} counts the labels of the training videos, which a stream does not list: leave it or "
+                "--streaming out."
+            )
+    if training.max_steps <= 0:
+        raise ValueError("A streamed data set has no length: give --max_steps.")
+
+
+def _repository(training: FineTuningArguments) -> str:
+    return training.hub_model_id or Path(training.output_dir).resolve().name
+
+
+def check_repository(training: FineTuningArguments) -> None:
+    """Create the repository to push to. Raise ValueError if the Hub refuses that or cannot be reached."""
+    if training.process_index != 0:
+        return
+    try:
+        api = HfApi(token=training.hub_token)
+        api.create_repo(_repository(training), private=training.hub_private_repo, exist_ok=True)
+    except Exception as error:
+        raise ValueError(f"--push_to_hub: the Hub does not accept {_repository(training)}: {error}") from error
+
+
+def find_checkpoint(training: FineTuningArguments, say: Say) -> str | None:
+    """Return the checkpoint to resume from: the last whole one, unless --resume_from_checkpoint says otherwise."""
+    wish = training.resume_from_checkpoint
+    if wish in (None, True, "True", "true", "last"):
+        found = last_complete_checkpoint(training.output_dir)
+        if found is not None:
+            say(f"Going on from {found}; --resume_from_checkpoint no starts anew.")
+        return None if found is None else str(found)
+    if wish in (False, "False", "false", "no"):
+        return None
+    if not is_complete_checkpoint(Path(wish)):
+        raise ValueError(f"--resume_from_checkpoint {wish}: this is not a whole checkpoint.")
+    return str(wish)
+
+
+def check_checkpoint(checkpoint: str, start: Start, arguments: ModelArguments) -> None:
+    """Raise ValueError for a checkpoint of a run with another model, other classes or other LoRA settings."""
+    way_out = "give another --output_dir, or --resume_from_checkpoint no to start anew."
+    folder = Path(checkpoint)
+    adapter = read_json(path) if (path := folder / "adapter_config.json").exists() else {}
+    rank = adapter.get("r")
+    if rank != (arguments.lora_rank or None) and (adapter or (folder / "config.json").exists()):
+        kind = "without LoRA" if rank is None else f"of --lora_rank {rank}"
+        raise ValueError(f"{checkpoint} is {kind}, unlike this run: {way_out}")
+    if adapter and adapter["lora_alpha"] != arguments.lora_alpha:
+        raise ValueError(f"{checkpoint} is of --lora_alpha {adapter['lora_alpha']}, unlike this run: {way_out}")
+    base, source = adapter.get("base_model_name_or_path"), arguments.model_name_or_path
+    if base is not None and base != source and Path(base).resolve() != Path(source).resolve():
+        raise ValueError(f"{checkpoint} was trained on top of {base}, this run on {source}: {way_out}")
+    if not (folder / "config.json").exists():
+        return
+    stored = ViViTConfig.from_pretrained(checkpoint)
+    for name in ("id2label", *STRUCTURE, *SIZES):
+        saved, wanted = getattr(stored, name), getattr(start.model.config, name)
+        if saved != wanted:
+            raise ValueError(f"{checkpoint} has {name} {saved}, this run {wanted}: {way_out}")
+
+
+def check_views(arguments: Arguments, start: Start, splits: Splits, say: Say) -> None:
+    """Raise ValueError for views of the final evaluation that the processor does not offer."""
+    data, recipe = arguments.data, arguments.training.recipe
+    is_uniform = start.processor.frame_sampling == "uniform"
+    if recipe and is_uniform and data.num_clips == RECIPES[recipe].arguments["num_clips"]:
+        data.num_clips = 1
+        say(f"One clip is spread over a video: num_clips of the recipe {recipe} does not apply.")
+    if splits.validation is not None:
+        start.processor.settings_with({"num_clips": data.num_clips, "num_crops": data.num_crops})
+
+
+def lack_of_space(training: TrainingArguments, model: torch.nn.Module) -> str | None:
+    """Return an error if the disk has no space for the model and one checkpoint, else None."""
+    sizes = [(one.nbytes, one.requires_grad) for one in model.parameters()]
+    whole, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    needed = whole
+    if training.save_strategy != "no":
+        needed += (trained if hasattr(model, "peft_config") else whole) + 2 * trained  # with the state of AdamW
+    free = shutil.disk_usage(training.output_dir).free
+    if free >= needed:
+        return None
+    return (
+        f"--output_dir {training.output_dir}: {free / _MEGABYTE:.1f} MB are free on its disk, and the model with a "
+        f"checkpoint takes about {needed / _MEGABYTE:.1f} MB: free some space, or give a folder on another disk."
+    )
+
+
+# The trainer
+
+
+def make_augmentation(arguments: Arguments, names: list[str], crop: tuple[int, int], say: Say) -> ClipAugmentation:
+    """Return the augmentation of the training clips. Raises ValueError for values out of range."""
+    wanted, sides = arguments.augmentation, names_with_sides(names)
+    flip = wanted.flip_probability(sides)
+    if sides and wanted.horizontal_flip == "auto":
+        say(
+            f"No horizontal flips: {len(sides)} class names mention a side or a turn ({', '.join(sides[:4])}"
+            f"{', ...' * (len(sides) > 4)}). --horizontal_flip yes forces them."
+        )
+    return ClipAugmentation(
+        crop_size=crop,
+        flip_probability=flip,
+        scale_jitter=wanted.scale_factors(),
+        colour_jitter_probability=wanted.colour_jitter,
+        colour_drop_probability=wanted.colour_drop,
+        rand_augment_layers=wanted.rand_augment_layers,
+        rand_augment_magnitude=wanted.rand_augment_magnitude,
+    )
+
+
+def make_trainer(
+    arguments: Arguments, splits: Splits, model: Any, processor: Any, say: Say
+) -> tuple[ClipTrainer, VideoClips | StreamedClips | None]:
+    """Return the trainer, which evaluates one view per video, and the validation data with all views."""
+    _, data, augmentation, training = arguments
+    label_map, seed = splits.label_map, training.seed if training.data_seed is None else training.data_seed
+    crop = (processor.crop_size["height"], processor.crop_size["width"])
+
+    def clips(videos: Any, **settings: Any) -> Any:
+        if videos is None:
+            return None
+        kind = VideoClips if isinstance(videos, list) else StreamedClips
+        return kind(videos, processor, label_map, seed=seed, **settings)
+
+    train = None
+    if training.do_train:
+        train = clips(splits.train, augmentation=make_augmentation(arguments, label_map.names, crop, say))
+    collator = ClipCollator(
+        label_map,
+        label_smoothing=training.label_smoothing_factor,
+        mixup_alpha=augmentation.mixup_alpha,
+        cutmix_alpha=augmentation.cutmix_alpha,
+        class_weights=class_weights(train.targets, label_map) if train and training.class_weights else None,
+        seed=seed,
+    )
+    training.label_smoothing_factor = 0.0  # the collator smooths the labels
+    training.label_names = ["labels"]
+    training.dataloader_pin_memory &= training.device.type != "cpu"  # without a GPU, torch would warn
+    training.dataloader_persistent_workers = training.dataloader_num_workers > 0
+    if splits.validation is None:
+        training.eval_strategy, training.do_eval = "no", False
+    trainer = ClipTrainer(
+        model=model,
+        args=training,
+        train_dataset=train,
+        eval_dataset=clips(splits.validation),
+        data_collator=collator,
+        processing_class=processor,
+        label_map=label_map,
+        layer_decay=training.layer_decay,
+        is_balanced=training.balanced_sampling,
+        averaging=training.averaging,
+    )
+    return trainer, clips(splits.validation, num_clips=data.num_clips, num_crops=data.num_crops)
+
+
+# Looking at the first batch
+
+
+def draw_first_batch(trainer: ClipTrainer, path: str, say: Say) -> None:
+    """Draw the first training batch into a file; the state of the random numbers stays as it was."""
+    with torch.random.fork_rng():
+        batch = next(iter(trainer.get_train_dataloader()))
+    if trainer.args.process_index == 0:
+        draw_batch(
+            batch["pixel_values"], batch["labels"], trainer.processing_class, trainer.label_map, batch["files"]
+        ).save(path)
+        say(f"The first batch as the model sees it: {path}")
+
+
+def try_one_batch(trainer: ClipTrainer, training: FineTuningArguments, say: Say) -> None:
+    """Learn the clips of the first batch by heart, with their plain labels, and exit with code 0 if that succeeds."""
+    data: Any = trainer.train_dataset
+    clips = iter(data) if isinstance(data, StreamedClips) else map(data.__getitem__, trainer._get_train_sampler())
+    items = list(itertools.islice(clips, training.train_batch_size))
+    optimizer_class, settings = trainer.get_optimizer_cls_and_kwargs(training, trainer.model)
+    report = overfit_one_batch(
+        trainer.model,
+        ClipCollator(trainer.label_map)(items),
+        trainer.label_map,
+        lambda groups: optimizer_class(groups, **settings),
+        parameter_groups(trainer.model, training.learning_rate, 0.0, training.layer_decay),
+        training.overfit_steps,
+    )
+    say(str(report))
+    raise SystemExit(0 if report.is_reached else 1)

@@ -1,0 +1,322 @@
+"""The model of a fine-tuning run: a ViViT, a preset, or an image ViT that becomes a ViViT; with its processor."""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..configuration_vivit import ViViTConfig
+from ..conversion.image_sources import read_image_source
+from ..conversion.weight_files import find_file, has_processor, read_json
+from ..data.labels import LabelMap
+from ..initialisation.from_image import InitialisationReport, config_from_vit, initialise_from_vit
+from ..initialisation.model_processor import processor_for, resize_ratio_of
+from ..modeling_vivit import ViViTForVideoClassification
+from ..video_processing_vivit import ViViTVideoProcessor
+from .adaptation import add_lora, check_freezing
+from .finetuning_arguments import Arguments, ModelArguments
+from .finetuning_parser import Say
+from .recipes import RECIPES
+
+
+# Settings of the model and of its clips; the two of a pair exclude each other.
+STRUCTURE = ("attention_type", "embedding_type", "tubelet_size", "num_sampled_frames", "num_temporal_layers")
+SIZES = ("num_frames", "image_size")
+_SAMPLING = (("frame_stride", "frames_per_second"), ("resize", "resize_ratio"))
+_SETTINGS = (*((name,) for name in (*STRUCTURE, *SIZES)), *_SAMPLING)
+_INITS = {"tubelet_init": "central_frame", "temporal_attention_init": "zero_output", "temporal_encoder_init": "random"}
+_LARGEST_DEFAULT_SIZE = 224  # image models of 384 and 518 pixels are common, and a clip has 16 times their tokens
+GIVEN, DEFAULT = "given", "default"
+_TUBELETS = "vivit.embeddings.patch_embeddings.projection.weight"
+
+
+@dataclass
+class Start:
+    """The model that training starts from, its processor, and where the weights come from."""
+
+    model: Any
+    processor: ViViTVideoProcessor
+    source: str
+    report: InitialisationReport | None = None
+
+    @property
+    def is_pretrained(self) -> bool:
+        return self.source not in ViViTConfig.presets
+
+
+@dataclass
+class Settings:
+    """Settings of the model and of its clips by name, and the origin of each."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+
+    def of(self, *names: str) -> dict[str, Any]:
+        return {name: self.values[name] for name in names if name in self.values}
+
+
+def choose_settings(sources: Mapping[str, Mapping[str, Any]]) -> Settings:
+    """Take each setting from the first source that has it, and leave it out if none has."""
+    chosen = Settings()
+    for group in _SETTINGS:
+        for origin, values in sources.items():
+            found = {name: values[name] for name in group if values.get(name) is not None}
+            if found:
+                chosen.values |= found
+                chosen.origins |= dict.fromkeys(found, origin)
+                break
+    return chosen
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A model to build: the source, the arguments, the settings that they and the recipe give, and the labels."""
+
+    source: str
+    arguments: ModelArguments
+    given: Mapping[str, Any]
+    recipes: Mapping[str, Mapping[str, Any]]  # by the name to print; empty without a recipe
+    label_map: LabelMap
+    say: Say
+
+
+def build_model(arguments: Arguments, label_map: LabelMap, say: Say) -> Start:
+    """
+    Load or make the model and its processor.
+
+    A setting comes from the arguments, else from a ViViT, else from the recipe, else it is the default.
+
+    Args:
+        arguments: of the run.
+        label_map: the labels that the model tells apart.
+        say: prints one text.
+
+    Raises:
+        ValueError: for a source that cannot be used, or a setting that contradicts it.
+    """
+    wanted, source = arguments.model, arguments.model.model_name_or_path
+    recipe = RECIPES[arguments.training.recipe] if arguments.training.recipe else None
+    recipes = {f"recipe {recipe.name}": recipe.model} if recipe else {}
+    request = _Request(source, wanted, _given_settings(arguments), recipes, label_map, say)
+    stored = stored_config(source)
+    start = _from_vivit(request) if is_vivit(source, stored) else _from_image(request)
+    stored_dtype = str(stored.get("dtype") or stored.get("torch_dtype") or "float32").removeprefix("torch.")
+    if stored_dtype != wanted.dtype:
+        say(f"{source}: stored in {stored_dtype}, trained and saved in {wanted.dtype} (--dtype)")
+    model = start.model.to(getattr(torch, wanted.dtype))
+    if wanted.attn_implementation is not None:
+        model.set_attn_implementation(wanted.attn_implementation)
+    limits = start.processor.video_limits or {}
+    start.processor.video_limits = {**limits, "allow_private_addresses": arguments.data.allow_private_addresses}
+    has_random_tubelets = start.report is not None and start.report.parameters[_TUBELETS] == "newly initialised"
+    check_freezing(model, wanted, has_random_tubelets)
+    if wanted.lora_rank:
+        start.model = add_lora(model, wanted, has_random_tubelets, say)
+    return start
+
+
+def is_vivit(source: str, stored: Mapping[str, Any]) -> bool:
+    """Return whether a source is a ViViT or a preset, by its stored configuration; otherwise it is an image ViT."""
+    return source in ViViTConfig.presets or stored.get("model_type") in ("vivit_hf", "vivit")
+
+
+def labels_to_score(source: str) -> LabelMap:
+    """Return the labels of a fine-tuned ViViT. Raises ValueError for a model that has no trained classifier."""
+    stored = stored_config(source)
+    config = ViViTConfig.from_pretrained(source) if stored and is_vivit(source, stored) else None
+    label_map = LabelMap.from_config(config) if config is not None and config.num_labels else None
+    if label_map is None or label_map.is_regression:
+        raise ValueError(f"--do_eval scores a fine-tuned ViViT, and {source} has no classifier: train it first.")
+    return label_map
+
+
+def _given_settings(arguments: Arguments) -> dict[str, Any]:
+    """Return the settings on the command line or in the settings file."""
+    named = {**vars(arguments.data), **vars(arguments.model)}
+    given = {name: named[name] for group in _SETTINGS for name in group if named[name] is not None}
+    if "tubelet_size" in given:
+        try:
+            given["tubelet_size"] = [int(side) for side in given["tubelet_size"].split(",")]
+        except ValueError:
+            raise ValueError(f"--tubelet_size is time,height,width, got {given['tubelet_size']!r}.") from None
+    for group in _SAMPLING:
+        if len(both := [name for name in group if name in given]) > 1:
+            raise ValueError(f"--{both[0]} and --{both[1]} set the same: leave one of them out.")
+    return given
+
+
+def stored_config(source: str) -> dict[str, Any]:
+    """Return the contents of config.json; empty for a preset or a single file of weights."""
+    if source in ViViTConfig.presets or Path(source).is_file() or Path(source).suffix in (".npz", ".safetensors"):
+        return {}
+    file = find_file(source, "config.json")
+    if file is None:
+        raise ValueError(f"{source} has no config.json, so its kind of model is unknown.")
+    return read_json(file)
+
+
+def _from_vivit(request: _Request) -> Start:
+    """Start from a ViViT with its weights, or from a preset with new ones."""
+    source, arguments, say = request.source, request.arguments, request.say
+    for name in _INITS:
+        if (value := getattr(arguments, name)) is not None:
+            raise ValueError(f"{source} is not an image ViT to start from: leave --{name} {value} out.")
+    is_preset, processor = source in ViViTConfig.presets, None
+    stored = ViViTConfig.from_preset(source) if is_preset else ViViTConfig.from_pretrained(source)
+    if not is_preset and has_processor(source):
+        processor = ViViTVideoProcessor.from_pretrained(source)
+    own = _settings_of(stored, processor)
+    settings = choose_settings({GIVEN: request.given, source: own, **request.recipes})
+    fields = {**settings.of(*SIZES), **request.label_map.config_fields()}
+    if arguments.drop_path_rate is not None:
+        fields["drop_path_rate"] = arguments.drop_path_rate
+    if is_preset:
+        model = ViViTForVideoClassification(ViViTConfig.from_preset(source, **{**settings.of(*STRUCTURE), **fields}))
+        say(f"{source}: new weights")
+    else:
+        _check_structure(source, stored, request.given)
+        fields["dtype"] = getattr(torch, arguments.dtype)
+        model = _load_vivit(source, stored, fields, request.label_map, say)
+    start = Start(model, _processor(model.config, processor, settings, source), source)
+    _say_settings(start, settings, processor is not None, say)
+    _say_overridden(request, settings)
+    return start
+
+
+def _say_overridden(request: _Request, settings: Settings) -> None:
+    """Print the settings of the recipe that those of the ViViT override."""
+    for recipe, values in request.recipes.items():
+        overridden = [
+            f"{name} {round(values[name], 3) if isinstance(values[name], float) else values[name]}"
+            for name, origin in settings.origins.items()
+            if origin == request.source and values.get(name) not in (None, settings.values[name])
+        ]
+        if overridden:
+            request.say(f"  {request.source} overrides these settings of {recipe}: {', '.join(overridden)}")
+
+
+def _settings_of(config: ViViTConfig, processor: ViViTVideoProcessor | None) -> dict[str, Any]:
+    """Return the settings of a ViViT and its processor."""
+    settings = {name: getattr(config, name) for name in (*STRUCTURE, *SIZES)}
+    if config.attention_type != "factorised_encoder":
+        del settings["num_temporal_layers"]
+    if processor is not None:
+        rate = "frame_stride" if processor.frames_per_second is None else "frames_per_second"
+        settings |= {rate: getattr(processor, rate), "resize_ratio": resize_ratio_of(processor.to_dict())}
+    return settings
+
+
+def _check_structure(source: str, stored: ViViTConfig, given: Mapping[str, Any]) -> None:
+    """Raise ValueError for a given setting that contradicts the weights."""
+    for name in STRUCTURE:
+        if name not in given:
+            continue
+        is_kind = name in ("attention_type", "embedding_type")  # these words have two spellings each
+        wanted = getattr(ViViTConfig(**{name: given[name]}), name) if is_kind else given[name]
+        if wanted != getattr(stored, name):
+            raise ValueError(
+                f"{source} has {name}={getattr(stored, name)!r}, which its weights fix: leave --{name} {given[name]} "
+                "out."
+            )
+
+
+def _load_vivit(
+    source: str, stored: ViViTConfig, fields: dict[str, Any], label_map: LabelMap, say: Say
+) -> ViViTForVideoClassification:
+    has_same = sorted(LabelMap.from_config(stored).names) == sorted(label_map.names) if stored.num_labels else False
+    if has_same:  # keep its classifier, in its order
+        say(f"{source}: it has the same {stored.num_labels} classes, so its classifier is kept")
+        fields = {name: value for name, value in fields.items() if name not in label_map.config_fields()}
+        fields["problem_type"] = label_map.config_fields()["problem_type"]
+    with _without_load_report():
+        model = ViViTForVideoClassification.from_pretrained(source, **fields)
+    if not has_same:
+        with torch.no_grad():
+            torch.nn.init.normal_(model.classifier.weight, std=model.config.initializer_range)
+            torch.nn.init.zeros_(model.classifier.bias)
+        say(f"{source}: a new classifier for {len(label_map.names)} classes")
+    return model
+
+
+@contextlib.contextmanager
+def _without_load_report() -> Iterator[None]:
+    """
+    Silence transformers' reports on missing keys, where a new classifier is intended and anything else is an error,
+    and on layers without tensor parallelism.
+    """
+    loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "distributed.tensor_parallel")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _from_image(request: _Request) -> Start:
+    """Start from an image ViT, which fixes the width, the layers, the patches and the normalisation of pixels."""
+    source, arguments, say = request.source, request.arguments, request.say
+    with _without_load_report():
+        image = read_image_source(source)
+    sizes = image.vit.config.image_size
+    image_size = min(_LARGEST_DEFAULT_SIZE, *([sizes, sizes] if isinstance(sizes, int) else sizes))
+    defaults = {"attention_type": "factorised_encoder", "image_size": image_size}
+    settings = choose_settings({GIVEN: request.given, **request.recipes, DEFAULT: defaults})
+    fields = {**settings.of(*STRUCTURE, *SIZES), **request.label_map.config_fields()}
+    if arguments.drop_path_rate is not None:
+        fields["drop_path_rate"] = arguments.drop_path_rate
+    model = ViViTForVideoClassification(config_from_vit(image.vit.config, **fields))
+    report = _initialise(model, image.vit, arguments)
+    say(f"{source}: {report} parameters")
+    for note in image.notes:
+        say(f"{source}: {note}")
+    settings.origins.setdefault("tubelet_size", source)
+    if resize_ratio_of(image.processor_settings or {}):
+        settings.origins.setdefault("resize", source)
+    start = Start(model, _processor(model.config, image.processor_settings, settings, source), source, report)
+    _say_settings(start, settings, image.processor_settings is not None, say)
+    return start
+
+
+def _initialise(model: ViViTForVideoClassification, vit: Any, arguments: ModelArguments) -> InitialisationReport:
+    """Initialise a model from an image ViT; "random" keeps the tubelet kernel that the model was made with."""
+    inits = {name: getattr(arguments, name) or default for name, default in _INITS.items()}
+    if inits["tubelet_init"] != "random":
+        return initialise_from_vit(model, vit, **inits)
+    kernel = model.get_parameter(_TUBELETS).detach().clone()
+    report = initialise_from_vit(model, vit, **{**inits, "tubelet_init": _INITS["tubelet_init"]})
+    model.get_parameter(_TUBELETS).data.copy_(kernel)
+    report.parameters[_TUBELETS] = "newly initialised"
+    return report
+
+
+def _processor(config: ViViTConfig, stored: Any, settings: Settings, source: str) -> ViViTVideoProcessor:
+    """Return the processor for clips of the model; `stored` has the settings that come from `source`."""
+    names = [name for group in _SAMPLING for name in group if settings.origins.get(name, source) != source]
+    return processor_for(config, stored, **settings.of(*names))
+
+
+def _say_settings(start: Start, settings: Settings, has_processor: bool, say: Say) -> None:
+    """Print a line for each origin of settings; with `has_processor`, the normalisation of pixels is the start's."""
+    config, processor = start.model.config, start.processor
+    rate = "frame_stride" if processor.frames_per_second is None else "frames_per_second"
+    names = ["attention_type", "embedding_type", "tubelet_size", *SIZES]
+    if config.attention_type == "factorised_encoder":
+        names.insert(1, "num_temporal_layers")
+    origins = settings.origins
+    shown = [(origins.get(name, DEFAULT), f"{name} {getattr(config, name)}") for name in names]
+    shown.append((origins.get(rate, DEFAULT), f"{rate} {getattr(processor, rate)}"))
+    resize = origins.get("resize") or origins.get("resize_ratio", DEFAULT)
+    shown.append((resize, f"short side resized to {processor.size['shortest_edge']}"))
+    mean, std = ([round(value, 3) for value in values] for values in (processor.image_mean, processor.image_std))
+    shown.append((start.source if has_processor else DEFAULT, f"image_mean {mean}, image_std {std}"))
+    say("The model and its clips:")
+    for origin in (GIVEN, *dict.fromkeys(one for one, _ in shown if one not in (GIVEN, DEFAULT)), DEFAULT):
+        if texts := [text for one, text in shown if one == origin]:
+            say(f"  {origin}: {', '.join(texts)}")
