@@ -91,10 +91,11 @@ class ClipCollator:
         class_weights: float (num_labels,), by which the loss of each class is multiplied; they go into the labels.
         seed: of what is random.
 
-    A batch has `pixel_values` (batch, frames, channels, height, width), `labels` as the model takes them, and
-    `damaged_files`, a list of (file, reason), and `files`, the name of each video, or "one + other" where clips are
-    mixed. Items with views, which are for evaluation, are left as they are:
-    `pixel_values` (batch, views, frames, channels, height, width) and labels from `LabelMap.encode`.
+    A batch has `pixel_values` (batch, frames, channels, height, width) and `labels` as the model takes them. If the
+    items name their files, it also has `damaged_files`, a list of (file, reason), and `files`, the name of each video,
+    or "one + other" if clips are mixed; a plain `Trainer` drops these before it collates. Items with views, for
+    evaluation, are not mixed: `pixel_values` (batch, views, frames, channels, height, width) and labels as
+    `LabelMap.encode` returns them.
     """
 
     def __init__(
@@ -128,18 +129,24 @@ class ClipCollator:
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         labels = torch.stack([item["labels"] for item in items])
         clips = torch.stack(_of_one_size([item["pixel_values"] for item in items], labels))
-        damaged = [file for item in items for file in item.get("damaged_files", ())]
-        files = [item.get("file", "") for item in items]
+        batch: dict[str, Any] = {}
+        if any("damaged_files" in item for item in items):
+            batch["damaged_files"] = [file for item in items for file in item.get("damaged_files", ())]
         if clips.ndim == 6:  # views, for evaluation
-            return {"pixel_values": clips, "labels": labels, "damaged_files": damaged}
+            return {"pixel_values": clips, "labels": labels, **batch}
+        if any("file" in item for item in items):
+            batch["files"] = [item.get("file", "") for item in items]
         if self.is_soft:
             labels = self._soft(labels)
         if (self.mixup_alpha or self.cutmix_alpha) and len(items) > 1:
             clips, labels = self._mixed(clips, labels, items)
-            files = [f"{one} + {other}" for one, other in zip(files, reversed(files), strict=True)]
+            if "files" in batch:
+                batch["files"] = [
+                    f"{one} + {other}" for one, other in zip(batch["files"], reversed(batch["files"]), strict=True)
+                ]
         if self.class_weights is not None:
             labels = labels * self.class_weights
-        return {"pixel_values": clips, "labels": labels, "damaged_files": damaged, "files": files}
+        return {"pixel_values": clips, "labels": labels, **batch}
 
     def _soft(self, labels: torch.Tensor) -> torch.Tensor:
         if self.label_map.has_several:  # each label is a classification of its own, between two classes
