@@ -73,6 +73,10 @@ def _is_file_name(name: str) -> bool:
 
 def check_weights(folder: Path) -> None:
     """Raise a ValueError for the first file of weights that is damaged or cannot be read without running its code."""
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        with named_json_errors(folder, adapter.name):
+            _ = dict(json.loads(adapter.read_text(encoding="utf-8")))["peft_type"]
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt"):

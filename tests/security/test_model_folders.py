@@ -225,6 +225,14 @@ def test_a_damaged_index_is_named(folder, index):
     )
 
 
+@pytest.mark.parametrize("text", ["null", "5", "[]", "{", DEEP, "{}"], ids=range(6))
+def test_a_damaged_adapter_configuration_is_named(folder, text):
+    (folder / "adapter_config.json").write_text(text)
+    refused_at_once(
+        lambda: ViViTForVideoClassification.from_pretrained(folder), r"The adapter_config\.json of .*model "
+    )
+
+
 # Processors
 
 
