@@ -12,9 +12,20 @@ from transformers.activations import ACT2FN
 
 from .auto_class import AutoClassMixin
 from .frame_sampling import sample_frames_uniformly
-from .limits_vivit import LIMITS, MOST_PARAMETERS, check_clip, check_labels, check_limit
+from .limits_vivit import (
+    LIMITS,
+    MOST_PARAMETERS,
+    check_clip,
+    check_labels,
+    check_limit,
+    checked,
+    count,
+    one_of,
+    probability,
+    scale,
+    with_value_errors,
+)
 from .model_files import named_json_errors
-from .strict_fields import checked, count, one_of, probability, scale, with_value_errors
 
 
 ATTENTION_TYPES = (
