@@ -23,7 +23,7 @@ def run(program):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["classify"], ["timeline"], ["explain"], ["inspect"], ["scan"], ["demo"]], ids=str
+    "arguments", [[], ["classify"], ["timeline"], ["explain"], ["inspect"], ["scan"], ["demo"], ["convert"]], ids=str
 )
 def test_help_imports_nothing_slow(arguments):
     program = f"""

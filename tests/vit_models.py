@@ -1,4 +1,4 @@
-"""Tiny image ViTs, and their weights in the layouts that others publish."""
+"""Tiny image ViTs, ViViTs to initialise from them, and their weights in the layouts of other projects."""
 
 import re
 
@@ -7,6 +7,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import randomise
 from transformers import ViTConfig, ViTModel
 
+from vivit_hf import ViViTModel
+from vivit_hf.initialisation.from_image import config_from_vit
+
 
 def make_vit(cls=ViTModel, seed=5, **overrides):
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
@@ -14,8 +17,16 @@ def make_vit(cls=ViTModel, seed=5, **overrides):
     return randomise(cls(config), seed).eval()
 
 
+def make_vivit(vit, attention_type, cls=ViViTModel, **overrides):
+    """Return a ViViT of the ViT's sizes with random weights."""
+    temporal = {"num_temporal_layers": 2} if attention_type == "factorised_encoder" else {}
+    torch.manual_seed(0)
+    config = config_from_vit(vit.config, attention_type=attention_type, num_frames=8, **temporal, **overrides)
+    return randomise(cls(config), seed=6).eval()
+
+
 def timm_weights(vit):
-    """The weights of transformers' ViT under timm's names."""
+    """Return the weights of transformers' ViT under timm's names."""
     weights = {}
     for name, tensor in vit.state_dict().items():
         for pattern, target in (
@@ -39,6 +50,7 @@ def timm_weights(vit):
 
 
 def write_layout(vit, folder, layout):
+    """Save a model in one of the layouts "names in files", "names in memory", "torch file" and "sharded"."""
     vit.save_pretrained(folder)
     file = folder / "model.safetensors"
     if layout == "names in memory":
