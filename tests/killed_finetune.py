@@ -1,8 +1,9 @@
 """
-examples/finetune.py, but the process kills itself (kill -9) at a chosen moment; for test_finetune_processes.py.
+examples/finetune.py, but the process stops itself at a chosen moment; for test_finetune_processes.py.
 
-    python tests/killed_finetune.py step:5 ...            in the 5th training step
-    python tests/killed_finetune.py optimizer.pt:2 ...    with half of the 2nd optimizer.pt written
+    python tests/killed_finetune.py step:5 ...            kill -9 in the 5th training step
+    python tests/killed_finetune.py optimizer.pt:2 ...    kill -9 with half of the 2nd optimizer.pt written
+    python tests/killed_finetune.py Ctrl-C:2 ...          Ctrl-C before the 2nd optimizer.pt is written
 """
 
 import io
@@ -44,9 +45,11 @@ def main() -> None:
 
         def half_save(value, file, *arguments, **settings):
             nonlocal remaining
-            if os.path.basename(str(file)) == what:
+            if os.path.basename(str(file)) == ("optimizer.pt" if what == "Ctrl-C" else what):
                 remaining -= 1
-                if remaining == 0:
+                if remaining == 0 and what == "Ctrl-C":
+                    os.kill(os.getpid(), signal.SIGINT)
+                elif remaining == 0:
                     whole = io.BytesIO()
                     save(value, whole, *arguments, **settings)
                     Path(file).write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])

@@ -50,14 +50,28 @@ def test_kill_9_and_resume_give_the_same_loss_curve_to_the_bit(uninterrupted, tm
     assert all(torch.equal(ours[name], tensor) for name, tensor in expected.items())
 
 
+def test_ctrl_c_waits_for_the_checkpoint_and_the_run_resumes_from_it(uninterrupted, tmp_path):
+    settings, whole = uninterrupted
+    settings = {**settings, "output_dir": tmp_path}
+    process = start([sys.executable, TESTS / "killed_finetune.py", "Ctrl-C:2", *to_argv(settings)])
+    assert process.returncode == 130, process.stderr[-3000:]
+    assert f"Interrupted: run again to continue from {tmp_path / 'checkpoint-4'}." in process.stderr
+    assert "Traceback" not in process.stderr and not (tmp_path / "model.safetensors").exists()
+
+    process = start([sys.executable, "-m", "vivit_hf", "finetune", *to_argv(settings)])
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert f"Going on from {tmp_path / 'checkpoint-4'}" in process.stdout and losses(tmp_path) == losses(whole)
+
+
 # Several processes
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--master_port=0"]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
-def test_two_processes_train_like_one_with_the_same_batch(data, tmp_path):
-    plain = {"max_steps": 3, "lr_scheduler_type": "constant", "optim": "sgd", "learning_rate": 0.1}
+@pytest.mark.parametrize("extra", [{}, {"lora_rank": 2}], ids=["all weights", "LoRA"])
+def test_two_processes_train_like_one_with_the_same_batch(data, tmp_path, extra):
+    plain = {**extra, "max_steps": 3, "lr_scheduler_type": "constant", "optim": "sgd", "learning_rate": 0.1}
     # The processes see examples 0, 1 and 2, 3 of each batch of 4; crops are random per (seed, epoch, index), and so is
     # what stands in for the damaged files.
     videos = tmp_path / "videos"

@@ -23,17 +23,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with these arguments, by default those of the process."""
     from ..training.finetuning_parser import parse_arguments
 
+    run = None
     try:
-        arguments = parse_arguments(sys.argv[1:] if argv is None else argv, _echo)
-        from ..training.finetuning import prepare
+        try:
+            arguments = parse_arguments(sys.argv[1:] if argv is None else argv, _echo)
+            from ..training.finetuning import prepare
 
-        run = prepare(arguments, _echo)
-    except (ValueError, OSError) as error:
-        raise SystemExit(printable(f"finetune: {error}")) from error
-    try:
+            run = prepare(arguments, _echo)
+        except (ValueError, OSError) as error:
+            raise SystemExit(printable(f"finetune: {error}")) from error
         run.run()
     except KeyboardInterrupt:
-        checkpoint = run.last_checkpoint()
+        checkpoint = None if run is None else run.last_checkpoint()
         then = "there is no checkpoint yet" if checkpoint is None else f"run again to continue from {checkpoint}"
         say(f"Interrupted: {then}.")
         raise SystemExit(130) from None
