@@ -53,10 +53,10 @@ LARGEST_SCALE = 1e6
 LARGEST_FLOAT = sys.float_info.max
 
 
-def check_positive_integer(name: str, value: Any) -> int:
-    """Return `value` as an int; raise ValueError unless it is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+def check_positive_integer(name: str, value: Any, least: int = 1) -> int:
+    """Return `value` as an int; raise ValueError unless it is an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
     return int(value)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,23 +33,14 @@ _DEFAULT_LIMITS = asdict(VideoLimits())
 
 # Checks of one field: each returns the value as it is stored, or raises a ValueError that names the field.
 
+_rate = partial(check_positive_number, least=RATES[0], most=RATES[1])
+_scale = partial(check_positive_number, most=LARGEST_SCALE)
 
-def _count(name: str, value: Any) -> int:
-    count = check_positive_integer(name, value)
+
+def _count(name: str, value: Any, least: int = 1) -> int:
+    count = check_positive_integer(name, value, least)
     check_limit(name, count)
     return count
-
-
-def _num_threads(name: str, value: Any) -> int:
-    return 0 if value == 0 and not isinstance(value, bool) else _count(name, value)
-
-
-def _rate(name: str, value: Any) -> float:
-    return check_positive_number(name, value, *RATES)
-
-
-def _scale(name: str, value: Any) -> float:
-    return check_positive_number(name, value, most=LARGEST_SCALE)
 
 
 def _num_crops(name: str, value: Any) -> int:
@@ -57,12 +49,12 @@ def _num_crops(name: str, value: Any) -> int:
     return int(value)
 
 
-def _one_of(*choices: str) -> Callable[[str, Any], str]:
-    return lambda name, value: check_choice(name, value, choices)
-
-
 def _place(name: str, value: Any) -> str:
     return check_choice(name, "centre" if value == "center" else value, CLIP_STARTS)
+
+
+def _one_of(*choices: str) -> Callable[[str, Any], str]:
+    return partial(check_choice, choices=choices)
 
 
 def _optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
@@ -88,25 +80,22 @@ def _per_channel(name: str, value: Any) -> list[float]:
     return [float(one) for one in entries]
 
 
-def _size(default: int, *layouts: tuple[str, ...]) -> Callable[[str, Any], dict[str, int]]:
-    """Return a check of sizes with the keys of one of these layouts; an integer takes the first, None the default."""
-
-    def check(name: str, value: Any) -> dict[str, int]:
-        given = value = default if value is None else value
-        if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-            value = dict.fromkeys(layouts[0], value)
-        elif isinstance(value, (list, tuple)) and len(value) == 2:
-            value = {"height": value[0], "width": value[1]}
-        if not hasattr(value, "items") or set(value) not in [set(layout) for layout in layouts]:
-            expected = " or ".join(str(sorted(layout)) for layout in reversed(layouts))
-            raise ValueError(
-                f"`{name}` must be a dictionary with {expected}, an integer, or (height, width), got {given!r}."
-            )
-        sizes = {key: check_positive_integer(f"{name}['{key}']", side) for key, side in value.items()}
-        check_limit(name, max(sizes.values()))
-        return sizes
-
-    return check
+def _size(name: str, value: Any) -> dict[str, int]:
+    sides = ("height", "width")
+    default, keys = (256, ("shortest_edge",)) if name == "size" else (224, sides)
+    sizes = default if value is None else value
+    if isinstance(sizes, (int, np.integer)) and not isinstance(sizes, bool):
+        sizes = dict.fromkeys(keys, sizes)
+    elif isinstance(sizes, (list, tuple)) and len(sizes) == 2:
+        sizes = dict(zip(sides, sizes, strict=True))
+    if not hasattr(sizes, "items") or set(sizes) not in ({*sides}, {*keys}):
+        expected = " or ".join(str(list(one)) for one in dict.fromkeys((sides, keys)))
+        raise ValueError(
+            f"`{name}` must be a dictionary with {expected}, an integer, or (height, width), got {value!r}."
+        )
+    sizes = {key: check_positive_integer(f"{name}['{key}']", side) for key, side in sizes.items()}
+    check_limit(name, max(sizes.values()))
+    return sizes
 
 
 def _video_limits(name: str, value: Any) -> dict[str, Any]:
@@ -170,10 +159,10 @@ class ProcessorSettings:
     short_video_policy: str = _setting("repeat_last", _one_of(*SHORT_VIDEO_POLICIES))
     do_sample_frames: bool | None = _setting(None, _optional(check_bool))
     do_resize: bool = _setting(True, check_bool)
-    size: dict[str, int] = _setting(None, _size(256, ("shortest_edge",), ("height", "width")))
+    size: dict[str, int] = _setting(None, _size)
     resample: int = _setting(PIL.Image.Resampling.BILINEAR, _resample)
     do_center_crop: bool = _setting(True, check_bool)
-    crop_size: dict[str, int] = _setting(None, _size(224, ("height", "width")))
+    crop_size: dict[str, int] = _setting(None, _size)
     crop_position: str = _setting("centre", _place)
     num_crops: int = _setting(1, _num_crops)
     do_convert_rgb: bool = _setting(True, check_bool)
@@ -184,7 +173,7 @@ class ProcessorSettings:
     image_mean: list[float] = _setting((0.5, 0.5, 0.5), _per_channel)
     image_std: list[float] = _setting((0.5, 0.5, 0.5), _per_channel)
     on_error: str = _setting("raise", _one_of("raise", "skip", "repeat_last"))
-    num_threads: int | None = _setting(None, _optional(_num_threads))
+    num_threads: int | None = _setting(None, _optional(partial(_count, least=0)))
     video_limits: dict[str, Any] | None = _setting(None, _optional(_video_limits))
 
     def __post_init__(self) -> None:
