@@ -368,11 +368,11 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "ViViTConfig":
         """
-        The configuration called `name` (see `ViViTConfig.presets`), with any field overridden.
+        Return the configuration called `name` (see `ViViTConfig.presets`), with any field overridden.
 
         `vivit-b-16x2` and `vivit-l-16x2` are the paper's sizes with joint attention; the suffixes `-fe`, `-fsa`,
-        `-fdpa` and `-fe-average-pool` are its other variants. The large factorised encoder has 24 temporal layers as
-        trained on Kinetics; `vivit-l-16x2-fe-ssv2` and `vivit-l-16x2-fe-epic-kitchens` have the 4 of those data sets.
+        `-fdpa` and `-fe-average-pool` are the other variants. The large factorised encoder has 24 temporal layers, as
+        trained on Kinetics; `vivit-l-16x2-fe-ssv2` and `vivit-l-16x2-fe-epic-kitchens` have 4, as on these data sets.
         `vivit-tiny` (factorised encoder, 16 frames of 64x64) is for trying things out.
 
         Raises:
@@ -391,17 +391,18 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         with named_json_errors(pretrained_model_name_or_path, "config.json"):
             config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if not config_dict:  # transformers would take every default
-            raise OSError(f"{pretrained_model_name_or_path} has no config.json with anything in it.")
+        if not config_dict:  # transformers would use the defaults
+            raise OSError(f"{pretrained_model_name_or_path} has no config.json, or an empty one.")
         return cls.translate(config_dict, pretrained_model_name_or_path), kwargs
 
     @classmethod
     def translate(cls, config_dict: dict[str, Any], source: Any = "This configuration") -> dict[str, Any]:
         """
-        Our fields for a `config.json`: our own as it is, that of transformers' own Vivit as Model 1 with a class token.
+        Return the fields for the contents of a `config.json`. That of transformers' own Vivit becomes Model 1 with a
+        class token.
 
         Raises:
-            ValueError: if it is of another kind of model.
+            ValueError: for another kind of model, and for values that transformers could not handle.
         """
         if not isinstance(config_dict, dict):
             raise ValueError(
@@ -431,7 +432,7 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
                 f"{source} holds a model of type {model_type!r}, not a ViViT ({cls.model_type!r}, or transformers' "
                 "'vivit'). An image model must be converted first: see `conversion/` in the repository of vivit_hf."
             )
-        # How to compute is for the user to say, not for a file.
+        # The user chooses the attention implementation, not the author of a file.
         return {name: value for name, value in config_dict.items() if name != "attn_implementation"}
 
     @classmethod
@@ -448,7 +449,7 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
 
 
 def _settle_labels(config_dict: dict[str, Any], overrides: dict[str, Any]) -> None:
-    """Lets new labels replace the stored ones as a whole: half of an old map beside a new one names classes wrongly."""
+    """Drop all stored labels if there are new ones: a mix of old and new names would mislabel classes."""
     stored = config_dict.get("id2label")
     new_maps = overrides.get("id2label") is not None or overrides.get("label2id") is not None
     new_count = isinstance(stored, (dict, list)) and overrides.get("num_labels") not in (None, len(stored))
