@@ -8,6 +8,8 @@ from .. import lazy_exports
 if TYPE_CHECKING:
     from .clips import predict_clips as predict_clips
     from .demo_model import demo_model_path as demo_model_path
+    from .evaluation import Evaluation as Evaluation
+    from .evaluation import evaluate_videos as evaluate_videos
     from .fingerprints import model_fingerprint as model_fingerprint
     from .finite_outputs import NonFiniteError as NonFiniteError
     from .live_video import LiveVideo as LiveVideo
@@ -23,12 +25,14 @@ if TYPE_CHECKING:
     from .views import average_views as average_views
     from .views import describe_views as describe_views
     from .views import predict_views as predict_views
+    from .watch import watch_video as watch_video
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
         "clips": "predict_clips",
         "demo_model": "demo_model_path",
+        "evaluation": "Evaluation evaluate_videos",
         "fingerprints": "model_fingerprint",
         "finite_outputs": "NonFiniteError",
         "live_video": "LiveVideo",
@@ -39,5 +43,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "streaming": "StreamingClassifier WindowPrediction",
         "timeline": "video_timeline",
         "views": "average_views describe_views predict_views",
+        "watch": "watch_video",
     },
 )

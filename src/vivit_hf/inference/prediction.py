@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..data.labels import LabelMap, to_probabilities
 from ..video_processing_vivit import ViViTVideoProcessor
 from ..video_sources import VideoDecodingError
-from .finite_outputs import check_finite
+from .finite_outputs import NonFiniteError, check_finite
 from .views import average_views, predict_views
 
 
@@ -106,3 +106,27 @@ def predict_videos(
             else:
                 row = next(remaining)
                 yield VideoPrediction(index, row.numpy(), to_probabilities(row, label_map).numpy())
+
+
+def predict_each(
+    model: Any, processor: ViViTVideoProcessor, videos: Sequence[Any], **settings: Any
+) -> Iterator[VideoPrediction]:
+    """
+    Like `predict_videos`, but a video whose scores are NaN or infinite has an `error`, and the others go on.
+
+    Args:
+        settings: as for `predict_videos`.
+    """
+    num_done = 0
+    try:
+        for prediction in predict_videos(model, processor, videos, **settings):
+            yield prediction
+            num_done += 1
+    except NonFiniteError:  # somewhere in a batch: classify the remaining videos one by one
+        for index in range(num_done, len(videos)):
+            try:
+                yield replace(
+                    next(predict_videos(model, processor, videos[index : index + 1], **settings)), index=index
+                )
+            except NonFiniteError as error:
+                yield VideoPrediction(index, error=str(error))

@@ -34,7 +34,7 @@ def live_windows(
     yield from stream.last_window()
 
 
-def watch(
+def watch_video(
     model: Any,
     processor: ViViTVideoProcessor,
     live: LiveVideo,
@@ -48,7 +48,7 @@ def watch(
 
     ```python
     with LiveVideo("rtsp://camera/stream", size=reader_size(processor)) as camera:
-        for segment in watch(model, processor, camera):
+        for segment in watch_video(model, processor, camera):
             print(segment.start, segment.end, segment.label)
     ```
     """

@@ -1,0 +1,82 @@
+"""The files of an evaluation: scores, every probability, a table per class, and the confusion matrix."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.annotations import LabelledVideo
+from ..data.whole_files import as_utf8, written_whole
+from ..video_sources import source_name
+from .confusion_matrix import class_accuracies, draw_confusion_matrix
+from .evaluation import Evaluation
+
+
+def save_evaluation(evaluation: Evaluation, folder: Path, **settings: Any) -> None:
+    """
+    Write results.json and predictions.parquet, and for one label per video per_class.csv and confusion_matrix.png.
+
+    Args:
+        folder: is created if it does not exist.
+        settings: further fields of results.json, such as the name of the model.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    results = {
+        **{f"eval_{name}": value for name, value in evaluation.metrics.items()},
+        "eval_protocol": evaluation.protocol,
+        "eval_damaged_files": int((~evaluation.is_readable).sum()),
+        **settings,
+        "split": evaluation.videos[0].split,
+        "num_processes": evaluation.num_processes,
+    }
+    with written_whole(folder / "results.json") as unfinished:
+        unfinished.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    _write_predictions(folder / "predictions.parquet", evaluation)
+    if evaluation.confusion_matrix is not None:
+        _write_classes(folder, evaluation, evaluation.confusion_matrix)
+
+
+def _write_classes(folder: Path, evaluation: Evaluation, matrix: np.ndarray) -> None:
+    names = [as_utf8(name) for name in evaluation.label_map.names]
+    rows = [("class", "videos", "accuracy", "most often taken for"), *class_accuracies(matrix, names)]
+    with (
+        written_whole(folder / "per_class.csv") as unfinished,
+        unfinished.open("w", newline="", encoding="utf-8") as file,
+    ):
+        csv.writer(file).writerows(rows)
+    title = f"top-1 {evaluation.metrics['top1']:.1%}: {evaluation.protocol}"
+    draw_confusion_matrix(matrix, names, folder / "confusion_matrix.png", title)
+
+
+def _write_predictions(path: Path, evaluation: Evaluation) -> None:
+    """Write a row per video: its file, its labels, the best label of each group, every probability, and the error."""
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    label_map, predictions = evaluation.label_map, evaluation.predictions
+    columns: dict[str, list[Any]] = {
+        "video": [as_utf8(_shown(one)) for one in evaluation.videos],
+        "labels": [[as_utf8(label) for label in one.labels] for one in evaluation.videos],
+        "predicted": [
+            None if one.error is not None else [as_utf8(label) for label in label_map.best(one.probabilities)]
+            for one in predictions
+        ],
+        "probabilities": [None if one.probabilities is None else one.probabilities.tolist() for one in predictions],
+        "error": [None if one.error is None else as_utf8(one.error) for one in predictions],
+    }
+    table = pyarrow.table(columns).replace_schema_metadata({"labels": json.dumps(label_map.names)})
+    with written_whole(path) as unfinished:
+        pyarrow.parquet.write_table(table, unfinished)
+
+
+def _shown(one: LabelledVideo) -> str:
+    """Return the path or address of a video without secrets, with its start and end, or the place it was read from."""
+    if callable(one.video):
+        return one.where
+    if isinstance(one.video, dict):
+        return str({**one.video, "path": source_name(one.video)})
+    return source_name(one.video)
