@@ -1,39 +1,34 @@
 """
-Classifies any number of videos, in shards: killed and started again, it goes on, and nothing is lost or done twice.
+Classifies any number of videos in shards: killed and started again, it goes on, and nothing is lost or done twice.
 
     python examples/classify_dataset.py --model my_vivit --videos folder_or_list --output_dir labels
     accelerate launch --num_processes 8 examples/classify_dataset.py ...     the shards are shared out
 
 --videos is a folder, or a text file with a path or URL per line. The output folder gets part-00000.parquet and so on,
-each with the columns index, video (addresses without secrets, and names that are not UTF-8 with \\udcXX for each such
-byte), labels and scores (the best first) and error; a part is there whole or not at all. run.json holds what they were
-made from. Another model, trained on in place or not, other settings or other videos are refused: choose another folder,
-or --overwrite to delete the old answers and start anew.
+with the columns index, video, labels and scores (the best first) and error; each part is written whole or not at all.
+Addresses are written without secrets, and bytes of names that are not UTF-8 as \\udcXX. run.json holds the settings of
+the run. If the model (even trained on in place), the settings or the videos have changed, the run is refused: choose
+another folder, or --overwrite to delete the old answers and start anew.
 """
 
 import argparse
 import hashlib
-import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 import torch
-from accelerate import PartialState
 
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
-from vivit_hf.data.annotation_rows import AnnotationError
 from vivit_hf.data.hub_datasets import load_hub_dataset, unlabelled_videos
 from vivit_hf.data.labels import LabelMap
 from vivit_hf.data.scan import find_videos
-from vivit_hf.data.whole_files import as_utf8, written_whole
 from vivit_hf.inference.fingerprints import hub_commit, model_fingerprint
-from vivit_hf.inference.prediction import VideoPrediction, predict_videos
+from vivit_hf.inference.prediction import predict_videos
+from vivit_hf.inference.processes import process_group
+from vivit_hf.inference.shards import check_run, shard_starts, start_run, write_shard
 from vivit_hf.inference.views import describe_views
-from vivit_hf.video_sources import source_name
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -62,13 +57,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def list_videos(args: argparse.Namespace) -> tuple[list[str], list[Any], str]:
-    """The names of the videos, what the processor takes, and a digest that tells other videos apart."""
+    """Return the names of the videos, the inputs of the processor, and a digest of the list."""
     if args.dataset_name is not None:
-        try:
-            dataset = load_hub_dataset(args.dataset_name, args.dataset_config_name, split=args.split)
-            pairs = unlabelled_videos(dataset, f"{args.dataset_name}/{args.split}", video_column=args.video_column_name)
-        except AnnotationError as error:
-            raise SystemExit(f"classify_dataset.py: {error}") from error
+        dataset = load_hub_dataset(args.dataset_name, args.dataset_config_name, split=args.split)
+        pairs = unlabelled_videos(dataset, f"{args.dataset_name}/{args.split}", video_column=args.video_column_name)
         names, videos = [name for name, _ in pairs], [video for _, video in pairs]
         digest = dataset._fingerprint
     else:
@@ -79,120 +71,59 @@ def list_videos(args: argparse.Namespace) -> tuple[list[str], list[Any], str]:
             text = source.read_text(encoding="utf-8", errors="surrogateescape")  # names of files need not be UTF-8
             names = [line.strip() for line in text.split("\n") if line.strip()]
         else:
-            raise SystemExit(f"--videos {source}: there is no such folder or file")
+            raise ValueError(f"--videos {source}: there is no such folder or file")
         videos, digest = list(names), hashlib.sha256("\n".join(names).encode("utf-8", "surrogatepass")).hexdigest()
     if not names:
-        raise SystemExit(f"{args.dataset_name or args.videos}: there are no videos")
+        raise ValueError(f"{args.dataset_name or args.videos}: there are no videos")
     return names, videos, digest
-
-
-def check_run(folder: Path, settings: dict[str, Any], overwrite: bool, state: PartialState) -> None:
-    """Writes what this run is made from; another run in the folder is deleted if that is wished, or refused."""
-    path = folder / "run.json"
-    parts = sorted(folder.glob("part-*.parquet"))
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    compared = [name for name in settings if name != "model"]  # its fingerprint tells more than its name
-    changed = [name for name in compared if stored is not None and stored.get(name) != settings[name]]
-    is_other = bool(changed) or (stored is None and bool(parts))
-    if is_other and not overwrite:
-        listed = ", ".join(f"{name} {shown((stored or {}).get(name))} -> {shown(settings[name])}" for name in changed)
-        raise SystemExit(
-            f"{as_utf8(folder)} holds another run ({listed or 'run.json is missing'}): choose another --output_dir, or "
-            "--overwrite to delete its answers and start anew."
-        )
-    state.wait_for_everyone()  # all have looked before anything is deleted or written
-    if state.is_main_process and (is_other or stored is None):
-        folder.mkdir(parents=True, exist_ok=True)
-        for part in parts:
-            part.unlink()
-        with written_whole(path) as unfinished:
-            unfinished.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    state.wait_for_everyone()
-
-
-def shown(value: Any) -> str:
-    """A setting in an error message; of a digest its beginning."""
-    return f"{value[:12]}..." if isinstance(value, str) and len(value) >= 40 else repr(value)
-
-
-def write_part(path: Path, rows: list[dict[str, Any]]) -> None:
-    schema = pyarrow.schema(
-        [
-            ("index", pyarrow.int64()),
-            ("video", pyarrow.string()),
-            ("labels", pyarrow.list_(pyarrow.string())),
-            ("scores", pyarrow.list_(pyarrow.float32())),
-            ("error", pyarrow.string()),
-        ]
-    )
-    with written_whole(path) as unfinished:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), unfinished)
-
-
-def row_of(one: VideoPrediction, name: str, start: int, label_map: LabelMap, top_k: int) -> dict[str, Any]:
-    best = label_map.best(one.probabilities, top_k, with_scores=True)
-    return {
-        "index": start + one.index,
-        "video": as_utf8(source_name(name)),
-        "labels": None if best is None else [as_utf8(label) for label, _ in best],
-        "scores": None if best is None else [score for _, score in best],
-        "error": None if one.error is None else as_utf8(one.error),
-    }
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    names, videos, digest = list_videos(args)
-    state = PartialState(cpu=args.use_cpu)
-    if int(os.environ.get("WORLD_SIZE", "1")) != state.num_processes:
-        raise SystemExit(f"{os.environ['WORLD_SIZE']} processes were started, but each is alone: add --use_cpu.")
     try:
-        commit = hub_commit(args.model)
-        revision = {} if commit is None else {"revision": commit}  # one for the whole run, whatever is pushed meanwhile
-        config = ViViTForVideoClassification.config_class.from_pretrained(args.model, **revision)
-        label_map = LabelMap.from_config(config)
-        limits = {"allow_private_addresses": args.allow_private_addresses}
-        processor = ViViTVideoProcessor.from_pretrained(args.model, video_limits=limits, **revision)
-        fingerprint = model_fingerprint(args.model, config, processor, commit)
+        run(args)
     except (OSError, ValueError) as error:
         raise SystemExit(f"classify_dataset.py: {error}") from error
-    fixed = ("model", "shard_size", "top_k", "num_clips", "num_crops", "dtype")
-    settings = {name: getattr(args, name) for name in fixed}
-    settings |= {"num_videos": len(videos), "videos_digest": digest, **fingerprint}
-    check_run(args.output_dir, settings, args.overwrite, state)
 
-    starts = range(0, len(videos), args.shard_size)
-    parts = {args.output_dir / f"part-{number:05d}.parquet": start for number, start in enumerate(starts)}
-    waiting = [path for path in parts if not path.exists()]
-    state.wait_for_everyone()  # all have looked before the first part is written
+
+def run(args: argparse.Namespace) -> None:
+    names, videos, digest = list_videos(args)
+    state = process_group(args.use_cpu)
+    commit = hub_commit(args.model)
+    revision = {} if commit is None else {"revision": commit}  # one for the whole run, whatever is pushed meanwhile
+    config = ViViTForVideoClassification.config_class.from_pretrained(args.model, **revision)
+    label_map = LabelMap.from_config(config)
+    limits = {"allow_private_addresses": args.allow_private_addresses}
+    processor = ViViTVideoProcessor.from_pretrained(args.model, video_limits=limits, **revision)
+    fixed = ("model", "shard_size", "top_k", "num_clips", "num_crops", "dtype")
+    settings = {name: getattr(args, name) for name in fixed} | {"num_videos": len(videos), "videos_digest": digest}
+    settings |= model_fingerprint(args.model, config, processor, commit)
+    is_new = check_run(args.output_dir, settings, args.overwrite)
+    state.wait_for_everyone()  # until all have checked, nothing is deleted or written
+    if is_new and state.is_main_process:
+        start_run(args.output_dir, settings)
+    state.wait_for_everyone()
+
+    shards = shard_starts(args.output_dir, len(videos), args.shard_size)
+    waiting = [path for path in shards if not path.exists()]
+    state.wait_for_everyone()  # until all have looked, no shard is written
     mine = waiting[state.process_index :: state.num_processes]
     if state.is_main_process:
-        print(f"{len(videos)} videos in {len(parts)} parts, {len(parts) - len(waiting)} of them finished", flush=True)
+        print(f"{len(videos)} videos in {len(shards)} parts, {len(shards) - len(waiting)} of them finished", flush=True)
     if mine:
         model = ViViTForVideoClassification.from_pretrained(args.model, dtype=getattr(torch, args.dtype), **revision)
         model.to(state.device).eval()
         if state.is_main_process:
             print(f"views per video: {describe_views(processor, args.num_clips, args.num_crops)}", flush=True)
+    views = {"num_clips": args.num_clips, "num_crops": args.num_crops}
+    loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
     for path in mine:
-        begin, start = time.monotonic(), parts[path]
-        found = predict_videos(
-            model,
-            processor,
-            videos[start : start + args.shard_size],
-            num_clips=args.num_clips,
-            num_crops=args.num_crops,
-            batch_size=args.batch_size,
-            num_workers=args.num_workers,
-        )
-        try:
-            predictions = list(found)
-        except ValueError as error:  # of the settings or the model, not of a video
-            raise SystemExit(f"classify_dataset.py: {error}") from error
-        rows = [row_of(one, names[start + one.index], start, label_map, args.top_k) for one in predictions]
-        write_part(path, rows)
-        failed = sum(row["error"] is not None for row in rows)
-        rate = len(rows) / (time.monotonic() - begin)
-        print(f"{path.name}: {len(rows)} videos, {failed} not readable, {rate:.1f} per second", flush=True)
+        begin, start = time.monotonic(), shards[path]
+        part = videos[start : start + args.shard_size]
+        predictions = list(predict_videos(model, processor, part, **views, **loading))
+        failed = write_shard(path, predictions, names, start, label_map, args.top_k)
+        rate = len(part) / (time.monotonic() - begin)
+        print(f"{path.name}: {len(part)} videos, {failed} not readable, {rate:.1f} per second", flush=True)
     state.wait_for_everyone()
     state.destroy_process_group()
 

@@ -23,13 +23,14 @@ def run(program):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["classify"], ["timeline"], ["explain"], ["inspect"], ["scan"], ["demo"], ["convert"]], ids=str
+    "command",
+    ["", "classify", "timeline", "watch", "explain", "evaluate", "inspect", "scan", "demo", "convert"],
 )
-def test_help_imports_nothing_slow(arguments):
+def test_help_imports_nothing_slow(command):
     program = f"""
 import sys
 from vivit_hf.cli.app import main
-sys.argv = ["vivit-hf", *{arguments}, "--help"]
+sys.argv = ["vivit-hf", *{command!r}.split(), "--help"]
 try:
     main()
 except SystemExit:

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import av
 import convert_vit_checkpoint
-import evaluate
 import finetune
 import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+from command_line import invoke
+from paths import EXAMPLES
 from python_without import python_without
 from tiny_models import ATTENTION_TYPES
 from transformers import (
@@ -192,7 +193,8 @@ def travelled(videos, tmp_path_factory):
             more += ["--num_temporal_layers", 1] if variant == "factorised_encoder" else []
         finetune.main(strings(finetune_command(source, videos, folder / "model", *more)))
         command = evaluate_command(folder / "model", videos, folder / "scores")
-        evaluate.main(strings([*command, "--num_workers", 0]))
+        evaluated = invoke("evaluate", *command, "--num_workers", 0)
+        assert evaluated.exit_code == 0, evaluated.output
         return folder
 
     return travel
@@ -261,6 +263,6 @@ def test_the_road_as_the_readme_has_it(videos, tmp_path):
     assert f"  {start}: attention_type factorised_encoder, num_temporal_layers 1, " in printed
     assert "num_frames 4, image_size 32, frame_stride 2, short side resized to 37" in printed
     assert f"{start} overrides these settings of recipe small-data: num_temporal_layers 4" in printed
-    run([evaluate.__file__], evaluate_command(model, videos, scores))
+    run([EXAMPLES / "evaluate.py"], evaluate_command(model, videos, scores))
     classified = run(["-m", "vivit_hf"], classify_command(model, videos), returncode=1)  # one cannot be read
     check_results(model, scores, classified, short_side=37)

@@ -1,14 +1,17 @@
 """The demo as its user starts it, with fewer files (its accuracy is what `make demo` checks)."""
 
 import re
+import subprocess
+import sys
 
 import demo
 import numpy as np
 import pytest
+from paths import EXAMPLES
 from transformers import ViTConfig, ViTForImageClassification
 from video_files import write_video
 
-from vivit_hf import ViViTForVideoClassification
+from vivit_hf import ViViTForVideoClassification, demo_model_path
 
 
 @pytest.fixture
@@ -66,3 +69,13 @@ def test_demo_starts_from_the_image_vit_that_it_is_given(run, tmp_path):
     assert "my_vit: " in printed and "1 inflated" in printed and "newly initialised" in printed
     config = ViViTForVideoClassification.from_pretrained(tmp_path / "out" / "model").config
     assert (config.hidden_size, config.frame_size, list(config.tubelet_size)) == (32, (32, 32), [2, 8, 8])
+
+
+def test_minimal_inference_prints_the_labels_of_a_video():
+    script = EXAMPLES / "minimal_inference.py"
+    assert len(script.read_text().splitlines()) <= 40
+    video = demo_model_path() / "samples" / "up_left.mp4"
+    process = subprocess.run([sys.executable, script, video], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr
+    first, *others = process.stdout.splitlines()
+    assert first.split()[1] == "up_left" and float(first.split()[0]) > 0.5 and len(others) == 3

@@ -3,10 +3,10 @@
 import json
 
 import classify_dataset
-import evaluate
 import finetune
 import pyarrow.parquet
 import pytest
+from command_line import invoke
 from finetune_runs import settings_for, to_argv, write_data
 from video_files import http_server
 
@@ -40,7 +40,8 @@ def test_addresses_from_training_to_labels(data, tmp_path, capsys):
         names = {f"{listed}:{lines[0]}: {server}/gone.mp4?***", f"{listed}:{lines[1]}: http://***@[::1/x.mp4"}
         assert set(damaged) == names
         common = ["--model", str(model), "--num_clips", "1", "--num_crops", "1", "--use_cpu", "--num_workers", "0"]
-        evaluate.main([*common, "--data", str(listed), "--output_dir", str(scores), "--allow_private_addresses"])
+        evaluated = invoke("evaluate", *common, "--data", listed, "--output_dir", scores, "--allow_private_addresses")
+        assert evaluated.exit_code == 0 and "hunter2" not in evaluated.output
         rows_of_scores = pyarrow.parquet.read_table(scores / "predictions.parquet").to_pylist()
         assert [row["error"] is None for row in rows_of_scores] == [True] * len(videos) + [False, False]
 

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import classify_dataset
-import evaluate
 import pyarrow.parquet
 import pytest
+from command_line import invoke
 
 from vivit_hf import demo_model_path
 from vivit_hf.data.annotations import AnnotationError, read_videos
@@ -59,12 +59,11 @@ def test_classify_dataset_writes_every_name(videos, tmp_path):
         assert all(SHOWN in row["error"] for row in found if row["labels"] is None)
 
 
-def test_evaluate_writes_every_name_and_prints_no_escapes(videos, tmp_path, capsys):
+def test_evaluate_writes_every_name_and_prints_no_escapes(videos, tmp_path):
     views = ("--num_clips", 1, "--num_crops", 1)
-    evaluate.main(options("--data", videos, "--output_dir", tmp_path / "scores", *views))
+    printed = invoke("evaluate", *options("--data", videos, "--output_dir", tmp_path / "scores", *views)).stdout
     found = pyarrow.parquet.read_table(tmp_path / "scores" / "predictions.parquet").to_pylist()
     assert len(found) == 5 and all(SHOWN in row["video"] for row in found)
-    printed = capsys.readouterr().out
     assert f"{SHOWN}[red]" in printed and "\x1b[31m" not in printed
     printed.encode("utf-8")
 

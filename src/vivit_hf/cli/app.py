@@ -1,4 +1,4 @@
-"""The command line, `vivit-hf`; each command is a function in a `cli_` file."""
+"""The command line, `vivit-hf`: each command is a function in a file of its own."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ from typing import Annotated
 
 import typer
 
+from .classify import classify
 from .convert import PASS_ON, convert
+from .demo import demo
+from .evaluate import evaluate
+from .explain import explain
 from .export import export
 from .finetune import finetune
 from .inspect import inspect
 from .output import EscapingGroup, escape_logs, say
 from .scan import scan
-from .videos import classify, demo, explain, timeline
+from .timeline import timeline
+from .watch import watch
 
 
 app = typer.Typer(
@@ -27,8 +32,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (classify, timeline, explain, inspect, scan, demo):
+for command in (classify, timeline, watch, explain, inspect, scan, demo):
     app.command()(command)
+# The options of evaluate.py are spelled with underscores, like those of the other training scripts.
+app.command(context_settings={"token_normalize_func": lambda name: name.replace("_", "-")})(evaluate)
 app.command(context_settings=PASS_ON)(export)
 app.command(context_settings=PASS_ON)(finetune)
 app.add_typer(convert, name="convert")
@@ -51,17 +58,18 @@ def _options(
     return
 
 
-def main() -> None:
-    # Importing torch and transformers makes a million objects that stay; looking for garbage among them again and again
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command with these arguments, by default those of the process."""
+    # Importing torch and transformers creates a million objects that stay. Searching them for garbage again and again
     # would take a sixth of the time to the first answer.
     gc.set_threshold(100_000)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file can have a name that the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")  # file names can hold what the terminal cannot show
     escape_logs()
     try:
-        app()
-    except OSError as error:  # those of videos and models are caught where they are read
+        app(arguments)
+    except OSError as error:  # errors of reading videos and models are caught where they are read
         what = "Cannot write standard output" if error.filename is None else error.filename
         say(f"{what}: {error.strerror or error}.")
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""`vivit-hf inspect`: what a model is, before its weights are there."""
+"""`vivit-hf inspect`: describe a model from its configuration, without its weights."""
 
 from __future__ import annotations
 
@@ -12,11 +12,6 @@ from .options import JsonOption, find_model
 from .output import as_cell, echo_json, fail, one_line, output_console, quiet_libraries
 
 
-def _first_line(error: Exception) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return first if isinstance(error, (OSError, ValueError)) and first else f"{type(error).__name__}: {first}"
-
-
 def inspect(
     model: Annotated[
         str, typer.Argument(metavar="[MODEL]", help="Folder or Hub id, or the name of a preset.", show_default=False)
@@ -27,65 +22,23 @@ def inspect(
     """
     Show a model's variant, sizes, parameters and multiply-adds, tokens, expected input, labels and processor.
 
-    Reads its configuration alone: the weights need not be there. Without MODEL it is the demo model in the package.
-    Exit code 0, or 1 if the configuration cannot be had.
+    Only the configuration is read, so the weights need not be there. Without MODEL, describe the demo model in the
+    package. Exit code 0, or 1 if the configuration cannot be read.
 
     Example: vivit-hf inspect vivit-b-16x2-fe
     """
-    from ..configuration_vivit import ViViTConfig
     from ..inference.demo_model import demo_model_path
     from ..initialisation.inspection import describe_model
-    from ..video_processing_vivit import ViViTVideoProcessor
 
     quiet_libraries()
     name = model or str(demo_model_path())
-    processor: dict[str, Any] | None = None
-    if name in ViViTConfig.presets:
-        config = ViViTConfig.from_preset(name)
-    else:
-        try:
-            where = find_model(name)
-            config = ViViTConfig.from_pretrained(name, **where)
-        except Exception as error:  # a damaged or hostile file can make the libraries trip over anything
-            fail(f"Cannot read the configuration of {name}: {_first_line(error)}")
-        try:
-            processor = ViViTVideoProcessor.from_pretrained(name, **where).to_dict()
-        except Exception as error:
-            if not isinstance(error, OSError) or os.path.exists(os.path.join(name, "preprocessor_config.json")):
-                fail(f"Cannot read the processor of {name}: {_first_line(error)}")
-            processor = None
+    config, processor = _read(name)
     found = {"model": name, **describe_model(config), "processor": processor}
     if as_json:
         echo_json(found)
         return
-
     console = output_console()
-    variant, tokens, sizes = found["variant"], found["tokens"], found["sizes"]
-    frames, channels, height, width = found["input"]["shape"]
-    grid = " x ".join(map(str, tokens["grid"]))
-    lines = {
-        "model": name,
-        "variant": f"{variant['attention_type']} ({variant['paper']} of the paper)",
-        "input": f"{frames} frames of {height} x {width} pixels, {channels} channels, values in [-1, 1]",
-        "tokens": f"{grid} = {tokens['total']:,} (time x height x width), "
-        + ("2D patches" if tokens["embedding"] != "tubelet" else "tubelets")
-        + f" of {' x '.join(map(str, tokens['tubelet']))}",
-        "sizes": ", ".join(f"{key} {value}" for key, value in sizes.items()),
-    }
-    labels = found["labels"]
-    shown = labels if all_labels else labels[:6]
-    more = f" and {len(labels) - len(shown)} more (--labels)" if len(labels) > len(shown) else ""
-    lines["labels"] = f"{len(labels)}: {', '.join(shown)}{more}" if labels else "none: it gives features"
-    if found["label_groups"]:
-        lines["groups"] = ", ".join(f"{group} ({size})" for group, size in found["label_groups"].items())
-    if processor is None:
-        lines["processor"] = "none beside the model"
-    else:
-        rate = f"stride {processor['frame_stride']}"
-        if processor.get("frames_per_second"):
-            rate = f"{processor['frames_per_second']:g} frames per second"
-        lines["processor"] = f"{processor['num_frames']} frames, {rate}, {processor['frame_sampling']} sampling"
-    for key, value in lines.items():
+    for key, value in _lines(found, all_labels).items():
         console.print(f"[bold]{key:<10}[/]", end="")
         console.print(one_line(value), highlight=False, markup=False, soft_wrap=True)
     table = Table("part", Column("parameters (M)", justify="right"), Column("multiply-adds (G)", justify="right"))
@@ -94,3 +47,57 @@ def inspect(
     table.add_section()
     table.add_row("all", f"{found['parameters'] / 1e6:.2f}", f"{found['multiply_adds'] / 1e9:.2f}")
     console.print(table)
+
+
+def _read(name: str) -> tuple[Any, dict[str, Any] | None]:
+    """Read the configuration and the settings of the processor, None if there is none; exits with 1 if that fails."""
+    from ..configuration_vivit import ViViTConfig
+    from ..video_processing_vivit import ViViTVideoProcessor
+
+    if name in ViViTConfig.presets:
+        return ViViTConfig.from_preset(name), None
+    try:
+        where = find_model(name)
+        config = ViViTConfig.from_pretrained(name, **where)
+    except Exception as error:  # a damaged or hostile file can make the libraries raise anything
+        fail(f"Cannot read the configuration of {name}: {_first_line(error)}")
+    try:
+        return config, ViViTVideoProcessor.from_pretrained(name, **where).to_dict()
+    except Exception as error:
+        if not isinstance(error, OSError) or os.path.exists(os.path.join(name, "preprocessor_config.json")):
+            fail(f"Cannot read the processor of {name}: {_first_line(error)}")
+        return config, None
+
+
+def _first_line(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return first if isinstance(error, (OSError, ValueError)) and first else f"{type(error).__name__}: {first}"
+
+
+def _lines(found: dict[str, Any], all_labels: bool) -> dict[str, str]:
+    """Return the lines above the table, by their headings."""
+    variant, tokens, processor = found["variant"], found["tokens"], found["processor"]
+    frames, channels, height, width = found["input"]["shape"]
+    grid = " x ".join(map(str, tokens["grid"]))
+    patches = "2D patches" if tokens["embedding"] != "tubelet" else "tubelets"
+    size = " x ".join(map(str, tokens["tubelet"]))
+    labels = found["labels"]
+    shown = labels if all_labels else labels[:6]
+    more = f" and {len(labels) - len(shown)} more (--labels)" if len(labels) > len(shown) else ""
+    lines = {
+        "model": found["model"],
+        "variant": f"{variant['attention_type']} ({variant['paper']} of the paper)",
+        "input": f"{frames} frames of {height} x {width} pixels, {channels} channels, values in [-1, 1]",
+        "tokens": f"{grid} = {tokens['total']:,} (time x height x width), {patches} of {size}",
+        "sizes": ", ".join(f"{key} {value}" for key, value in found["sizes"].items()),
+        "labels": f"{len(labels)}: {', '.join(shown)}{more}" if labels else "none: the model returns features",
+    }
+    if found["label_groups"]:
+        lines["groups"] = ", ".join(f"{group} ({size})" for group, size in found["label_groups"].items())
+    if processor is None:
+        return {**lines, "processor": "none beside the model"}
+    rate = f"stride {processor['frame_stride']}"
+    if processor.get("frames_per_second"):
+        rate = f"{processor['frames_per_second']:g} frames per second"
+    described = f"{processor['num_frames']} frames, {rate}, {processor['frame_sampling']} sampling"
+    return {**lines, "processor": described}

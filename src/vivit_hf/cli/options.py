@@ -1,4 +1,4 @@
-"""What the commands share: their options, the model that they run, and the videos that they are given."""
+"""What the commands share: options, loading the model, and finding the videos."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .output import fail, quiet_libraries, say
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 HUB_TIMEOUT = 5.0  # seconds in which the Hub must answer whether it has a model
+DTYPES = ("float32", "bfloat16", "float16")
 
 ModelOption = Annotated[
     str | None,
@@ -26,20 +27,24 @@ DeviceOption = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, mps ...", show_default="a GPU if there is one")
 ]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="JSON lines on standard output, for other programs.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON lines, for other programs.")]
 PrivateAddressesOption = Annotated[
     bool,
     typer.Option("--allow-private-addresses", help="Also download from this machine and the local network."),
 ]
-
-
 OnErrorOption = Annotated[
     str,
     typer.Option(
-        help="Of a damaged video: warn and put the frame before in the place of a lost one, skip the video, or raise, "
+        help="What to do with a damaged video: warn and repeat the frame before a lost one, skip the video, or raise, "
         "which ends the command."
     ),
 ]
+ClipsOption = Annotated[int, typer.Option(min=1, help="Clips per video, spread over it.")]
+CropsOption = Annotated[
+    int | None,
+    typer.Option(min=1, max=3, help="Crops per clip: 1 or 3.", show_default="3, or 1 if the processor does not crop"),
+]
+BatchSizeOption = Annotated[int, typer.Option(min=1, help="Clips that the model sees at a time.")]
 
 
 def check_on_error(on_error: str) -> None:
@@ -47,18 +52,30 @@ def check_on_error(on_error: str) -> None:
         raise typer.BadParameter(f"expected warn, skip or raise, got {on_error!r}", param_hint="--on-error")
 
 
+def check_crops(num_crops: int | None) -> None:
+    if num_crops not in (None, 1, 3):
+        raise typer.BadParameter(f"expected 1 or 3, got {num_crops}", param_hint="--num-crops")
+
+
+def views_of(processor: Any, num_clips: int, num_crops: int | None) -> dict[str, int]:
+    """Return the views per video; without a number of crops, those that the processor can make."""
+    if num_crops is None:
+        num_crops = 3 if processor.do_center_crop else 1
+    return {"num_clips": num_clips, "num_crops": num_crops}
+
+
 def find_model(name: str) -> dict[str, Any]:
     """
-    What `from_pretrained` is to be told about a folder or Hub id: nothing, or to take the copy in the cache.
+    Return the arguments with which `from_pretrained` loads a folder or Hub id: none, or those for the cached copy.
 
-    Raises OSError at once, with the reason, if there is no such folder and no such model on the Hub; transformers alone
-    would try every file several times.
+    Raises OSError at once if there is neither such a folder nor such a model on the Hub. transformers alone would try
+    to download every file several times.
     """
     if os.path.isdir(name):
         return {}
     nowhere = f"there is no folder {name!r}"
     if not HUB_ID.fullmatch(name) or os.path.exists(name):
-        raise OSError(f"{nowhere}, and models of the Hub are named like 'owner/name'")
+        raise OSError(f"{nowhere}, and models on the Hub are named like 'owner/name'")
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -66,37 +83,19 @@ def find_model(name: str) -> dict[str, Any]:
         HfApi().model_info(name, timeout=HUB_TIMEOUT)
     except RepositoryNotFoundError as error:
         raise OSError(f"{nowhere}, and the Hub has no public model of that name") from error
-    except Exception as error:  # of the HTTP client, which is another one in other versions of huggingface_hub
+    except Exception as error:  # the HTTP client depends on the version of huggingface_hub
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            raise OSError(f"{nowhere}, and the Hub cannot be asked for a model of that name ({reason[0]})") from error
-        say(f"The Hub cannot be asked for {name} ({reason[0]}): this is the copy in the cache.")
+            raise OSError(f"{nowhere}, and the Hub cannot be reached ({reason[0]})") from error
+        say(f"The Hub cannot be reached ({reason[0]}): using the cached copy of {name}.")
         return {"local_files_only": True}
     return {}
 
 
-def load(
-    model: str | None,
-    device: str | None,
-    dtype: str,
-    needs_labels: bool = True,
-    allow_private_addresses: bool = False,
-) -> tuple[Any, Any]:
-    """The model in eval mode, and its processor; exits with 2 and the reason if they cannot be had or do not fit."""
+def find_device(device: str | None) -> Any:
+    """Return the `torch.device` to run on; exits with 2 if it cannot be used."""
     import torch
-    from safetensors import SafetensorError
 
-    from ..configuration_vivit import ViViTConfig
-    from ..inference.demo_model import demo_model_path
-    from ..modeling_vivit import ViViTForVideoClassification
-    from ..video_processing_vivit import ViViTVideoProcessor
-
-    quiet_libraries()
-    if model is None:
-        model = str(demo_model_path())
-        say("No --model given: this is the demo model. It knows along which diagonal a shape moves, and nothing else.")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise typer.BadParameter(f"expected float32, bfloat16 or float16, got {dtype!r}", param_hint="--dtype")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -107,41 +106,74 @@ def load(
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0].split(". ")[0]
         raise typer.BadParameter(f"{device!r} cannot be used here: {reason}", param_hint="--device") from error
+    return place
+
+
+def load(
+    model: str | None,
+    device: str | None,
+    dtype: str,
+    needs_labels: bool = True,
+    allow_private_addresses: bool = False,
+) -> tuple[Any, Any]:
+    """Load a model in eval mode and its processor; exits with 2 and the reason if that fails or they do not fit."""
+    from ..configuration_vivit import ViViTConfig
+    from ..inference.demo_model import demo_model_path
+
+    quiet_libraries()
+    if model is None:
+        model = str(demo_model_path())
+        say("No --model given: using the demo model, which only recognises along which diagonal a shape moves.")
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"expected float32, bfloat16 or float16, got {dtype!r}", param_hint="--dtype")
+    place = find_device(device)
     if model in ViViTConfig.presets:
         raise typer.BadParameter(f"{model!r} is a preset without weights; `inspect` describes it", param_hint="--model")
-    try:
-        where = find_model(model)
-        loaded = ViViTForVideoClassification.from_pretrained(model, dtype=getattr(torch, dtype), **where)
-        limits = {"allow_private_addresses": allow_private_addresses}
-        processor = ViViTVideoProcessor.from_pretrained(model, video_limits=limits, **where)
-    except SafetensorError as error:
-        fail(f"Cannot load the model {model}: its weights are damaged or not all there ({error}).", code=2)
-    except OSError as error:
-        fail(f"Cannot load the model {model}: {str(error).strip().splitlines()[0]}", code=2)
-    except ValueError as error:
-        fail(f"Cannot load the model {model}: {error}", code=2)
-    except Exception as error:  # whatever a damaged or hostile folder makes the libraries trip over
-        fail(f"Cannot load the model {model}: {type(error).__name__}: {error}", code=2)
+    loaded, processor = _from_pretrained(model, dtype, {"allow_private_addresses": allow_private_addresses})
     if needs_labels and not loaded.config.num_labels:
         fail(f"The model {model} has no classifier (num_labels is 0): choose one that was trained on labels.", code=2)
     clip, given = (loaded.config.num_frames, *loaded.config.frame_size), _clip_of(processor)
     if any(wanted != got for wanted, got in zip(clip, given, strict=True) if got is not None):
         fail(
-            f"The processor of {model} gives clips of {given} (frames, height, width), and the model takes {clip}: set "
-            "`num_frames` and `crop_size` in its preprocessor_config.json.",
+            f"The processor of {model} makes clips of {given} (frames, height, width), but the model expects {clip}: "
+            "set `num_frames` and `crop_size` in its preprocessor_config.json.",
             code=2,
         )
     return loaded.to(place).eval(), processor
 
 
+def _from_pretrained(model: str, dtype: str, video_limits: dict[str, Any]) -> tuple[Any, Any]:
+    import torch
+    from safetensors import SafetensorError
+
+    from ..modeling_vivit import ViViTForVideoClassification
+    from ..video_processing_vivit import ViViTVideoProcessor
+
+    try:
+        where = find_model(model)
+        loaded = ViViTForVideoClassification.from_pretrained(model, dtype=getattr(torch, dtype), **where)
+        processor = ViViTVideoProcessor.from_pretrained(model, video_limits=video_limits, **where)
+    except SafetensorError as error:
+        reason = f"its weights are damaged or incomplete ({error})."
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+    except ValueError as error:
+        reason = str(error)
+    except Exception as error:  # a damaged or hostile folder can make the libraries raise anything
+        reason = f"{type(error).__name__}: {error}"
+    else:
+        return loaded, processor
+    return fail(f"Cannot load the model {model}: {reason}", code=2)
+
+
 def _clip_of(processor: Any) -> tuple[int | None, int | None, int | None]:
-    """Frames, height and width of its clips; None for what depends on the video."""
+    """Return the frames, height and width of its clips; None for what depends on the video."""
     sizes = processor.crop_size if processor.do_center_crop else processor.size if processor.do_resize else {}
     return processor.num_frames, sizes.get("height"), sizes.get("width")
 
 
 def expand(videos: Sequence[str]) -> list[str]:
-    """Files, the videos of folders, what patterns match, addresses and - for standard input, in their order."""
+    """Return the videos in order: files, those in folders, matches of patterns, addresses, and - for standard input."""
     from ..data.scan import find_videos
 
     found: list[str] = []
@@ -151,18 +183,18 @@ def expand(videos: Sequence[str]) -> list[str]:
         elif os.path.isdir(video):
             inside = [str(path) for path in find_videos(video)]
             if not inside:
-                raise typer.BadParameter(f"the folder {video!r} holds no video", param_hint="VIDEO")
+                raise typer.BadParameter(f"the folder {video!r} contains no video", param_hint="VIDEO")
             found += inside
         elif glob.has_magic(video) and (matches := sorted(glob.glob(video, recursive=True))):
             parts = [map(str, find_videos(path)) if os.path.isdir(path) else [path] for path in matches]
-            found += dict.fromkeys(chain.from_iterable(parts))  # `**` also finds what is in the folders it finds
+            found += dict.fromkeys(chain.from_iterable(parts))  # `**` matches folders as well as their contents
         else:
-            found.append(video)  # not there: an error in its own line, and the others go on
+            found.append(video)  # a missing file is reported when it is read, and the others go on
     return found
 
 
 def standard_input() -> bytearray:
-    """All of standard input, within the limits of a video; exits with 1 and the reason if there is more."""
+    """Read all of standard input; exits with 1 if it exceeds the limits of a video."""
     from ..video_sources import VideoDecodingError, read_stream
 
     try:
@@ -172,6 +204,7 @@ def standard_input() -> bytearray:
 
 
 def standard_input_file() -> Any:
+    """Return standard input as a binary file; exits with 2 if it is closed or a terminal."""
     if sys.stdin is None or sys.stdin.isatty():
         what = "closed" if sys.stdin is None else "a terminal"
         raise typer.BadParameter(f"- reads a video from standard input, and that is {what}", param_hint="VIDEO")

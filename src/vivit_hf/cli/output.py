@@ -1,4 +1,4 @@
-"""How the commands print: texts are escaped, JSON has no NaN, and remarks are kept apart from results."""
+"""Printing: text is escaped, JSON has no NaN, results go to standard output and messages to standard error."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _ClickException: Any = next(one for one in typer.BadParameter.__mro__ if one.__n
 
 def printable(text: str) -> str:
     """
-    The text with whatever a terminal could take for a command as an escape sequence such as `\\x1b`.
+    Escape everything that a terminal could take for a command, such as ESC as `\\x1b`.
 
-    Line feeds stay; they come from messages of several lines.
+    Line feeds stay, for messages of several lines.
     """
     return "".join(
         one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in str(text)
@@ -30,41 +30,42 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """As `printable`, with line feeds escaped, too: a label must not look like another line of the output."""
+    """Like `printable`, but escape line feeds too, so that a label cannot look like another line of output."""
     return printable(text).replace("\n", r"\n")
 
 
 def as_cell(text: str, style: str = "") -> Text:
-    """For a table: as `one_line`, and brackets and colons mean nothing."""
+    """Return the text for a cell of a table: on one line, with brackets and colons taken literally."""
     return Text(one_line(text), style=style, overflow="fold")
 
 
 def output_console() -> Console:
-    """Standard output; without a terminal lines are as long as they have to be, so that no name is cut."""
+    """Return a console on standard output. Without a terminal it never wraps, so that no name is cut."""
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
     return Console() if is_terminal else Console(width=10_000)
 
 
 def echo(text: str) -> None:
-    """A line of results on standard output."""
+    """Print a line of results on standard output."""
     typer.echo(one_line(text))
 
 
 def echo_json(row: dict[str, Any]) -> None:
-    """A line of JSON on standard output; ends the command if there is NaN or infinity, which JSON does not have."""
+    """Print a line of JSON on standard output; exits with 1 if it contains NaN or infinity, which JSON cannot hold."""
     try:
         line = json.dumps(row, allow_nan=False)
     except ValueError:
-        fail(f"This cannot be written as JSON, because it holds NaN or infinity: {row}")
+        fail(f"JSON cannot hold NaN or infinity: {row}")
     typer.echo(line)
 
 
 def say(text: str) -> None:
-    """A remark to whoever looks on; standard output stays for results."""
+    """Print a message on standard error."""
     typer.echo(printable(text), err=True)
 
 
 def fail(text: str, code: int = 1) -> NoReturn:
+    """Print a message on standard error and end the command with this exit code."""
     say(text)
     raise typer.Exit(code)
 
@@ -75,7 +76,7 @@ class _PrintableFormatter(logging.Formatter):
 
 
 def escape_logs() -> None:
-    """Print warnings and logs as remarks, escaped. For a process that is a command."""
+    """Print warnings and logs on standard error, escaped. Only for processes that run a command."""
     handler = logging.StreamHandler()
     handler.setFormatter(_PrintableFormatter("%(message)s"))
     logging.basicConfig(handlers=[handler])
@@ -83,7 +84,7 @@ def escape_logs() -> None:
 
 
 def quiet_libraries() -> None:
-    """No progress bars of loading weights between the lines of a command; what transformers logs is escaped."""
+    """Hide the progress bars of loading weights, and escape what transformers logs."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -92,21 +93,47 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
-def _escaped_errors() -> Iterator[None]:
+def video_errors(video: str) -> Iterator[None]:
+    """Turn what goes wrong while a video is read and classified into a message and an exit code."""
+    from ..inference.finite_outputs import NonFiniteError
+    from ..video_sources import VideoDecodingError, source_name
+
+    try:
+        yield
+    except VideoDecodingError as error:
+        fail(str(error))
+    except NonFiniteError as error:
+        fail(f"{source_name(video)}: {error}")
+    except OSError as error:
+        fail(f"Cannot read {source_name(video)}: {error.strerror or error}.")
+    except ValueError as error:  # options that do not fit the model or the processor
+        raise typer.BadParameter(str(error)) from error
+
+
+def read_from(video: str, results: Iterator[Any]) -> Iterator[Any]:
+    """Yield results that are computed while a video is read. Only errors of reading it are attributed to the video."""
+    with video_errors(video):
+        yield from results
+
+
+@contextmanager
+def _reported_errors() -> Iterator[None]:
     try:
         yield
     except _ClickException as error:
         error.message = printable(error.message)
         raise
+    except KeyboardInterrupt:
+        fail("Interrupted.", code=130)
 
 
 class EscapingGroup(TyperGroup):
-    """The commands; errors about their arguments, such as names of files, are escaped."""
+    """The commands. Errors about their arguments, such as file names, are escaped; an interrupt exits with 130."""
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
-        with _escaped_errors():
+        with _reported_errors():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
-        with _escaped_errors():
+        with _reported_errors():
             return super().invoke(ctx)

@@ -1,4 +1,4 @@
-"""`vivit-hf scan`: what there is to look at in a data set before one trains on it."""
+"""`vivit-hf scan`: find the damaged and unusual files of a data set before training on it."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def scan(
             "--json", metavar="FILE", help="Write one JSON line per file; - for standard output, instead of the table."
         ),
     ] = None,
-    num_frames: Annotated[int, typer.Option(min=1, help="Frames of the clips that you train on.")] = 32,
-    frame_stride: Annotated[int, typer.Option(min=1, help="Their distance in frames.")] = 2,
-    fast: Annotated[bool, typer.Option("--fast", help="Read packets only: finds no damage inside of them.")] = False,
+    num_frames: Annotated[int, typer.Option(min=1, help="Frames per clip that you train on.")] = 32,
+    frame_stride: Annotated[int, typer.Option(min=1, help="Distance between these frames.")] = 2,
+    fast: Annotated[bool, typer.Option("--fast", help="Only read packets; damage inside them goes unnoticed.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one per core")] = None,
-    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds after which a file is given up.")] = 120.0,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds until a file is given up.")] = 120.0,
     extension: Annotated[
         list[str] | None,
-        typer.Option(help="Look for these files instead; may be repeated.", show_default="those of videos"),
+        typer.Option(help="Scan files with this extension; can be repeated.", show_default="those of videos"),
     ] = None,
-    show_all: Annotated[bool, typer.Option("--all", help="List every file, not only those to look at.")] = False,
+    show_all: Annotated[bool, typer.Option("--all", help="List every file, not only unusual ones.")] = False,
 ) -> None:
     """
-    Read a whole data set and say which files are damaged, short, of variable frame rate or rotated.
+    Find the files of a data set that are damaged, short, of variable frame rate, or rotated.
 
     Every frame is decoded, in parallel. Exit code 0: all files can be used; 1: at least one cannot; 2: wrong usage.
 
@@ -56,7 +56,7 @@ def scan(
         paths = find_videos(folder, extension or VIDEO_EXTENSIONS)
         if not paths:
             endings = " ".join(extension or VIDEO_EXTENSIONS)
-            raise typer.BadParameter(f"{str(folder)!r} holds no video (looked for: {endings})", param_hint="FOLDER")
+            raise typer.BadParameter(f"{str(folder)!r} contains no video (looked for: {endings})", param_hint="FOLDER")
         if json_file not in (None, "-"):
             if not json_file or Path(json_file).is_dir():
                 raise typer.BadParameter(f"expected a file, got {json_file!r}", param_hint="--json")
@@ -110,7 +110,7 @@ def _with_progress(scans: Iterable[VideoScan], total: int) -> list[VideoScan]:
 
 
 def _findings(one: VideoScan) -> list[str]:
-    """What there is to look at in a file, the worst first."""
+    """Return what is unusual about a file, the worst first."""
     findings = [] if one.status == "ok" else [f"{one.status}: {one.reason}"]
     findings += ["short"] * bool(one.is_short) + ["variable rate"] * bool(one.is_variable_rate)
     return findings + [f"rotated by {one.rotation} degrees"] * bool(one.rotation)

@@ -1,0 +1,102 @@
+"""`vivit-hf explain`: a picture of where the model looked."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import (
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    OnErrorOption,
+    PrivateAddressesOption,
+    check_on_error,
+    load,
+    standard_input,
+)
+from .output import echo, fail, one_line, video_errors
+
+
+def explain(
+    video: Annotated[str, typer.Argument(metavar="VIDEO", help="A file, an http(s) address, or - for standard input.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Picture or video to write: .png, .mp4 or .gif.")],
+    model: ModelOption = None,
+    method: Annotated[
+        str, typer.Option(help="rollout: where attention leads; gradient: what speaks for a label.")
+    ] = "rollout",
+    label: Annotated[
+        str | None, typer.Option(help="The label to explain, for gradient.", show_default="the most likely")
+    ] = None,
+    start: Annotated[float | None, typer.Option(min=0, help="Start of the part to explain, in seconds.")] = None,
+    end: Annotated[float | None, typer.Option(min=0, help="End of that part, in seconds.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Labels to show.")] = 5,
+    on_error: OnErrorOption = "warn",
+    allow_private_addresses: PrivateAddressesOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "float32",
+) -> None:
+    """
+    Draw what the model saw: a heat map over the frames of one clip, its labels, and the weight of each time step.
+
+    Example: vivit-hf explain holiday.mp4 --output holiday.png --method gradient
+    """
+    from ..explain.explanation import explain_clip
+    from ..explain.pictures import save_explanation
+
+    check_on_error(on_error)
+    _check_output(output, video)
+    _check_method(method, label)
+    classifier, processor = load(model, device, dtype, method == "gradient", allow_private_addresses)
+    index = None if label is None else _find_label(label, classifier.config)
+    part: dict[str, Any] = {"start": start, "end": end}
+    part |= {"bytes": standard_input(), "path": "-"} if video == "-" else {"path": video}
+    on_lost = "repeat_last" if on_error == "warn" else "raise"
+    with video_errors(video):
+        pixel_values = processor(part, num_clips=1, num_crops=1, on_error=on_lost)["pixel_values"]
+        explanation = explain_clip(classifier, processor, pixel_values, method, index, top_k)
+    try:
+        save_explanation(output, explanation)
+    except OSError as error:
+        fail(f"Cannot write {output}: {error.strerror or error}.")
+    for name, score in explanation.labels:
+        echo(f"{score:.3f}  {name}")
+    echo(f"Written: {output}")
+
+
+def _check_output(output: Path, video: str) -> None:
+    from ..explain.pictures import SUFFIXES
+
+    problem = None
+    if output.suffix.lower() not in SUFFIXES:
+        problem = f"expected {', '.join(SUFFIXES)}, got {output.name!r}"
+    elif output.is_dir():
+        problem = f"{str(output)!r} is a folder"
+    elif os.path.exists(video) and output.exists() and os.path.samefile(video, output):
+        problem = f"{str(output)!r} is the video itself"
+    elif not output.absolute().parent.is_dir():
+        problem = f"there is no folder {str(output.parent)!r}"
+    if problem is not None:
+        raise typer.BadParameter(problem, param_hint="--output")
+
+
+def _check_method(method: str, label: str | None) -> None:
+    from ..explain.explanation import METHODS
+
+    if method not in METHODS:
+        raise typer.BadParameter(f"expected {' or '.join(METHODS)}, got {method!r}", param_hint="--method")
+    if label is not None and method != "gradient":
+        raise typer.BadParameter("rollout does not depend on a label; add --method gradient", param_hint="--label")
+
+
+def _find_label(label: str, config: Any) -> int:
+    from ..data.labels import LabelMap
+
+    names = LabelMap.from_config(config).names
+    if label not in names:
+        known = one_line(", ".join(names[:8])) + " ..." * (len(names) > 8)
+        raise typer.BadParameter(f"the model does not know {label!r}; it knows {known}", param_hint="--label")
+    return names.index(label)

@@ -1,0 +1,32 @@
+"""Labelled videos of moving shapes and a model for them, for the tests of scripts and commands."""
+
+import os
+import subprocess
+import sys
+
+from moving_shapes import MOTIONS, write_moving_shapes
+from tiny_models import make_model
+
+from vivit_hf import ViViTConfig, ViViTVideoProcessor
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--master_port=0"]
+
+
+def write_labelled_videos(folder):
+    """12 training videos, one of them broken, 4 test videos, and a model with random weights for them."""
+    write_moving_shapes(folder / "videos", clips_per_class=3, test_clips_per_class=1, seed=0)
+    (folder / "videos" / "train" / "up_left" / "001.mp4").write_bytes(b"broken")
+    model = make_model(
+        ViViTConfig.from_preset("vivit-tiny", num_frames=8, image_size=32, id2label=dict(enumerate(sorted(MOTIONS))))
+    )
+    model.save_pretrained(folder / "model")
+    ViViTVideoProcessor(
+        num_frames=8, frame_stride=1, size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}
+    ).save_pretrained(folder / "model")
+    return folder
+
+
+def start(command):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=280, env=environment)
