@@ -6,6 +6,7 @@ from .. import lazy_exports
 
 
 if TYPE_CHECKING:
+    from .adaptation import add_lora as add_lora
     from .augmentation import ClipAugmentation as ClipAugmentation
     from .clips import ClipSampler as ClipSampler
     from .clips import StreamedClips as StreamedClips
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from .mixing import soft_labels as soft_labels
     from .overfitting import OverfitReport as OverfitReport
     from .overfitting import overfit_one_batch as overfit_one_batch
+    from .parameters import freeze as freeze
+    from .parameters import gradient_norms as gradient_norms
+    from .parameters import parameter_groups as parameter_groups
     from .recipes import RECIPES as RECIPES
     from .recipes import Recipe as Recipe
     from .trainer import ClipTrainer as ClipTrainer
@@ -23,10 +27,12 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
+        "adaptation": "add_lora",
         "augmentation": "ClipAugmentation",
         "clips": "ClipSampler StreamedClips VideoClips",
         "mixing": "ClipCollator cutmix mixup soft_labels",
         "overfitting": "OverfitReport overfit_one_batch",
+        "parameters": "freeze gradient_norms parameter_groups",
         "recipes": "RECIPES Recipe",
         "trainer": "ClipTrainer",
     },
