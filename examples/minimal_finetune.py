@@ -12,12 +12,9 @@ import argparse
 from transformers import Trainer, TrainingArguments, ViTModel
 
 from vivit_hf import ViViTForVideoClassification, config_from_vit, initialise_from_vit
-from vivit_hf.data.annotations import read_videos
-from vivit_hf.data.labels import LabelMap
-from vivit_hf.initialisation.model_processor import processor_for
-from vivit_hf.training.augmentation import ClipAugmentation
-from vivit_hf.training.clips import VideoClips
-from vivit_hf.training.mixing import ClipCollator
+from vivit_hf.data import LabelMap, read_videos
+from vivit_hf.initialisation import processor_for
+from vivit_hf.training import ClipAugmentation, ClipCollator, VideoClips
 
 
 def main() -> None:

@@ -148,13 +148,14 @@ def test_the_sdist_holds_what_it_takes_to_test_and_use_the_repository(archives):
         names = {name.removeprefix(f"{ARCHIVE}/") for name in sdist.getnames()}
     expected = {
         path.relative_to(ROOT).as_posix()
-        for folder in ("src", "tests", "examples", "conversion", "benchmarks")
+        for folder in ("src", "tests", "examples", "conversion", "benchmarks", "docs")
         for path in (ROOT / folder).rglob("*.*")
         if path.is_file() and not any(part.startswith((".", "__pycache__")) for part in path.relative_to(ROOT).parts)
     }
     assert {"src", "tests", "examples", "conversion"} <= {name.split("/")[0] for name in expected}
-    files = ("README.md", "LICENSE", "NOTICE", "CITATION.cff", "Makefile", "pyproject.toml", "constraints.txt")
-    assert expected | {*files, "constraints-oldest.txt"} <= names
+    files = {path.name for path in ROOT.glob("*.*") if path.is_file() and not path.name.startswith(".")}
+    assert {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "pyproject.toml"} <= files
+    assert expected | files | {"LICENSE", "NOTICE", "Makefile"} <= names
     assert not [name for name in names if re.search(r"__pycache__|\.pyc$|(^|/)\.venv|\.egg-info", name)]
 
 
