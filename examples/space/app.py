@@ -1,7 +1,7 @@
 """
-A page that classifies a clip, says what happens when, and shows where the model looked. See examples/app.py.
+A page that classifies a clip, shows what happens when, and where the model looked. See examples/app.py.
 
-It works without the internet: the page loads nothing from elsewhere, and nothing is reported to anyone.
+It works offline: the page loads nothing from other hosts and reports nothing.
 """
 
 import argparse
@@ -24,9 +24,9 @@ from jobs import DEMO, TOO_LARGE, TOP_K, Job, UserError, Worker, spoken
 from vivit_hf.inference.segments import Segment
 
 
-# A Space is started without arguments: there a variable of that name, with spaces between the names, takes their place.
+# A Space is started without arguments. There, these variables replace --model (names separated by spaces)
 MODELS_VARIABLE = "VIVIT_MODELS"
-# Likewise; 1 for --only-listed.
+# and --only-listed (1).
 ONLY_LISTED_VARIABLE = "VIVIT_ONLY_LISTED"
 METHODS = {"what speaks for the label": "gradient", "attention rollout": "rollout"}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
@@ -44,7 +44,7 @@ CSS = """
 #bar .names i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 5px; }
 """
 
-# In the browser, where a file that is too large need not be sent first; all that Gradio would say of it is "Error".
+# Refuses large files in the browser, before they are sent. Gradio itself would only say "Error".
 SCRIPT = """<script>
 for (const kind of ["change", "drop"]) {
   window.addEventListener(kind, (event) => {
@@ -63,23 +63,23 @@ for (const kind of ["change", "drop"]) {
 
 
 def check_model(name: Any, offered: Sequence[str], only_listed: bool = False) -> str:
-    """The name of a model that may be loaded: one that the page offers, or a Hub id, but no folder of the server."""
+    """Return the name of a model that may be loaded: one of the list, or a Hub id, but no folder of the server."""
     if name is not None and not isinstance(name, str):
-        raise UserError(f"A model is chosen by its name, as text, and not by a {type(name).__name__}.")
+        raise UserError(f"The model must be given by its name, as text, not by a {type(name).__name__}.")
     name = (name or "").strip()
     if not name:
-        raise UserError("There is no model yet: choose one, or type its Hub id.")
+        raise UserError("There is no model yet: choose one, or type a Hub id.")
     if name in offered:
         return name
     if only_listed:
-        raise UserError(f"{name!r} is not on the list of models, and this page takes no others.")
+        raise UserError(f"{name!r} is not on the list of models, and this page accepts no others.")
     if not HUB_ID.fullmatch(name) or os.path.exists(name):
-        raise UserError(f"{name!r} is no Hub id: choose a model of the list, or type one such as 'owner/name'.")
+        raise UserError(f"{name!r} is not a Hub id: choose a model from the list, or type an id such as 'owner/name'.")
     return name
 
 
 def timeline_bar(segments: Sequence[Segment]) -> str:
-    """The segments as a coloured bar with a legend, in HTML."""
+    """Return the segments as a coloured bar with a legend, in HTML."""
     if not segments:
         return ""
     seconds = max(segments[-1].end, 1e-3)
@@ -98,9 +98,100 @@ def timeline_bar(segments: Sequence[Segment]) -> str:
 
 
 def box(text: str, state: str = "busy") -> str:
-    """The text of the status box, "busy", "done" or "error"; whatever a file or a model is called, it is text."""
+    """Return the status box in HTML, in the state "busy", "done" or "error". The text is escaped."""
     role = "alert" if state == "error" else "status"
     return f'<div class="message {state}" role="{role}">{html.escape(text)}</div>'
+
+
+def add_inputs(models: Sequence[str], only_listed: bool) -> tuple[list[Any], gr.Button]:
+    """Add the inputs, video, model and heat map, and the button."""
+    video = gr.Video(
+        label="Video",
+        show_label=False,  # it would cover the video
+        sources=["upload", "webcam"],
+        height=320,
+        include_audio=True,  # removing the sound would need the ffmpeg program
+        webcam_options=gr.WebcamOptions(mirror=False),  # the model sees left and right as the camera does
+        elem_id="video",
+    )
+    with gr.Row():
+        model = gr.Dropdown(
+            list(models),
+            value=models[0],
+            allow_custom_value=not only_listed,
+            label="Model",
+            info="Choose one." if only_listed else "Choose one, or type a Hub id.",
+            min_width=200,
+            elem_id="model",
+        )
+        method = gr.Radio(
+            list(METHODS),
+            value=next(iter(METHODS)),
+            label="Heat map",
+            info="What its colours show.",
+            min_width=200,
+            elem_id="method",
+        )
+    button = gr.Button("Classify", variant="primary", elem_id="classify")
+    gr.Examples(
+        sorted([str(path)] for path in Path(__file__).parent.glob("clips/*.mp4")),
+        [video],
+        label="For the demo model: shapes that move along a diagonal",
+        cache_examples=False,
+    )
+    return [video, model, method], button
+
+
+def add_answer() -> dict[str, Any]:
+    """Add status, labels and the timeline, which is hidden until there is one."""
+    status = gr.HTML(box("Upload or record a clip, then press Classify.", "done"), elem_id="status")
+    labels = gr.Label(num_top_classes=TOP_K, label="Labels of the whole video", elem_id="labels")
+    with gr.Column(visible=False) as times:
+        gr.Markdown("### What happens when")
+        bar = gr.HTML(elem_id="bar")
+        table = gr.Dataframe(
+            headers=["start (s)", "end (s)", "label", "score"],
+            datatype="str",
+            interactive=False,
+            max_height=220,
+            show_label=False,
+            buttons=[],
+            elem_id="timeline",
+        )
+    return {"status": status, "labels": labels, "times": times, "bar": bar, "table": table}
+
+
+def add_pictures() -> dict[str, Any]:
+    """Add the pictures of the explained clip, which are hidden until they are drawn."""
+    with gr.Column(visible=False) as seen:
+        gr.Markdown("### What the model saw")
+        caption = gr.HTML(elem_id="caption")
+        with gr.Row():
+            picture = {"type": "filepath", "show_label": False, "height": 460}
+            moving = gr.Image(
+                **picture, elem_id="overlay", buttons=[], min_width=280, alt_text="the clip with a heat map over it"
+            )
+            sheet = gr.Image(
+                **picture, elem_id="sheet", buttons=["fullscreen"], scale=2, alt_text="frames, moments and labels"
+            )
+    return {"seen": seen, "caption": caption, "moving": moving, "sheet": sheet}
+
+
+def updates(part: dict[str, Any]) -> dict[str, Any]:
+    """Return what one part of a job's answer changes on the page, by the names of the outputs."""
+    if "error" in part:
+        return {"status": box(part["error"], "error")}
+    if "labels" in part:
+        return {"labels": part["labels"]}
+    if "segments" in part:
+        segments = part["segments"]
+        rows = [[f"{one.start:.2f}", f"{one.end:.2f}", one.label, f"{one.score:.3f}"] for one in segments]
+        return {"times": gr.Column(visible=bool(segments)), "bar": timeline_bar(segments), "table": rows}
+    if "pictures" in part:
+        moving, sheet = part["pictures"]
+        shown = {"seen": gr.Column(visible=True), "caption": html.escape(part["caption"])}
+        return {**shown, "moving": moving, "sheet": sheet, "status": box(part["status"], "done")}
+    return {"status": box(part["status"])} if "status" in part else {}
 
 
 def build_page(
@@ -110,7 +201,7 @@ def build_page(
     job_seconds: float = 120.0,
     only_listed: bool = False,
 ) -> gr.Blocks:
-    worker = Worker(job_seconds)
+    worker, offered = Worker(job_seconds), [*models, DEMO]
     with gr.Blocks(title="ViViT video classification", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(
             "# What happens in this video?\n"
@@ -119,108 +210,30 @@ def build_page(
         )
         with gr.Row():
             with gr.Column(min_width=320):
-                video = gr.Video(
-                    label="Video",
-                    show_label=False,  # it would lie over the video
-                    sources=["upload", "webcam"],
-                    height=320,
-                    include_audio=True,  # taking the sound out would need the ffmpeg program
-                    webcam_options=gr.WebcamOptions(mirror=False),  # the model sees left and right as the camera does
-                    elem_id="video",
-                )
-                with gr.Row():
-                    model = gr.Dropdown(
-                        [*models, DEMO],
-                        value=[*models, DEMO][0],
-                        allow_custom_value=not only_listed,
-                        label="Model",
-                        info="Choose one." if only_listed else "Choose one, or type a Hub id.",
-                        min_width=200,
-                        elem_id="model",
-                    )
-                    method = gr.Radio(
-                        list(METHODS),
-                        value=next(iter(METHODS)),
-                        label="Heat map",
-                        info="What its colours show.",
-                        min_width=200,
-                        elem_id="method",
-                    )
-                button = gr.Button("Classify", variant="primary", elem_id="classify")
-                gr.Examples(
-                    sorted([str(path)] for path in Path(__file__).parent.glob("clips/*.mp4")),
-                    [video],
-                    label="For the demo model: shapes that move along a diagonal",
-                    cache_examples=False,
-                )
+                inputs, button = add_inputs(offered, only_listed)
             with gr.Column(min_width=320):
-                status = gr.HTML(box("Upload or record a clip, then press Classify.", "done"), elem_id="status")
-                labels = gr.Label(num_top_classes=TOP_K, label="Labels of the whole video", elem_id="labels")
-                with gr.Column(visible=False) as times:
-                    gr.Markdown("### What happens when")
-                    bar = gr.HTML(elem_id="bar")
-                    table = gr.Dataframe(
-                        headers=["start (s)", "end (s)", "label", "score"],
-                        datatype="str",
-                        interactive=False,
-                        max_height=220,
-                        show_label=False,
-                        buttons=[],
-                        elem_id="timeline",
-                    )
-        with gr.Column(visible=False) as seen:
-            gr.Markdown("### What the model saw")
-            caption = gr.HTML(elem_id="caption")
-            with gr.Row():
-                picture = {"type": "filepath", "show_label": False, "height": 460}
-                moving = gr.Image(
-                    **picture, elem_id="overlay", buttons=[], min_width=280, alt_text="the clip with a heat map over it"
-                )
-                sheet = gr.Image(
-                    **picture, elem_id="sheet", buttons=["fullscreen"], scale=2, alt_text="frames, moments and labels"
-                )
+                answer = add_answer()
+        outputs = {**answer, **add_pictures()}
 
         def run(path: str | None, name: Any, looks: Any) -> Iterator[dict[Any, Any]]:
-            """Fills the page part by part."""
-            hidden = {times: gr.Column(visible=False), seen: gr.Column(visible=False)}
-            yield {**hidden, labels: None, status: box("Reading the video ...")}
+            """Fill the page part by part. Every part repeats the ones before: API clients only get the last one."""
+            hidden = {outputs[column]: gr.Column(visible=False) for column in ("times", "seen")}
+            yield {**hidden, outputs["labels"]: None, outputs["status"]: box("Reading the video ...")}
             try:
-                name = check_model(name, [*models, DEMO], only_listed)
+                name = check_model(name, offered, only_listed)
                 if not isinstance(looks, str) or looks not in METHODS:
                     raise UserError(f"The heat map is one of: {', '.join(METHODS)}.")
             except UserError as error:
-                yield {status: box(str(error), "error")}
+                yield {outputs["status"]: box(str(error), "error")}
                 return
             filled: dict[Any, Any] = {}
-            with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory() as folder:  # Gradio copies the pictures before it asks for the next part
                 for part in worker.run(Job(path, name, METHODS[looks], folder, max_seconds, max_megabytes)):
-                    if "error" in part:
-                        yield {status: box(part["error"], "error")}
-                    elif "labels" in part:
-                        filled |= {labels: part["labels"]}
+                    filled |= {outputs[key]: value for key, value in updates(part).items()}
+                    if "end" not in part:
                         yield filled
-                    elif "segments" in part:
-                        segments = part["segments"]
-                        rows = [
-                            [f"{one.start:.2f}", f"{one.end:.2f}", one.label, f"{one.score:.3f}"] for one in segments
-                        ]
-                        filled |= {times: gr.Column(visible=bool(segments)), bar: timeline_bar(segments), table: rows}
-                        yield filled
-                    elif "pictures" in part:
-                        # Programs that call this page get the last part alone. The pictures are copied before Gradio
-                        # asks for what comes after it.
-                        yield filled | {
-                            seen: gr.Column(visible=True),
-                            caption: html.escape(part["caption"]),
-                            moving: part["pictures"][0],
-                            sheet: part["pictures"][1],
-                            status: box(part["status"], "done"),
-                        }
-                    elif "status" in part:
-                        yield {status: box(part["status"])}
 
-        outputs = [status, labels, times, bar, table, seen, caption, moving, sheet]
-        button.click(run, [video, model, method], outputs, api_name="classify", show_progress="minimal")
+        button.click(run, inputs, list(outputs.values()), api_name="classify", show_progress="minimal")
     return page.queue(max_size=32)
 
 
@@ -229,16 +242,16 @@ def main() -> None:
     parser.add_argument(
         "--model",
         action="append",
-        help=f"a folder or Hub id to choose from besides the demo model, may be repeated (default: ${MODELS_VARIABLE})",
+        help=f"a folder or Hub id to offer besides the demo model, can be repeated (default: ${MODELS_VARIABLE})",
     )
-    parser.add_argument("--max-seconds", type=float, default=600.0, help="what a clip may last (default: 600)")
-    parser.add_argument("--max-megabytes", type=float, default=200.0, help="what a file may have (default: 200)")
-    parser.add_argument("--job-seconds", type=float, default=120.0, help="what one answer may take (default: 120)")
+    parser.add_argument("--max-seconds", type=float, default=600.0, help="longest clip (default: 600)")
+    parser.add_argument("--max-megabytes", type=float, default=200.0, help="largest file (default: 200)")
+    parser.add_argument("--job-seconds", type=float, default=120.0, help="deadline of one answer (default: 120)")
     parser.add_argument(
         "--only-listed",
         action="store_true",
         default=os.environ.get(ONLY_LISTED_VARIABLE, "") not in ("", "0"),
-        help=f"load no other models of the Hub (default: ${ONLY_LISTED_VARIABLE})",
+        help=f"load no other models from the Hub (default: ${ONLY_LISTED_VARIABLE})",
     )
     parser.add_argument("--host", help="address to listen on (default: this machine only; in a Space, all)")
     parser.add_argument("--port", type=int, help="(default: the first free one from 7860 on)")

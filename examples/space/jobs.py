@@ -1,7 +1,7 @@
 """
-What the page computes for a visitor, in a process of its own: a file or a model that takes too long ends with it.
+The jobs of the page, run in a separate process that is killed if a job takes too long.
 
-FFmpeg and torch cannot be interrupted from within Python, and killing a process frees whatever it held.
+Python cannot interrupt FFmpeg and torch, and killing a process frees everything that it held.
 """
 
 import logging
@@ -32,20 +32,20 @@ from vivit_hf.video_sources import VideoDecodingError, VideoLimitError, VideoLim
 
 
 DEMO = "demo (moving shapes)"
-DEMO_NOTE = "The demo model knows only shapes that move along a diagonal: of any other video its labels say nothing."
-MOST_WINDOWS = 300  # of a timeline, so that a long video does not keep everyone else waiting
+DEMO_NOTE = "The demo model only knows shapes that move along a diagonal. Its labels mean nothing for other videos."
+MOST_WINDOWS = 300  # of a timeline, so that a long video does not keep other visitors waiting
 TOP_K = 5
-# Beyond any camera for slow motion. What a short file claims to hold beyond that is a trick, and not worth reading.
+# More than any slow-motion camera records. A short file that claims more frames is not worth reading.
 MOST_FRAMES_PER_SECOND = 1000
 MOST_PIXELS = 8_000_000_000  # of all frames of a file: ten minutes of 480p, or half a minute of 4K
 TOO_LARGE = (
-    "{name} is too large: it has {megabytes} MB, and this page takes up to {limit} MB. Cut out the part that matters, "
-    "or save it in a smaller size."
+    "{name} is too large: it has {megabytes} MB, and this page accepts up to {limit} MB. Cut out the part that "
+    "matters, or save it in a smaller size."
 )
 
 
 class UserError(Exception):
-    """Something that whoever uses the page can mend; its text is shown there."""
+    """An error that the visitor can fix. Its text is shown on the page."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class Clip:
     """An uploaded file within the limits of the page."""
 
     path: Path
-    last_frame: float  # seconds, when it is shown
+    last_frame: float  # the time of the last frame, seconds
     frames_per_second: float  # on average
     summary: str
 
 
 def check_clip(path: str | None, max_seconds: float, max_megabytes: float) -> Clip:
-    """Raises UserError for a file that is missing, too large, too long or unreadable, with the reason."""
+    """Raise UserError with the reason if a file is missing, too large, too long or unreadable."""
     if path is None:
         raise UserError("There is no video yet: upload a file or record one.")
     file = Path(path)
@@ -78,14 +78,14 @@ def check_clip(path: str | None, max_seconds: float, max_megabytes: float) -> Cl
         raise UserError(f"{file.name} is too long or its pictures are too large: {error.reason}.") from error
     except VideoDecodingError as error:
         raise UserError(
-            f"Cannot read {file.name}: {error.reason}. It may be damaged, or hold no picture at all. If it plays "
-            "elsewhere, save it as MP4 (H.264) and upload that."
+            f"Cannot read {file.name}: {error.reason}. It may be damaged, or contain no video. If it plays elsewhere, "
+            "save it as MP4 (H.264) and upload that."
         ) from error
-    # A frame is shown until the next one comes; the last one as long as the others on average.
+    # A frame is shown until the next one; the last frame as long as the others on average.
     seconds = float(times[-1]) * count / (count - 1) if count > 1 else 0.0
     if seconds > max_seconds:
         raise UserError(
-            f"{file.name} is too long: it lasts {spoken(seconds)}, and this page takes up to {spoken(max_seconds)}. "
+            f"{file.name} is too long: it lasts {spoken(seconds)}, and this page accepts up to {spoken(max_seconds)}. "
             "Cut out the part that matters."
         )
     summary = f"{file.name}: {seconds:.1f} seconds, {count} frame{'s' * (count > 1)} of {width} x {height}"
@@ -93,19 +93,20 @@ def check_clip(path: str | None, max_seconds: float, max_megabytes: float) -> Cl
 
 
 def spoken(seconds: float) -> str:
+    """Return a duration in words, in seconds or minutes."""
     return f"{round(seconds, 1):g} seconds" if seconds < 120 else f"{round(seconds / 60, 1):g} minutes"
 
 
-@lru_cache(maxsize=2)  # visitors can name any model; memory holds only so many
+@lru_cache(maxsize=2)  # visitors can name any model, and memory is limited
 def load_model(name: str) -> tuple[Any, ViViTVideoProcessor]:
-    """Model and processor of a folder or Hub id. No code that comes with them is run."""
+    """Load the model and processor of a folder or Hub id, without running code that comes with them."""
     folder = demo_model_path() if name == DEMO else name
     try:
         model = ViViTForVideoClassification.from_pretrained(folder).eval()
         processor = ViViTVideoProcessor.from_pretrained(
             folder, on_error="repeat_last", video_limits={"max_decoded_pixels": MOST_PIXELS}
         )
-    except Exception as error:  # a damaged or hostile folder can make the libraries trip over anything
+    except Exception as error:  # a damaged or hostile folder can make the libraries raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"Cannot load the model {name!r}: {reason}") from error
     if not model.config.num_labels:
@@ -114,28 +115,29 @@ def load_model(name: str) -> tuple[Any, ViViTVideoProcessor]:
 
 
 def looks_at_once(processor: ViViTVideoProcessor) -> bool:
-    """Whether a clip is frames from all of the video, so that there is one clip and no when."""
+    """Return whether one clip is spread over the whole video, so that there is no timeline."""
     return processor.frame_sampling == "uniform"
 
 
 def num_clips(processor: ViViTVideoProcessor) -> int:
-    """Parts of the video whose scores are averaged."""
+    """Return the number of clips whose scores are averaged."""
     return 1 if looks_at_once(processor) else 4
 
 
 @dataclass
 class Answer:
-    """The likeliest labels of a video, and the clip that speaks most for the first of them."""
+    """The most likely labels of a video, and the clip with the highest score of the first label."""
 
     labels: dict[str, float]
     label: str
     class_index: int
     pixel_values: torch.Tensor  # (1, frames, channels, height, width)
-    place: int  # of the clip among all
-    score: float  # of the label in this clip
+    place: int  # of the clip in the video
+    score: float  # of the label for this clip
 
 
 def classify(model: Any, processor: ViViTVideoProcessor, path: Path) -> Answer:
+    """Classify a video by the average over its clips. With groups of labels, the first group chooses the clip."""
     features = processor(path, num_clips=num_clips(processor), num_crops=1)
     views = features["pixel_values"].to(model.device, model.dtype)  # (clips, frames, channels, height, width)
     ids = None if features.frame_ids is None else np.asarray(features.frame_ids)[None]
@@ -156,7 +158,7 @@ def classify(model: Any, processor: ViViTVideoProcessor, path: Path) -> Answer:
 
 
 def timeline(model: Any, processor: ViViTVideoProcessor, clip: Clip) -> list[Segment]:
-    """What happens when; in a long video with larger steps from window to window."""
+    """Return the segments of a video. In a long one, windows are farther apart."""
     if looks_at_once(processor):
         return []
     rate = processor.frames_per_second or clip.frames_per_second / processor.frame_stride
@@ -166,7 +168,7 @@ def timeline(model: Any, processor: ViViTVideoProcessor, clip: Clip) -> list[Seg
 
 @dataclass(frozen=True)
 class Job:
-    """What a visitor asks for; `folder` takes the pictures."""
+    """The request of a visitor. The pictures are written to `folder`."""
 
     path: str | None
     model: str
@@ -177,7 +179,7 @@ class Job:
 
 
 def answer(job: Job) -> Iterator[dict[str, Any]]:
-    """The parts of the answer, each as soon as it is there; raises UserError and others."""
+    """Yield the parts of the answer, each as soon as it is ready. Raises UserError and the errors of the package."""
     clip = check_clip(job.path, job.max_seconds, job.max_megabytes)
     yield {"status": f"{clip.summary}. Loading the model ..."}
     network, processor = load_model(job.model)
@@ -192,12 +194,12 @@ def answer(job: Job) -> Iterator[dict[str, Any]]:
     caption = "The frames that the model saw, and where it looked."
     if total > 1:
         caption = (
-            f"Clip {found.place + 1} of {total}, the one that speaks most for {found.label!r} ({found.score:.0%}), and "
-            "where the model looked. The labels above are an average over all clips."
+            f"Clip {found.place + 1} of {total}, the one with the highest score for {found.label!r} "
+            f"({found.score:.0%}), and where the model looked. The labels above are an average over all clips."
         )
     own = explanation.labels[0][0]
     if own != found.label and not LabelMap.from_config(network.config).is_grouped:
-        caption += f" By itself this clip would be {own!r}."
+        caption += f" On its own, this clip would be labelled {own!r}."
     status = f"{clip.summary}. The labels are from {describe_views(processor, total, num_crops=1)}."
     if job.model == DEMO:
         status += f" {DEMO_NOTE}"
@@ -205,7 +207,7 @@ def answer(job: Job) -> Iterator[dict[str, Any]]:
 
 
 def _serve(connection: Any) -> None:
-    """Answers jobs until the page goes away; runs in the process of a `Worker`."""
+    """Answer jobs until the connection closes; runs in the process of a `Worker`."""
     while True:
         try:
             job = connection.recv()
@@ -219,12 +221,12 @@ def _serve(connection: Any) -> None:
             connection.send({"error": str(error)})
         except Exception as error:
             logging.exception("A video could not be classified.")
-            text = f"This should not have happened: {type(error).__name__}. The log of the server tells more."
+            text = f"Unexpected error: {type(error).__name__}. See the log of the server."
             connection.send({"error": text})
 
 
 class Worker:
-    """A process that answers one job after the other; it is killed with a job that takes too long, and replaced."""
+    """A process that answers jobs one by one. It is killed, and replaced, if a job takes longer than `seconds`."""
 
     def __init__(self, seconds: float):
         self.seconds = seconds
@@ -233,7 +235,7 @@ class Worker:
         self._connection: Any = None
 
     def run(self, job: Job) -> Iterator[dict[str, Any]]:
-        """The parts of `answer`, and at last "end" or "error"."""
+        """Yield the parts of `answer`, then a part with "end" or "error"."""
         with self._lock:
             is_done = False
             try:
@@ -243,17 +245,17 @@ class Worker:
                 while not is_done:
                     if not self._connection.poll(max(0.0, deadline - time.monotonic())):
                         yield {
-                            "error": f"This took longer than {spoken(self.seconds)}, and was given up: try a shorter "
-                            "or smaller video, or another model."
+                            "error": f"This took longer than {spoken(self.seconds)} and was stopped: try a shorter or "
+                            "smaller video, or another model."
                         }
                         return
                     part = self._connection.recv()
                     is_done = "end" in part or "error" in part
                     yield part
             except (EOFError, OSError):
-                yield {"error": "The process that read the video ended: it may have been out of memory."}
+                yield {"error": "The process that read the video has died. It may have run out of memory."}
             finally:
-                if not is_done:  # also if the visitor went away in the midst of it
+                if not is_done:  # also if the visitor has left before the end
                     self.stop()
 
     def _start(self) -> None:
