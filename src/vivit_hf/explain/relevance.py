@@ -1,9 +1,9 @@
 """
-Where a model looked: attention rollout, and attention weighted by the gradient of one class, for all four variants.
+Attention rollout, and attention weighted by the gradient of one class, for all four variants.
 
-Both ask how much each token of the clip counts for the pooled output. Relevance starts there and is passed back through
-the layers, along the attention of each: a vector is carried from layer to layer, and no matrix is multiplied with a
-matrix. What is over time and over space in turn (Models 2, 3 and 4) never becomes one matrix of all tokens.
+Both compute how much each token of the clip contributes to the pooled output. Relevance starts at the output and is
+passed back through the attention of each layer, as a vector: no matrices are multiplied with each other, and attention
+over time and over space (Models 2, 3 and 4) is never expanded to a matrix of all tokens.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from ..embeddings_vivit import check_pixel_values
 from ..inference.finite_outputs import check_finite
 
 
-# The dot products that make one sub-layer, side by side, and whether each attends over time.
+# The parallel dot products of one sub-layer, and whether each attends over time.
 Sublayer = list[tuple[nn.Module, bool]]
-# The attention of a dot product, (sequences, tokens, tokens) of one clip, its heads averaged.
+# The attention of each dot product for one clip, averaged over heads: (sequences, tokens, tokens).
 Recorded = dict[nn.Module, torch.Tensor]
 
 
 @dataclass
 class Relevance:
     """
-    How much each token of a clip counts: shares, not negative.
+    The share of every token of a clip in the output, never negative.
 
-    `space`: float32 (batch, time, height, width) in tokens, each clip adds up to 1.
-    `time`: float32 (batch, time), `space` added up over height and width.
+    `space`: float32 (batch, time, height, width) in tokens; it sums to 1 for each clip.
+    `time`: float32 (batch, time), the sum of `space` over height and width.
     """
 
     space: torch.Tensor
@@ -43,20 +43,20 @@ class Relevance:
 
 def attention_rollout(model: Any, pixel_values: torch.Tensor) -> Relevance:
     """
-    Attention rollout: where the pooled output can have its content from, whatever the class.
+    Attention rollout: which tokens the pooled output attends to, regardless of the class.
 
-    Each sub-layer with attention A, averaged over its heads, counts as 0.5 I + 0.5 A for its residual connection. The
-    map is the class token's row of their product or, where tokens are pooled without one, the mean of all rows.
+    Each sub-layer with attention A, averaged over its heads, counts as 0.5 I + 0.5 A, because of its residual
+    connection. The map is the class token's row of their product or, if tokens are pooled without one, the mean row.
 
     - Model 1: the joint attention.
-    - Model 2: rollout in the spatial encoder spreads the share of a time step over its places; rollout in the temporal
-      encoder gives the shares of the time steps (equal ones without that encoder).
-    - Model 3: attention over space and over time are sub-layers of their own, in the configured order.
+    - Model 2: rollout in the temporal encoder gives the share of each time step (equal shares without that encoder);
+      rollout in the spatial encoder spreads it over the positions of the step.
+    - Model 3: attention over space and over time are separate sub-layers, in the configured order.
     - Model 4: half of the heads attend over time and half over space, so A is the mean of both.
 
-    Clips are taken one at a time, and of each layer only the mean of the heads is kept. ViViT-B/16x2 on 32 frames with
-    joint attention (12 layers, 3,137 tokens) takes 1.5 GB beside its weights in float32, 0.5 GB of it for these means;
-    Model 3 takes 0.4 GB.
+    Clips are processed one at a time, and only the mean over the heads is kept of each layer. ViViT-B/16x2 on 32 frames
+    with joint attention (12 layers, 3,137 tokens) takes 1.5 GB beside its weights in float32, 0.5 GB of it for these
+    means; Model 3 takes 0.4 GB.
 
     Args:
         model: a `ViViTModel` or `ViViTForVideoClassification`, with any attention implementation, on any device.
@@ -66,8 +66,9 @@ def attention_rollout(model: Any, pixel_values: torch.Tensor) -> Relevance:
         The relevance, on the device of `pixel_values`.
 
     Raises:
-        TypeError: if the model is another one.
-        ValueError: if the model does not take `pixel_values`; NonFiniteError, if its attention is not finite.
+        TypeError: if the model is not a ViViT.
+        ValueError: if the model does not accept `pixel_values`.
+        NonFiniteError: if its attention is not finite.
 
     Source: Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020, section 3.
     """
@@ -87,30 +88,30 @@ def gradient_relevance(
     model: Any, pixel_values: torch.Tensor, class_index: int | Sequence[int] | torch.Tensor | None = None
 ) -> Relevance:
     """
-    Attention weighted by gradients: what speaks for one class.
+    Attention weighted by gradients: which tokens support one class.
 
-    A sub-layer with attention A counts as I + mean over heads of max(0, A * gradient of the class's logit by A). The
-    map is, as in `attention_rollout`, a row of their product or the mean of all rows, without the share that every
-    token gives to itself by residual connections alone. In Model 2 the relevance that the temporal encoder gives to
-    the time steps goes on into the spatial encoder.
+    A sub-layer with attention A counts as I + mean over heads of max(0, A * gradient of the class's logit for A). As in
+    `attention_rollout`, the map is the class token's row of their product or the mean row, without the share that
+    residual connections alone give each token. In Model 2, the relevance of the time steps continues into the spatial
+    encoder.
 
-    Parameters, their `.grad`, `requires_grad` and the training mode stay as they are. Clips are taken one at a time,
+    Parameters, their `.grad`, `requires_grad` and the training mode are unchanged. Clips are processed one at a time,
     with the attention of all heads and layers in memory: ViViT-B/16x2 on 32 frames with joint attention takes 8.5 GB
     beside its weights in float32, 5.7 GB of it attention; Models 2 to 4 take 2 to 4 GB.
 
     Args:
         model: a `ViViTForVideoClassification`, with any attention implementation, on any device.
         pixel_values: (batch, frames, channels, height, width), floats as the model takes them.
-        class_index: the class, one for all clips or (batch,) of them, as a place in the logits (with `label_groups`, in
-            those of all groups). None: for each clip the one with the highest score.
+        class_index: the class, one for all clips or (batch,), as an index into the logits (with `label_groups`, of all
+            groups). None uses the most likely class of each clip.
 
     Returns:
-        The relevance, on the device of `pixel_values`; equal shares if nothing speaks for the class.
+        The relevance, on the device of `pixel_values`; equal shares if no token supports the class.
 
     Raises:
-        TypeError: if the model is another one, or has no classifier.
-        ValueError: if the model does not take `pixel_values` or a class does not exist; NonFiniteError, if the logits
-            or the gradients are not finite.
+        TypeError: if the model is not a ViViT, or has no classifier.
+        ValueError: if the model does not accept `pixel_values`, or a class does not exist.
+        NonFiniteError: if the logits or the gradients are not finite.
 
     Source: Chefer et al., "Generic Attention-model Explainability for Interpreting Bi-Modal and Encoder-Decoder
     Transformers", ICCV 2021, equations 5 and 6.
@@ -126,8 +127,8 @@ def gradient_relevance(
     space = pixel_values.new_empty(len(pixel_values), *backbone.config.grid_size, dtype=torch.float32)
     for index in range(len(pixel_values)):
         clip = pixel_values[index : index + 1].detach()
-        # Gradients are wanted whatever the caller has turned off; the clip is what they can flow to when every
-        # parameter is frozen.
+        # Enable gradients even if the caller has disabled them. They flow to the clip, since every parameter may be
+        # frozen.
         with torch.inference_mode(False), torch.enable_grad(), _recording(model, backbone, _keep_gradient) as recorded:
             leaf = clip.clone().to(model.device).requires_grad_()
             logits = model(leaf, output_attentions=True, return_dict=True).logits[0]
@@ -144,8 +145,8 @@ def gradient_relevance(
 
 
 def backbone_for(model: Any, pixel_values: Any) -> Any:
-    """The `ViViTModel` inside, for which `pixel_values` are checked."""
-    # By its name: what is loaded from the Hub with its own code has other classes.
+    """Return the `ViViTModel` inside a model, after checking `pixel_values` for it."""
+    # By its name: models loaded from the Hub with their own code have other classes.
     backbone: Any = getattr(model, "base_model", None)
     if getattr(getattr(backbone, "config", None), "model_type", None) != "vivit_hf" or not hasattr(backbone, "encoder"):
         raise TypeError(f"Expected a ViViTModel or ViViTForVideoClassification of this package, got {type(model)}.")
@@ -168,7 +169,7 @@ def _class_indices(class_index: Any, batch: int, num_labels: int) -> Sequence[in
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is in the mode that it was in."""
+    """Switch to evaluation mode, and restore the mode of every module afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -182,13 +183,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _recording(
     model: Any, backbone: Any, keep: Callable[[Recorded, nn.Module, torch.Tensor], None]
 ) -> Iterator[Recorded]:
-    """What `keep` takes of the attention weights of every dot product, in evaluation mode."""
+    """Record what `keep` extracts from the attention of every dot product, in evaluation mode."""
     recorded: Recorded = {}
 
     def hook(module: nn.Module, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, None]:
         context, weights = output
         keep(recorded, module, weights)
-        return context, None  # so that transformers' recorder, which comes next, keeps nothing
+        return context, None  # transformers' recorder, the next hook, keeps nothing
 
     encoders = [backbone.encoder] + [backbone.temporal_encoder] * (backbone.temporal_encoder is not None)
     modules = [module for encoder in encoders for sublayer in _sublayers(encoder) for module, _ in sublayer]
@@ -206,7 +207,7 @@ def _keep_mean(recorded: Recorded, module: nn.Module, weights: torch.Tensor) -> 
 
 
 def _keep_gradient(recorded: Recorded, module: nn.Module, weights: torch.Tensor) -> None:
-    """Weighs the attention by its gradient as soon as that is there, so that gradients need not be kept either."""
+    """Weight the attention by its gradient as soon as that is computed, so that no gradient is kept."""
     values = weights.detach()
 
     def weigh(gradient: torch.Tensor) -> None:
@@ -234,16 +235,17 @@ def _pass_back(
     encoder: Any, recorded: Recorded, relevance: torch.Tensor, kept: float, passed: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    From the relevance of an encoder's output to that of its input, and what of it came by attention at least once.
+    Pass relevance from the output of an encoder back to its input.
 
-    Relevance is (sequences, tokens); in Models 3 and 4 (time, space).
+    Return all of it, and the part that went through attention at least once. Relevance is (sequences, tokens), or
+    (time, space) in Models 3 and 4.
     """
     attended = torch.zeros_like(relevance)
     for sublayer in reversed(_sublayers(encoder)):
         received = torch.zeros_like(relevance)
         for module, is_temporal in sublayer:
             along = relevance.T if is_temporal else relevance
-            # Attention is (query, key): what a query is worth goes to its keys.
+            # Attention is (query, key): the relevance of a query goes to its keys.
             part = torch.einsum("sqk,sq->sk", recorded[module], along.to(recorded[module].device))
             received += (part.T if is_temporal else part).to(relevance.device) / len(sublayer)
         relevance = kept * relevance + passed * received
@@ -252,14 +254,14 @@ def _pass_back(
 
 
 def _pooled(config: Any, shares: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """The pooled outputs' shares (sequences,) at the tokens that are pooled: (sequences, [1 +] num_tokens)."""
+    """Spread the shares of the pooled outputs (sequences,) over the pooled tokens: (sequences, [1 +] num_tokens)."""
     if config.pooling != "cls":
         return (shares / num_tokens)[:, None].repeat(1, num_tokens)
     return torch.cat([shares[:, None], shares.new_zeros(len(shares), num_tokens)], dim=1)
 
 
 def _start(backbone: Any, recorded: Recorded, kept: float, passed: float) -> torch.Tensor:
-    """The relevance of what the (spatial) encoder gives: (sequences, tokens), or (time, space) in Models 3 and 4."""
+    """Return the relevance of the (spatial) encoder's output: (sequences, tokens), Models 3 and 4: (time, space)."""
     config = backbone.config
     time, height, width = config.grid_size
     space = height * width
@@ -280,7 +282,7 @@ def _rollout(backbone: Any, recorded: Recorded) -> torch.Tensor:
     grid = backbone.config.grid_size
     relevance = _pass_back(backbone.encoder, recorded, start, 0.5, 0.5)[0]
     if backbone.config.attention_type == "factorised_encoder":
-        # What stays at a step's class token is nobody's: its places share what the step has.
+        # Relevance left at the class token of a step belongs to no position, so it is shared among all positions.
         places = relevance[:, -grid[1] * grid[2] :]
         all_places = places.sum(dim=1, keepdim=True).clamp_min(torch.finfo(places.dtype).tiny)
         return (start.sum(dim=1, keepdim=True) * places / all_places).reshape(grid)

@@ -1,4 +1,4 @@
-"""Fingerprints of models: two are equal if they give the same answers on the same clips."""
+"""Fingerprints of stored models: if two are equal, the models give the same answers on the same clips."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NAMES_AND_VERSIONS = ("_name_or_path", "transformers_version")
 
 
 def hub_commit(model: str | os.PathLike[str]) -> str | None:
-    """Return the commit that a Hub id stands for now, or None for a folder. Raises OSError for what is neither."""
+    """Return the current commit of a Hub id, or None for a folder. Raises OSError if it is neither."""
     if os.path.isdir(model):
         return None
     return extract_commit_hash(cached_file(str(model), CONFIG_NAME), None)
@@ -30,10 +30,10 @@ def model_fingerprint(
     Return digests of a stored model's weights, configuration and processor.
 
     Args:
-        model: a folder, whose weight files are read (a second per gigabyte or so), or a Hub id.
-        config: the configuration loaded from it.
-        processor: the processor that clips are made with.
-        commit: of a Hub id, the commit that it was loaded from; it stands for the weights.
+        model: a folder, whose weight files are read (about a second per gigabyte), or a Hub id.
+        config: its configuration.
+        processor: the processor that makes the clips.
+        commit: for a Hub id, the commit that it was loaded from, which identifies the weights.
     """
     return {
         "weights": commit or _weights(Path(model)),

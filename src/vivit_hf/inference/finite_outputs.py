@@ -1,4 +1,4 @@
-"""Refuse NaN and infinite scores: they are not answers, however they would be drawn or printed."""
+"""Refuse NaN and infinite scores, which would otherwise be drawn or printed like an answer."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 
 
 class NonFiniteError(ValueError):
-    """The output of a model holds NaN or infinite numbers. The message says where they come from."""
+    """The output of a model contains NaN or infinite numbers. The message names the likely cause."""
 
 
 def check_finite(output: torch.Tensor, model: Any, pixel_values: torch.Tensor | None = None) -> None:
     """
-    Raise NonFiniteError if `output` (logits or relevance, any shape) holds NaN or infinite numbers.
+    Raise NonFiniteError if `output` (logits or relevance, any shape) contains NaN or infinite numbers.
 
     Args:
-        model: the model that computed it, whose weights are searched for the cause.
-        pixel_values: its input, which is searched as well if given.
+        model: the model that computed it. Its weights are searched for the cause.
+        pixel_values: its input, which is also searched if given.
     """
     if output.isfinite().all():
         return

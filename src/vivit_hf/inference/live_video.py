@@ -1,8 +1,7 @@
 """
-Frames of sources that do not end or cannot be read twice: cameras, network streams, pipes.
+Read the frames of live sources: cameras, network streams and pipes, which cannot be read twice and may never end.
 
-The decoder runs in a thread of its own and never waits for a model longer than it may: a source has a stated policy for
-frames that come faster than they are taken.
+A thread decodes. Its policy decides what happens to frames that arrive faster than they are taken.
 """
 
 from __future__ import annotations
@@ -29,37 +28,38 @@ except ImportError:
 
 
 POLICIES = ("drop_oldest", "wait")
-# Seconds that `close` waits for the thread. FFmpeg cannot be called back from a source that sends nothing.
+# Seconds that `close` waits for the thread. FFmpeg cannot be interrupted while a source is silent.
 PATIENCE = 1.0
-# An address may lead to other addresses, as a playlist or RTSP does, but never to a file of this machine.
+# An address may lead to other addresses, as playlists and RTSP do, but never to a file on this machine.
 _NETWORK_PROTOCOLS = "crypto,data,http,httpproxy,https,rtmp,rtmps,rtmpt,rtp,rtsp,rtsps,srt,srtp,tcp,tls,udp"
-# Seconds from one frame to the next beyond which the clock was set and nothing was waited for.
+# A longer gap between two frames, in seconds, means that the clock of the source was set.
 LONGEST_GAP = 10.0
 
 
 class LiveVideo:
     """
-    The frames of a camera, a stream or a pipe as they come: an iterator of (seconds, uint8 RGB (height, width, 3)).
+    Iterate over the frames of a camera, a stream or a pipe as they arrive: (seconds, uint8 RGB (height, width, 3)).
+
+    `seconds` count from the first frame, by the timestamps of the source. If these go back or jump by more than ten
+    seconds, as when a source restarts, time continues by one frame. Packets that cannot be decoded are skipped and
+    counted in `num_rejected_packets`. Use it as a context manager, which ends the thread and closes the source.
 
     Args:
-        source: what FFmpeg opens: "rtsp://...", "udp://...", "/dev/video0" with `format="v4l2"`; or a binary file that
-            is read from where it stands, such as `sys.stdin.buffer`. Unlike `VideoReader` this opens what the address
-            says, so it must come from somebody you trust. What the source sends cannot make it open files.
-        format, options: for FFmpeg, as `av.open` takes them (`{"rtsp_transport": "tcp"}`, say).
-        policy: what happens to frames that come faster than they are taken. "drop_oldest" forgets the oldest of those
-            that wait, so that the newest is never late; `num_dropped` counts them. "wait" lets the source wait and
-            loses nothing, which is right for pipes and files.
+        source: an address or device that FFmpeg opens ("rtsp://...", "udp://...", "/dev/video0" with `format="v4l2"`),
+            or a binary file, read from its current position, such as `sys.stdin.buffer`. Unlike `VideoReader`, this
+            opens any address, so only pass addresses that you trust. The data of a source cannot make it open files.
+        format, options: arguments of `av.open`, such as `options={"rtsp_transport": "tcp"}`.
+        policy: what to do with frames that arrive faster than they are taken. "drop_oldest" drops the oldest waiting
+            frame, so that the newest is never late, and counts it in `num_dropped`. "wait" makes the source wait and
+            loses nothing, which suits pipes and files.
         queue_size: frames that may wait.
-        size, window: as for `VideoReader.frames_at`; frames are scaled and cut in the thread that decodes.
-        timeout: seconds without anything from the network, or from a named pipe when it is opened, after which the
-            source counts as broken.
-        limits: `VideoLimits`, of which `max_pixels` and `max_streams` apply to live sources.
+        size, window: see `VideoReader.frames_at`. Frames are resized and cropped in the thread.
+        timeout: seconds without data from the network, or without a writer of a named pipe, until the source counts as
+            broken.
+        limits: `VideoLimits`; only `max_pixels` and `max_streams` apply to live sources.
 
-    `seconds` count from the first frame, by the source's own timestamps; where these go back or leap by more than ten
-    seconds, as when a source begins again, time goes on by a frame. Packets that cannot be decoded are counted in
-    `num_rejected_packets` and passed over. Use it as a context manager: that ends the thread and closes the source.
-
-    Raises VideoDecodingError if the source cannot be opened or breaks off, with its name and the reason.
+    Raises:
+        VideoDecodingError: if the source cannot be opened or breaks off, with its name and the reason.
     """
 
     def __init__(
@@ -106,8 +106,8 @@ class LiveVideo:
         self, source: Any, limits: VideoLimits, *, format: str | None, timeout: float, options: dict[str, str] | None
     ) -> Any:
         try:
-            # Files are opened here: by a path, FFmpeg would let a playlist lead to other files. What is neither a file
-            # nor an address is a device of `format`.
+            # Open files here: given a path, FFmpeg would let a playlist lead to other files. Anything that is neither a
+            # file nor an address is a device of `format`.
             is_named = isinstance(source, os.PathLike) or (isinstance(source, str) and "://" not in source)
             if is_pipe(source):
                 source = self._file = open_pipe(source, timeout, "timeout")
@@ -118,7 +118,7 @@ class LiveVideo:
                 source, limits, protocols=protocols, is_live=True, format=format, options=options, timeout=timeout
             )
         except (av.FFmpegError, OSError, ValueError) as error:
-            raise self._broken(error) from None  # FFmpeg's error quotes the address with its password
+            raise self._broken(error) from None  # FFmpeg's message contains the address with its password
 
     def _close_file(self) -> None:
         if self._file is not None:
@@ -134,9 +134,9 @@ class LiveVideo:
 
     def close(self) -> None:
         """
-        Ends the thread, which closes the source; frames that wait are forgotten.
+        End the thread, which closes the source, and drop the waiting frames.
 
-        A thread that waits for a silent source ends by itself, when something comes or after `timeout`.
+        If the source is silent, the thread ends later: when data arrives, or after `timeout`.
         """
         with self._changed:
             self._is_closed = True
@@ -188,7 +188,7 @@ class LiveVideo:
                 continue
             for frame in frames:
                 seconds = frame.time
-                if seconds is None:  # a source without a clock: by the rate that it says it has
+                if seconds is None:  # a source without timestamps: use its nominal rate
                     seconds = self.num_received * duration
                 if offset is None or last is None:
                     offset, last = -seconds, 0.0
@@ -201,7 +201,7 @@ class LiveVideo:
                     return
 
     def _hand_over(self, seconds: float, image: np.ndarray) -> bool:
-        """Puts a frame into the queue; False once nobody wants any more."""
+        """Put a frame into the queue. Return False once the reader is closed."""
         with self._changed:
             if self.policy == "wait":
                 self._changed.wait_for(lambda: len(self._waiting) < self.queue_size or self._is_closed)

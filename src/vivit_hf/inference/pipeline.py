@@ -13,13 +13,14 @@ from .finite_outputs import check_finite
 
 class ViViTVideoClassificationPipeline(VideoClassificationPipeline):
     """
-    As `transformers.VideoClassificationPipeline`, whose place it takes; other models and processors see no difference.
+    Replace `transformers.VideoClassificationPipeline`; nothing changes for other models and processors.
 
-    A `ViViTVideoProcessor` decodes and samples, whether it comes from the folder of the model, as `video_processor` or
-    as `image_processor` (for which transformers itself would take the first frames of the file). `num_frames` and
-    `frame_sampling_rate`, to the pipeline or to a call, are the processor's `num_frames` and `frame_stride`.
+    A `ViViTVideoProcessor` decodes and samples the video, whether it comes from the model's folder, as
+    `video_processor` or as `image_processor` (with which transformers would only use the first frames of the file).
+    `num_frames` and `frame_sampling_rate` set the processor's `num_frames` and `frame_stride`.
 
-    Raises NonFiniteError for scores of a ViViT that are NaN or infinite.
+    Raises:
+        NonFiniteError: if the scores of a ViViT are NaN or infinite.
     """
 
     def __init__(self, *args: Any, image_processor: Any = None, video_processor: Any = None, **kwargs: Any) -> None:
@@ -29,16 +30,17 @@ class ViViTVideoClassificationPipeline(VideoClassificationPipeline):
 
     def preprocess(self, video: Any, num_frames: int | None = None, frame_sampling_rate: int | None = None) -> Any:
         """
-        `pixel_values` (1, num_frames, channels, height, width) of one video.
+        Return the `pixel_values` of one video, (1, num_frames, channels, height, width).
 
-        Raises ValueError for a `frame_sampling_rate` where frames are spread over the whole video.
+        Raises:
+            ValueError: if a `frame_sampling_rate` is given, but the frames are spread over the whole video.
         """
         processor = self.video_processor
         if not isinstance(processor, ViViTVideoProcessor):
             return super().preprocess(video, num_frames, 1 if frame_sampling_rate is None else frame_sampling_rate)
         if frame_sampling_rate is not None and processor.frame_sampling == "uniform":
             raise ValueError(
-                f"`frame_sampling_rate={frame_sampling_rate}` has no meaning for a processor with "
+                f"`frame_sampling_rate={frame_sampling_rate}` has no effect for a processor with "
                 "frame_sampling='uniform', which spreads its frames over the whole video; leave it out."
             )
         settings: dict[str, Any] = {"num_frames": num_frames or self.model.config.num_frames}
