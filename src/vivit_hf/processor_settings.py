@@ -199,10 +199,17 @@ class ProcessorSettings:
         """Return these settings with other values. None keeps a value, `video_limits` are added, and a `frame_stride`
         turns `frames_per_second` off.
 
-        Raises TypeError for unknown names, and ValueError as the constructor.
+        Raises TypeError for unknown names, and ValueError as the constructor or for a stride or rate with uniform
+        sampling.
         """
         check_names(values)
         given = {name: value for name, value in values.items() if value is not None}
+        distances = [name for name in ("frame_stride", "frames_per_second") if name in given]
+        if distances and given.get("frame_sampling", self.frame_sampling) == "uniform":
+            raise ValueError(
+                f"`{distances[0]}={given[distances[0]]!r}` has no effect with frame_sampling='uniform', which spreads "
+                "the frames over the whole video: leave it out, or use frame_sampling='clip'."
+            )
         if "frame_stride" in given:
             given.setdefault("frames_per_second", None)
         if "video_limits" in given:

@@ -109,6 +109,13 @@ def test_impossible_settings_are_named(settings, message):
         processor_for(tiny_config("spatio_temporal", image_size=32), **settings)
 
 
+def test_a_stride_is_refused_if_the_source_samples_uniformly():
+    uniform = ViViTVideoProcessor(frame_sampling="uniform")
+    assert processor_for(tiny_config("spatio_temporal"), uniform).frame_sampling == "uniform"
+    with pytest.raises(ValueError, match="`frame_stride=3` has no effect with frame_sampling='uniform'"):
+        processor_for(tiny_config("spatio_temporal"), uniform, frame_stride=3)
+
+
 def test_a_model_of_grey_frames_is_refused():
     with pytest.raises(ValueError, match="Videos have 3 channels, but the model expects 1"):
         processor_for(tiny_config("spatio_temporal", num_channels=1))

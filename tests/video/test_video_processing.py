@@ -419,6 +419,14 @@ def test_a_frame_stride_takes_the_place_of_a_stored_rate():
     assert settings.updated({"frame_stride": None}).frames_per_second == 5
 
 
+@pytest.mark.parametrize(("name", "value"), [("frame_stride", 3), ("frames_per_second", 5.0)])
+def test_a_distance_between_frames_is_refused_with_uniform_sampling(name, value, video):
+    processor = ViViTVideoProcessor(**SMALL, frame_sampling="uniform")
+    with pytest.raises(ValueError, match=f"`{name}={value}` has no effect with frame_sampling='uniform'"):
+        processor(video, **{name: value})
+    assert processor(video, frame_sampling="clip", **{name: value})["pixel_values"].shape[1] == 8
+
+
 @pytest.mark.parametrize(
     ("videos", "error", "message"),
     [

@@ -13,6 +13,7 @@ from typing import Any
 from ..configuration_vivit import ViViTConfig
 from ..frame_sampling import fixed_crops
 from ..limits_vivit import check_positive_integer, check_positive_number
+from ..processor_settings import ProcessorSettings
 from ..video_processing_vivit import ViViTVideoProcessor, resized_frame_size
 
 
@@ -47,8 +48,8 @@ def processor_for(
         frame_stride, frames_per_second: replace those of `source`; at most one of the two.
 
     Raises:
-        ValueError: for a short side below that of the crop, settings that exclude each other, or a model that does not
-            take three channels.
+        ValueError: for a short side below that of the crop, settings that exclude each other, a stride or rate with
+            uniform sampling, or a model that does not take three channels.
     """
     if resize is not None and resize_ratio is not None:
         raise ValueError(f"Give resize={resize} (pixels) or resize_ratio={resize_ratio} (of the crop), not both.")
@@ -58,10 +59,12 @@ def processor_for(
             "distance between the frames of a clip."
         )
     if isinstance(source, ViViTVideoProcessor):
-        settings = stored = dict(vars(source.settings))
+        kept = source.settings
+        stored: Mapping[str, Any] = vars(kept)
     else:
-        stored = dict(source or {})
-        settings = {name: stored[name] for name in _PIXEL_SETTINGS if stored.get(name) is not None}
+        stored = source or {}
+        kept = ProcessorSettings(**{name: stored[name] for name in _PIXEL_SETTINGS if stored.get(name) is not None})
+    settings = vars(kept.updated({"frame_stride": frame_stride, "frames_per_second": frames_per_second}))
     height, width = config.frame_size
     if resize is None:
         ratio = resize_ratio_of(stored) if resize_ratio is None else check_positive_number("resize_ratio", resize_ratio)
@@ -71,7 +74,7 @@ def processor_for(
             f"resize={resize} makes frames smaller than the model's crop of {height} x {width} (height x width); "
             f"expected {min(height, width)} or more."
         )
-    settings |= {
+    clips = {
         "num_frames": config.num_frames,
         "do_sample_frames": None,
         "do_convert_rgb": True,
@@ -80,11 +83,7 @@ def processor_for(
         "do_center_crop": True,
         "crop_size": {"height": height, "width": width},
     }
-    if frame_stride is not None:
-        settings |= {"frame_stride": frame_stride, "frames_per_second": None}
-    if frames_per_second is not None:
-        settings["frames_per_second"] = frames_per_second
-    processor = ViViTVideoProcessor(**settings)
+    processor = ViViTVideoProcessor(**{**settings, **clips})
     check_processor(processor, config)
     return processor
 

@@ -305,13 +305,15 @@ def _processor(config: ViViTConfig, stored: Any, settings: Settings, source: str
 def _say_settings(start: Start, settings: Settings, has_processor: bool, say: Say) -> None:
     """Print a line for each origin of settings; with `has_processor`, the normalisation of pixels is the start's."""
     config, processor = start.model.config, start.processor
+    is_uniform = processor.frame_sampling == "uniform"
     rate = "frame_stride" if processor.frames_per_second is None else "frames_per_second"
     names = ["attention_type", "embedding_type", "tubelet_size", *SIZES]
     if config.attention_type == "factorised_encoder":
         names.insert(1, "num_temporal_layers")
     origins = settings.origins
     shown = [(origins.get(name, DEFAULT), f"{name} {getattr(config, name)}") for name in names]
-    shown.append((origins.get(rate, DEFAULT), f"{rate} {getattr(processor, rate)}"))
+    distance = "frame_sampling uniform" if is_uniform else f"{rate} {getattr(processor, rate)}"
+    shown.append((origins.get(rate, DEFAULT), distance))
     resize = origins.get("resize") or origins.get("resize_ratio", DEFAULT)
     shown.append((resize, f"short side resized to {processor.size['shortest_edge']}"))
     mean, std = ([round(value, 3) for value in values] for values in (processor.image_mean, processor.image_std))
