@@ -337,7 +337,7 @@ def test_input_that_cannot_work_is_an_error_before_a_model_is_loaded(data, tmp_p
 
 def test_settings_that_cannot_work(data, tmp_path, capsys):
     for changes, message in (
-        ({"freeze": "spatial", "attention_type": "spatio_temporal"}, "no parameters of its own for time"),
+        ({"freeze": "spatial", "attention_type": "spatio_temporal"}, "leaves no temporal parameters to train"),
         ({"lora_rank": 2, "freeze": "all_but_head"}, "leave --freeze out"),
         ({"scale_jitter": "0.9"}, "expected two factors such as 0.9,1.33"),
         ({"horizontal_flip": "perhaps"}, "yes, no or auto"),
@@ -458,3 +458,13 @@ def test_the_model_is_pushed_with_its_scores(data, tmp_path):
     assert {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"} <= set(repository.files)
     card = repository.files["README.md"].decode()
     assert "| top1 |" in card and "1 clip x 1 crop of 4 frames" in card and "model-index" in card
+
+
+def test_a_repository_that_the_hub_refuses_is_an_error_before_training(data, tmp_path):
+    settings = settings_for(data, tmp_path / "out", push_to_hub=True, hub_model_id="reader/moves")
+    with HubServer() as hub:
+        environment = {**hub.environment(tmp_path / "home", "hf_reader"), "HF_HUB_OFFLINE": "0"}
+        process = start([sys.executable, "-m", "vivit_hf", "finetune", *to_argv(settings)], **environment)
+    assert process.returncode == 1 and "Traceback" not in process.stderr
+    assert "finetune: --push_to_hub: the Hub does not accept reader/moves: 403" in process.stderr
+    assert "The model and its clips" not in process.stdout

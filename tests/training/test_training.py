@@ -58,7 +58,7 @@ def test_freezing_space_leaves_what_is_of_time():
 
 @pytest.mark.parametrize("attention_type", ["spatio_temporal", "factorised_dot_product_attention"])
 def test_freezing_space_needs_parameters_of_time(attention_type):
-    with pytest.raises(ValueError, match="no parameters of its own for time"):
+    with pytest.raises(ValueError, match="leaves no temporal parameters to train"):
         freeze(make(attention_type), "spatial")
     with pytest.raises(ValueError, match="must be one of none, spatial, all_but_head, got 'half'"):
         freeze(make(attention_type), "half")

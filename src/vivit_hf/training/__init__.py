@@ -1,4 +1,4 @@
-"""Clips, augmentation, mixing, optimiser groups, checkpoints, the trainer and its recipes."""
+"""Clips, augmentation, mixing, optimiser groups, checkpoints, the trainer, recipes and fine-tuning."""
 
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from .clips import ClipSampler as ClipSampler
     from .clips import StreamedClips as StreamedClips
     from .clips import VideoClips as VideoClips
+    from .finetuning import FineTuning as FineTuning
+    from .finetuning import prepare as prepare
+    from .finetuning_parser import parse_arguments as parse_arguments
     from .mixing import ClipCollator as ClipCollator
     from .mixing import cutmix as cutmix
     from .mixing import mixup as mixup
@@ -30,6 +33,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "adaptation": "add_lora",
         "augmentation": "ClipAugmentation",
         "clips": "ClipSampler StreamedClips VideoClips",
+        "finetuning": "FineTuning prepare",
+        "finetuning_parser": "parse_arguments",
         "mixing": "ClipCollator cutmix mixup soft_labels",
         "overfitting": "OverfitReport overfit_one_batch",
         "parameters": "freeze gradient_norms parameter_groups",

@@ -1,12 +1,12 @@
-"""Training augmentation of clips: whatever is drawn is drawn once and done to every frame of a clip alike.
+"""Training augmentation of clips: random values are drawn once per clip and applied to all of its frames.
 
-The figures are those of the official recipes: scale jitter, random crop and flip, colour jitter and drop for Kinetics
+The values are those of the official recipes: scale jitter, random crop and flip, colour jitter and drop for Kinetics
 (google-research/scenic projects/vivit and the DMVR processors that it reads data with), and RandAugment (Cubuk et al.,
-2020) for Something-Something and EPIC-Kitchens, with the magnitudes of its TensorFlow implementation, 10 being the full
-scale of every operation.
+2020) for Something-Something and EPIC-Kitchens, with the magnitudes of its TensorFlow implementation, where 10 is the
+full scale of every operation.
 
-The image operations are Pillow's. Those that only look at colours run on all frames at once, as one tall picture; so a
-statistic of the picture (the extremes of AutoContrast, the histogram of Equalize) is one for the clip.
+The image operations are Pillow's. Colour operations run on all frames at once, as one tall image, so that statistics of
+the image (the extremes of AutoContrast, the histogram of Equalize) are statistics of the clip.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..frame_sampling import random_crop
 from ..video_frames import resize_frames
 
 
-_GREY = 128  # what comes in from outside of a frame, and fills holes
+_GREY = 128  # fills holes, and pixels from outside the frame
 _GREY_WEIGHTS = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 _FULL_MAGNITUDE = 10.0
 _TRANSLATION, _CUTOUT = 100, 40  # pixels at the full magnitude
@@ -32,7 +32,7 @@ Clip = np.ndarray
 
 
 def clip_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The random numbers of one example in one epoch: the same in any process, whatever came before."""
+    """Return the generator of one example in one epoch, which depends on nothing else."""
     return np.random.default_rng(np.random.SeedSequence((seed, epoch, index)))
 
 
@@ -42,14 +42,14 @@ class ClipAugmentation:
 
     Args:
         crop_size: (height, width) of the random crop, in pixels.
-        flip_probability: of a horizontal flip.
-        scale_jitter: None, or the least and the greatest factor by which height and width are scaled, each drawn by
-            itself, as in the official code (0.9 to 1.33). A clip too small for the crop is scaled up evenly.
-        colour_jitter_probability: of changing brightness (by up to 32 of 255), saturation and contrast (0.6 to 1.4
-            times) and hue (by up to a fifth of the circle).
-        colour_drop_probability: of dropping all colour.
-        rand_augment_layers, rand_augment_magnitude: how many operations are drawn, and how strong they are; 10 is the
-            full scale, and the official recipes go beyond (2 layers of 15 and 20).
+        flip_probability: probability of a horizontal flip.
+        scale_jitter: None, or the smallest and the largest factor of height and width, which are drawn independently,
+            as in the official code (0.9 to 1.33). A clip too small for the crop is scaled up evenly.
+        colour_jitter_probability: probability of changing brightness (by up to 32 of 255), saturation and contrast (0.6
+            to 1.4 times) and hue (by up to a fifth of the circle).
+        colour_drop_probability: probability of a grey clip.
+        rand_augment_layers: number of RandAugment operations per clip.
+        rand_augment_magnitude: their strength; 10 is the full scale, and the official recipes use 15 and 20.
 
     Raises ValueError for values out of range.
     """
@@ -69,7 +69,7 @@ class ClipAugmentation:
         if len(self.crop_size) != 2 or min(self.crop_size) < 1:
             raise ValueError(f"`crop_size={self.crop_size!r}` must be (height, width) in pixels.")
         if self.scale_jitter is not None and not 0 < self.scale_jitter[0] <= self.scale_jitter[1]:
-            raise ValueError(f"`scale_jitter={self.scale_jitter!r}` must be (least, greatest), both above 0.")
+            raise ValueError(f"`scale_jitter={self.scale_jitter!r}` must be (smallest, largest), both above 0.")
         if self.rand_augment_layers < 0 or self.rand_augment_magnitude < 0:
             raise ValueError(
                 f"`rand_augment_layers={self.rand_augment_layers}` and `rand_augment_magnitude="
@@ -80,7 +80,7 @@ class ClipAugmentation:
         return asdict(self)
 
     def __call__(self, clip: Clip, generator: np.random.Generator) -> Clip:
-        """A new clip, uint8 (frames, *crop_size, 3), with what is random drawn from `generator`."""
+        """Return an augmented copy, uint8 (frames, *crop_size, 3), with random numbers from `generator`."""
         if clip.dtype != np.uint8 or clip.ndim != 4 or clip.shape[-1] != 3:
             raise ValueError(
                 f"A clip to augment is uint8 (frames, height, width, 3), got {clip.dtype} {tuple(clip.shape)}."
@@ -111,7 +111,7 @@ class ClipAugmentation:
 
 
 def _on_tall_image(clip: Clip, operation: Callable[[Image.Image], Image.Image]) -> Clip:
-    """Does a colour operation to all frames as one picture."""
+    """Apply a colour operation to all frames as one image."""
     frames, height, width, channels = clip.shape
     image = operation(Image.fromarray(clip.reshape(frames * height, width, channels)))
     return np.asarray(image).reshape(clip.shape)
@@ -122,14 +122,14 @@ def _on_each_frame(clip: Clip, operation: Callable[[Image.Image], Image.Image]) 
 
 
 def jitter_colours(clip: Clip, generator: np.random.Generator) -> Clip:
-    """Brightness, saturation, contrast and hue, in this order, as the DMVR processors' colour augmentation draws them.
+    """Change brightness, saturation, contrast and hue, in this order, as the DMVR processors do.
 
     Takes and returns uint8 (frames, height, width, 3). Contrast is about the mean of each channel over the clip.
     """
     brightness = generator.uniform(-32, 32)
     saturation, contrast = generator.uniform(0.6, 1.4, size=2)
     hue = generator.uniform(-0.2, 0.2)
-    # The first three are linear in a pixel's colour: one matrix, with the means that contrast keeps.
+    # The first three are linear in the colour of a pixel, so they are one matrix; contrast keeps the means.
     to_grey = np.tile(_GREY_WEIGHTS, (3, 1))
     matrix = saturation * np.eye(3) + (1 - saturation) * to_grey
     offset = matrix @ np.full(3, brightness)
@@ -147,7 +147,7 @@ def jitter_colours(clip: Clip, generator: np.random.Generator) -> Clip:
 
 
 def _channel_means(clip: Clip) -> np.ndarray:
-    """The means of red, green and blue over a clip, float64 (3,)."""
+    """Return the means of red, green and blue over a clip, float64 (3,)."""
     frames, height, width, channels = clip.shape
     counts = Image.fromarray(clip.reshape(frames * height, width, channels)).histogram()
     return np.array(counts, dtype=np.float64).reshape(3, 256) @ np.arange(256) / (frames * height * width)
@@ -221,7 +221,7 @@ def _translate_y(clip: Clip, share: float, generator: np.random.Generator) -> Cl
 
 
 def _cutout(clip: Clip, share: float, generator: np.random.Generator) -> Clip:
-    """A grey square of twice `reach`, about a place in the frame; what lies outside is cut off."""
+    """Paint a grey square of side 2 * `reach` at a random place, clipped to the frame."""
     reach, (height, width) = int(share * _CUTOUT), clip.shape[1:3]
     row, column = int(generator.integers(height)), int(generator.integers(width))
     result = clip.copy()
@@ -250,10 +250,10 @@ RAND_AUGMENT_OPERATIONS: dict[str, Callable[[Clip, float, np.random.Generator], 
 
 
 def rand_augment(clip: Clip, num_layers: int, magnitude: float, generator: np.random.Generator) -> Clip:
-    """Draws `num_layers` operations, one after the other, and does each to every frame alike.
+    """Apply `num_layers` random operations in turn, each to all frames alike.
 
-    Takes and returns uint8 (frames, height, width, 3). Translations and cutouts are in pixels of frames of 224 and
-    above; smaller frames take them in proportion.
+    Takes and returns uint8 (frames, height, width, 3). Translations and cutouts have a fixed size in pixels from 224
+    pixels up, and shrink in proportion for smaller frames.
     """
     share = magnitude / _FULL_MAGNITUDE
     names = list(RAND_AUGMENT_OPERATIONS)
@@ -274,6 +274,6 @@ _WORDS_OF_SIDES = {
 
 
 def names_with_sides(names: Iterable[str]) -> list[str]:
-    """The class names that speak of a side or of a direction of turning: a mirrored video would be of another class."""
+    """Return the class names that mention a side or a turn, where a mirrored video would be of another class."""
     spaced = {name: re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower() for name in names}
     return [name for name, words in spaced.items() if _WORDS_OF_SIDES & set(re.findall(r"[a-z]+", words))]

@@ -1,4 +1,4 @@
-"""Video files as a data set of clips: deterministic per (seed, epoch, index), and not stopped by a damaged file."""
+"""Data sets of clips from video files: deterministic per (seed, epoch, index), and tolerant of damaged files."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ..video_sources import VideoDecodingError, source_name
 from .augmentation import ClipAugmentation, clip_generator
 
 
-_ORDER, _REPLACEMENT = 0x6F72646572, 0x7265706C  # keep these random numbers apart from those of the augmentation
+_ORDER, _REPLACEMENT = 0x6F72646572, 0x7265706C  # separate these random numbers from those of the augmentation
 _BLANK_SIZE = (64, 64)  # pixels
 
 
 class _ClipMaker:
-    """One video to the `pixel_values` of its clip or of its views."""
+    """Turns one video into the `pixel_values` of a clip or of its views."""
 
     def __init__(
         self, processor: ViViTVideoProcessor, augmentation: ClipAugmentation | None, num_clips: int, num_crops: int
@@ -32,10 +32,10 @@ class _ClipMaker:
         self.num_clips, self.num_crops = num_clips, num_crops
 
     def augmented(self, video: Any, generator: np.random.Generator) -> torch.Tensor:
-        """A random clip, (frames, channels, height, width)."""
+        """Return a random clip, float32 (frames, channels, height, width)."""
         if self.augmentation is None:
-            raise ValueError("There is no augmentation to make a random clip with.")
-        # The whole frame as uint8: where it is cropped, the augmentation decides.
+            raise ValueError("A random clip needs an augmentation.")
+        # The whole frame as uint8: the augmentation crops it.
         features = self.processor(
             video,
             clip_start="random",
@@ -49,18 +49,18 @@ class _ClipMaker:
         )
         frames = features["pixel_values"][0].transpose(0, 2, 3, 1)
         clip = self.augmentation(np.ascontiguousarray(frames), generator)
-        values = torch.from_numpy(np.require(clip, requirements="W"))  # what Pillow leaves is read-only
+        values = torch.from_numpy(np.require(clip, requirements="W"))  # arrays from Pillow are read-only
         return self.processor.rescale_and_normalize(values.permute(0, 3, 1, 2))
 
     def views(self, video: Any) -> torch.Tensor:
-        """The views of the evaluation, (views, frames, channels, height, width)."""
+        """Return the views of the evaluation, float32 (views, frames, channels, height, width)."""
         return self.processor(video, num_clips=self.num_clips, num_crops=self.num_crops)["pixel_values"]
 
     def empty(self) -> torch.Tensor:
-        """Zeros in the shape of `augmented`, or of `views` where there is no augmentation."""
+        """Return zeros in the shape of `augmented`, or without an augmentation in the shape of `views`."""
         if self.augmentation is not None:
             return torch.zeros(self.processor.num_frames, 3, *self.augmentation.crop_size)
-        # A blank video tells the size of a clip, by whichever settings the processor resizes and crops.
+        # Process a blank video to learn the size of a clip.
         blank = np.zeros((self.processor.num_frames, *_BLANK_SIZE, 3), dtype=np.uint8)
         clip = self.processor(blank, do_sample_frames=False, num_clips=1, num_crops=1)["pixel_values"]
         return torch.zeros(self.num_clips * self.num_crops, *clip.shape[1:])
@@ -70,22 +70,22 @@ class VideoClips(Dataset):
     """
     A map-style data set of labelled videos.
 
-    With an augmentation (training) an item is a random clip, `pixel_values` (frames, channels, height, width); without
-    one (evaluation) it has all views of its video, (views, frames, channels, height, width). Besides there are
+    With an augmentation (training), an item is a random clip: `pixel_values` (frames, channels, height, width). Without
+    one (evaluation), it has all views of its video: (views, frames, channels, height, width). An item also has
     `labels` (see `LabelMap.encode`), `index`, `epoch`, `damaged_files`, a list of (file, reason), and in training
     `file`, the name of the video.
 
     A file that cannot be read is replaced in training by another video, chosen by (seed, epoch, index), and in
-    evaluation by zeros with labels that do not count; either way it is named in `damaged_files`.
+    evaluation by zeros with ignored labels. `damaged_files` names it in both cases.
 
     Args:
-        videos: what there is.
-        processor: which frames, in which size and range.
+        videos: the labelled videos.
+        processor: samples, resizes and normalises the frames.
         label_map: the order of the labels.
-        augmentation: for training.
-        seed: of what is random.
+        augmentation: the augmentation of training clips; None for evaluation.
+        seed: seed of clip starts, augmentation and replacements.
         num_clips, num_crops: the views of the evaluation.
-        max_replacements: how many damaged files in a row are replaced before it is an error.
+        max_replacements: how many damaged files in a row are replaced before an error is raised.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class VideoClips(Dataset):
             }
         listed = "; ".join(f"{name}: {reason}" for name, reason in damaged[:3])
         raise VideoDecodingError(
-            f"{len(damaged)} videos in a row cannot be read, which is too many to go on ({listed}; ...). "
+            f"{len(damaged)} videos in a row cannot be read, which are too many to go on ({listed}; ...). "
             "`vivit-hf scan` lists what is wrong with a folder."
         )
 
@@ -160,8 +160,8 @@ class StreamedVideo:
     """
     One video of one pass over a stream.
 
-    `place` counts the videos of the whole stream, in whichever process they are read. `video` is None where a process
-    has none left while others still have one: the item then has zeros for a clip and labels that do not count.
+    `place` counts the videos of the whole stream, over all processes. `video` is None if this process has none left
+    while others still have one: the item is then a clip of zeros with ignored labels.
     """
 
     epoch: int
@@ -171,19 +171,19 @@ class StreamedVideo:
 
 class StreamedClips(IterableDataset):
     """
-    Clips of a data set that is read in one pass, such as a streamed one of the Hub: items as those of `VideoClips`.
+    Clips of a data set that is read in one pass, such as a streamed one of the Hub. Items are those of `VideoClips`.
 
-    `ClipTrainer` reads a stream through `StreamLoader`, which deals it out to processes and workers. What is random
-    depends on (seed, epoch, place in the whole stream).
+    `ClipTrainer` reads a stream through `StreamLoader`, which distributes it over processes and workers. Random numbers
+    depend on (seed, epoch, place in the whole stream).
 
-    A file that cannot be read is replaced in training by another video of its batch. Where the batch has none, and in
-    evaluation, the item has zeros for a clip and labels that do not count. Either way the file is named in
-    `damaged_files`. Iterating over the stream itself gives items without batches: in training it leaves out what cannot
-    be read, and names it with the next item (at the end of the stream with one whose labels do not count).
+    A file that cannot be read is replaced in training by another video of its batch. If the batch has none, and in
+    evaluation, the item is a clip of zeros with ignored labels. `damaged_files` names the file in both cases. Iterating
+    over the stream itself yields items without batches: in training it skips unreadable files, and names them with the
+    next item (at the end of the stream, with an item of ignored labels).
 
     Args:
-        videos: an iterable of `LabelledVideo`, read anew in every epoch, which has to give the same videos in every
-            process and worker. If it has a `set_epoch`, that is called along with this one's.
+        videos: an iterable of `LabelledVideo` that is read again in every epoch. It must yield the same videos in every
+            process and worker. Its `set_epoch` is called in every epoch if it has one.
         processor, label_map, augmentation, seed, num_clips, num_crops: as for `VideoClips`.
     """
 
@@ -225,13 +225,13 @@ class StreamedClips(IterableDataset):
             yield {**item, "damaged_files": damaged}
 
     def read(self, first_place: int = 0) -> Iterator[StreamedVideo]:
-        """All videos of this epoch, none of them opened yet; places count from `first_place`."""
+        """Yield all videos of this epoch without opening them; places count from `first_place`."""
         epoch = int(self._epoch[0])
         for place, video in enumerate(self.videos, first_place):
             yield StreamedVideo(epoch, place, video)
 
     def items(self, batch: Sequence[StreamedVideo]) -> list[dict[str, Any]]:
-        """The items of a batch, in its order."""
+        """Return the items of a batch, in its order."""
         items = [self._item(one) for one in batch]
         readable = [item for item in items if item["pixel_values"] is not None]
         for item in items:
@@ -246,7 +246,7 @@ class StreamedClips(IterableDataset):
         return items
 
     def _item(self, one: StreamedVideo) -> dict[str, Any]:
-        """`pixel_values` and `labels` are None where there is no video, or it cannot be read."""
+        """Return an item; `pixel_values` and `labels` are None without a video, `pixel_values` if it cannot be read."""
         item: dict[str, Any] = {"pixel_values": None, "labels": None, "damaged_files": []}
         item |= {"index": one.place, "epoch": one.epoch}
         if one.video is None:
@@ -265,14 +265,14 @@ class StreamedClips(IterableDataset):
 
 def _name_of(one: LabelledVideo) -> str:
     name = one.where if callable(one.video) else source_name(one.video)
-    # Two addresses may differ only in what is not shown.
+    # Two addresses may differ only in the redacted part.
     return f"{one.where}: {name}" if "***" in name else name
 
 
 def _damage(one: LabelledVideo, error: Exception) -> tuple[str, str]:
     name = _name_of(one)
     if isinstance(one.video, dict) and one.video.get("bytes") is not None:
-        # A video inside of a table has a file name without its folder, or none.
+        # A video inside a table has a file name without its folder, or none.
         name += f" (SHA-256 {hashlib.sha256(one.video['bytes']).hexdigest()[:12]})"
     return name, getattr(error, "reason", None) or str(error)
 
@@ -282,9 +282,9 @@ class ClipSampler(Sampler):
     The order of the videos in an epoch, the same in every process and for any number of workers.
 
     Args:
-        dataset: whose epoch is set along with the sampler's.
-        seed: of the order.
-        is_balanced: draw, with repetition, so that all labels come up equally often; else every video comes once.
+        dataset: the data set; `set_epoch` also sets its epoch.
+        seed: seed of the order.
+        is_balanced: draw with replacement, so that all labels come up equally often; otherwise each video comes once.
     """
 
     def __init__(self, dataset: VideoClips, seed: int = 0, is_balanced: bool = False):

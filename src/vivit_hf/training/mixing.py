@@ -1,8 +1,8 @@
-"""From examples to batches: soft labels, label smoothing, mixup and cutmix of clips.
+"""Batches of clips: soft labels, label smoothing, mixup and cutmix.
 
-Mixup (Zhang et al., 2018) as the official code does it: one weight per batch, drawn from Beta(alpha, alpha), for the
-batch and for the same batch in reverse order. Cutmix (Yun et al., 2019) puts one box of the reversed batch into all
-frames of the batch. What is random depends on the seed, the epoch and the examples in the batch alone.
+Mixup (Zhang et al., 2018) follows the official code: one weight per batch, drawn from Beta(alpha, alpha), mixes the
+batch with the same batch in reverse order. Cutmix (Yun et al., 2019) pastes one box of the reversed batch into all
+frames of the batch. Random numbers depend only on the seed, the epoch and the examples in the batch.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import torch
 from ..data.labels import IGNORED, LabelMap
 
 
-_MIXING = 0x6D6978  # keeps these random numbers apart from those of the augmentation
+_MIXING = 0x6D6978  # separates these random numbers from those of the augmentation
 
 
 def soft_labels(labels: torch.Tensor, sizes: Sequence[int], smoothing: float = 0.0) -> torch.Tensor:
     """
-    Class probabilities from class indices.
+    Return class probabilities for class indices.
 
     Args:
-        labels: int64 (batch,), or (batch, groups) for several groups; -100 does not count.
+        labels: int64 (batch,), or (batch, groups) for several groups; -100 is ignored.
         sizes: classes per group.
-        smoothing: the share that is spread evenly over all classes of a group, the right one included.
+        smoothing: the share that is spread evenly over all classes of a group, including the true one.
 
     Returns:
-        float32 (batch, sum of sizes); each group of each row sums to 1, or to 0 where the label does not count.
+        float32 (batch, sum of sizes); each group of each row sums to 1, or to 0 if its label is ignored.
     """
     labels = labels.reshape(len(labels), len(sizes))
     counted = (labels != IGNORED).float()
@@ -42,12 +42,12 @@ def soft_labels(labels: torch.Tensor, sizes: Sequence[int], smoothing: float = 0
 
 
 def mixup(clips: torch.Tensor, labels: torch.Tensor, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each example with its counterpart in the reversed batch: weight * x + (1 - weight) * reversed x."""
+    """Mix each example with its counterpart in the reversed batch: weight * x + (1 - weight) * reversed x."""
     return tuple(weight * values + (1 - weight) * values.flip(0) for values in (clips, labels))  # type: ignore
 
 
 def cutmix_box(height: int, width: int, weight: float, generator: np.random.Generator) -> tuple[int, int, int, int]:
-    """(top, bottom, left, right) of a box about a random place with 1 - weight of the area, cut off at the borders."""
+    """Return (top, bottom, left, right) of a random box with 1 - weight of the area, clipped to the frame."""
     side = (1 - weight) ** 0.5
     half_height, half_width = int(height * side) // 2, int(width * side) // 2
     row, column = int(generator.integers(height)), int(generator.integers(width))
@@ -62,7 +62,7 @@ def cutmix_box(height: int, width: int, weight: float, generator: np.random.Gene
 def cutmix(
     clips: torch.Tensor, labels: torch.Tensor, box: tuple[int, int, int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The box in all frames from the reversed batch, and labels mixed by the area that it really has.
+    """Paste the box from the reversed batch into all frames, and mix the labels by the area of the box.
 
     `clips` (batch, frames, channels, height, width), `labels` (batch, classes).
     """
@@ -74,22 +74,22 @@ def cutmix(
 
 
 def _of_one_size(clips: Sequence[torch.Tensor], labels: torch.Tensor) -> list[torch.Tensor]:
-    """Clips whose labels do not count are blank; they get the size of those that do."""
+    """Resize blank clips, whose labels are ignored, to the size of the other clips."""
     counts = (labels != IGNORED).reshape(len(labels), -1).all(dim=1).tolist()
     size = next((clip.shape for clip, is_counted in zip(clips, counts, strict=True) if is_counted), clips[0].shape)
     return [clip if is_counted else clip.new_zeros(size) for clip, is_counted in zip(clips, counts, strict=True)]
 
 
 class ClipCollator:
-    """Puts the items of `VideoClips` together into a batch, and mixes it.
+    """Collate items of `VideoClips` into a batch, and mix it.
 
     Args:
-        label_map: of the data set.
+        label_map: the labels of the data set.
         label_smoothing: share of the labels that is spread over all classes.
-        mixup_alpha, cutmix_alpha: of the Beta distribution that the weight is drawn from; 0 leaves it out. With both,
-            each batch has one or the other.
-        class_weights: float (num_labels,), by which the loss of each class is multiplied; they go into the labels.
-        seed: of what is random.
+        mixup_alpha, cutmix_alpha: alpha of the Beta distribution of the weight; 0 turns the mixing off. With both, each
+            batch gets one or the other.
+        class_weights: float (num_labels,), factors of the loss of each class; they become part of the labels.
+        seed: seed of the mixing.
 
     A batch has `pixel_values` (batch, frames, channels, height, width) and `labels` as the model takes them. If the
     items name their files, it also has `damaged_files`, a list of (file, reason), and `files`, the name of each video,
@@ -114,7 +114,7 @@ class ClipCollator:
             if alpha < 0:
                 raise ValueError(f"`{name}={alpha!r}` must not be negative; 0 leaves it out.")
         if label_map.has_several and class_weights is not None:
-            raise ValueError("Class weights are for one label per video.")
+            raise ValueError("Class weights require one label per video: leave them out with several labels.")
         self.label_map = label_map
         self.label_smoothing = label_smoothing
         self.mixup_alpha, self.cutmix_alpha = mixup_alpha, cutmix_alpha
@@ -123,7 +123,7 @@ class ClipCollator:
 
     @property
     def is_soft(self) -> bool:
-        """Whether labels are probabilities instead of numbers."""
+        """Return whether labels are probabilities instead of class indices."""
         return bool(self.label_smoothing or self.mixup_alpha or self.cutmix_alpha) or self.class_weights is not None
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class ClipCollator:
         return {"pixel_values": clips, "labels": labels, **batch}
 
     def _soft(self, labels: torch.Tensor) -> torch.Tensor:
-        if self.label_map.has_several:  # each label is a classification of its own, between two classes
+        if self.label_map.has_several:  # each label is a binary classification
             smoothed = labels * (1 - self.label_smoothing) + self.label_smoothing / 2
             return torch.where(labels == IGNORED, labels, smoothed)
         return soft_labels(labels, self.label_map.sizes, self.label_smoothing)

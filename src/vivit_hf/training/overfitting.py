@@ -1,4 +1,4 @@
-"""Whether a model can learn one batch by heart: the first question where training does not learn."""
+"""Learning one batch by heart: the first test of a training that does not learn."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from ..data.labels import LabelMap
 
 @dataclass
 class OverfitReport:
-    """Whether one batch was learnt by heart: `accuracy` (with several labels, of each label) after `num_steps`; the
-    loss at the beginning and the end; and the trained parameters that had no gradient, or did not move."""
+    """
+    The result of `overfit_one_batch`.
+
+    `accuracy` after `num_steps` steps (with several labels per video, over all labels); the first and the last loss;
+    and the names of trained parameters that had no gradient, or did not change.
+    """
 
     accuracy: float
     num_steps: int
@@ -38,8 +42,8 @@ class OverfitReport:
                 shown = ", ".join(names[:8]) + ", ..." * (len(names) > 8)
                 lines.append(f"{len(names)} trained parameters {reason}{': ' + shown if names else ''}.")
             lines.append(
-                "Look at the batch (save_batch_picture): clips that look alike with different labels cannot be told "
-                "apart. Else try another learning rate."
+                "Look at the batch (save_batch_picture): clips that look alike but have different labels cannot be "
+                "told apart. Otherwise try another learning rate."
             )
         return "\n".join(lines)
 
@@ -53,15 +57,16 @@ def overfit_one_batch(
     num_steps: int = 200,
 ) -> OverfitReport:
     """
-    Trains on one batch until every label of it is right, without dropout and stochastic depth; changes the model.
+    Train on one batch until every label is right, without dropout or stochastic depth. Changes the model.
 
     Args:
         model: a `ViViTForVideoClassification`.
         batch: `pixel_values` (batch, frames, channels, height, width) and unmixed `labels` from `LabelMap.encode`.
-        make_optimizer, groups: the optimiser, made from the groups of parameters.
-        num_steps: at most.
+        make_optimizer: makes the optimiser from `groups`.
+        groups: groups of parameters, see `parameter_groups`.
+        num_steps: maximum number of steps.
     """
-    model.eval()  # the same function in every step: what is learnt by heart shows at once
+    model.eval()  # no randomness, so that the loss falls in every step
     batch = {name: batch[name].to(model.device) for name in ("pixel_values", "labels")}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}

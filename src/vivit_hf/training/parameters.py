@@ -16,7 +16,7 @@ _LAYER = re.compile(r"(?:^|\.)(encoder|temporal_encoder)\.layer\.(\d+)\.")
 
 
 def part_of(name: str) -> str:
-    """The part of a model that a parameter belongs to: embeddings, encoder, temporal or classifier."""
+    """Return the part of a model that a parameter belongs to: embeddings, encoder, temporal or classifier."""
     if re.search(r"(^|\.)classifier\.", name):
         return "classifier"
     if _TEMPORAL.search(name):
@@ -26,12 +26,16 @@ def part_of(name: str) -> str:
 
 def freeze(model: torch.nn.Module, what: str) -> list[str]:
     """
-    Keeps parameters as they are; returns their names.
+    Exclude parameters from training, and return their names.
 
-    "spatial": all that comes from an image transformer, which leaves Model 2's temporal encoder or Model 3's temporal
-    attention and position embeddings, and the classifier. "all_but_head": leaves only the classifier. "none": nothing.
+    Args:
+        model: a `ViViTForVideoClassification`.
+        what: "spatial" freezes everything that comes from an image transformer; the classifier and Model 2's temporal
+            encoder, or Model 3's temporal attention and position embeddings, are trained. "all_but_head" trains the
+            classifier alone. "none" trains everything.
 
-    Raises ValueError for "spatial" where space and time share their parameters (Models 1 and 4, average pooling).
+    Raises:
+        ValueError: for "spatial" if space and time share their parameters (Models 1 and 4, average pooling).
     """
     if what not in FREEZINGS:
         raise ValueError(f"`freeze` must be one of {', '.join(FREEZINGS)}, got {what!r}.")
@@ -39,10 +43,10 @@ def freeze(model: torch.nn.Module, what: str) -> list[str]:
     trained = {"none": set(parts.values()), "spatial": {"temporal", "classifier"}, "all_but_head": {"classifier"}}[what]
     if what == "spatial" and "temporal" not in parts.values():
         raise ValueError(
-            "freeze='spatial' leaves nothing over time to train: this model has no parameters of its own for time "
-            "(Models 2 and 3 have). Use 'all_but_head', or LoRA."
+            "freeze='spatial' leaves no temporal parameters to train: only Models 2 and 3 have parameters of their own "
+            "for time. Use 'all_but_head', or LoRA."
         )
-    # Without temporal embeddings of its own, a model tells time steps apart by the position embeddings of its tokens.
+    # Without temporal embeddings, a model tells time steps apart by the position embeddings of its tokens.
     has_own_positions = any(".temporal_embeddings." in f".{name}" for name in parts)
     frozen = []
     for name, parameter in model.named_parameters():
@@ -55,12 +59,11 @@ def freeze(model: torch.nn.Module, what: str) -> list[str]:
 
 def untrained_modules(model: Any) -> list[str]:
     """
-    Return the modules that still ignore the order of frames, as an image ViT leaves them, in the form in which
-    peft's `modules_to_save` takes them.
+    Return the modules that ignore the order of frames since they were initialised from an image ViT.
 
-    These are the embeddings if their position embeddings are the same at every time step, and the modules over time if
-    their LayerNorms still have their initial values. If they are frozen, or trained by low-rank updates alone, the
-    model cannot learn the order of frames.
+    These are the embeddings if their position embeddings are the same at every time step, and the temporal modules if
+    their LayerNorms still have their initial values. A model cannot learn the order of frames if they are frozen, or
+    trained by low-rank updates alone. The names are those that peft's `modules_to_save` takes.
 
     Args:
         model: a `ViViTForVideoClassification`.
@@ -86,16 +89,16 @@ def untrained_modules(model: Any) -> list[str]:
 
 
 def depths(model: torch.nn.Module) -> dict[str, int]:
-    """How far each parameter is from the output, 0 for the classifier and final norms and 1 more per layer below."""
+    """Return the depth of each parameter: 0 for the classifier and final norms, and 1 more for each layer below."""
     places = {}
     for name, _ in model.named_parameters():
-        match = _LAYER.search(name.replace(".modules_to_save.default.", "."))  # a copy that peft trains
+        match = _LAYER.search(name.replace(".modules_to_save.default.", "."))  # peft trains a copy of the module
         if match:
             places[name] = (1 if match[1] == "encoder" else 2, int(match[2]))
         elif part_of(name) == "embeddings":
             places[name] = (0, 0)
         elif "temporal_embeddings" in name or re.search(r"(^|\.)vivit\.layernorm\.", name):
-            places[name] = (2, 0)  # between Model 2's encoders; without a second one, at the end
+            places[name] = (2, 0)  # between Model 2's encoders; at the end without a temporal encoder
         else:
             places[name] = (3, 0)
     has_second = any(
@@ -113,8 +116,10 @@ def parameter_groups(
     model: torch.nn.Module, learning_rate: float, weight_decay: float, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
     """
-    Groups for an optimiser: learning_rate * layer_decay ** depth (see `depths`), and no weight decay for biases, norms,
-    class tokens and position embeddings. Frozen parameters are left out.
+    Return the parameter groups for an optimiser, without frozen parameters.
+
+    The learning rate is learning_rate * layer_decay ** depth (see `depths`). Biases, norms, class tokens and position
+    embeddings have no weight decay.
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"`layer_decay={layer_decay!r}` must be above 0 and at most 1.")
@@ -140,7 +145,7 @@ def parameter_groups(
 
 
 def gradient_norms(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The norm of the gradient of each part of the model (see `part_of`), and of all of it as "total": tensors ()."""
+    """Return the gradient norm of each part of the model (see `part_of`) and of the whole as "total": tensors ()."""
     norms: dict[str, list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:

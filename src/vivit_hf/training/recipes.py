@@ -1,8 +1,8 @@
 """The official training recipes by name (google-research/scenic projects/vivit, configs), and one for small data.
 
-A recipe is a set of arguments of `examples/finetune.py`, which explicit ones override. Its settings of the model and of
-clips are for a model that starts from an image ViT: a ViViT keeps its own. Learning rates are for
-`REFERENCE_BATCH_SIZE` clips per step and are scaled to the real batch (linear rule, Goyal et al., 2017).
+A recipe is a set of arguments of `vivit-hf finetune`; explicit arguments override it. Its settings of the model and of
+clips apply to a model that starts from an image ViT; a ViViT keeps its own. Learning rates are for
+`REFERENCE_BATCH_SIZE` clips per step, and are scaled to the actual batch (linear rule, Goyal et al., 2017).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 REFERENCE_BATCH_SIZE = 64
 _WARMUP_EPOCHS = 2.5
 
-# All of them; views are those of the paper's tests.
+# Arguments of all official recipes; the views are those of the paper's tests.
 _OFFICIAL: dict[str, Any] = {
     "optim": "sgd",
     "optim_args": "momentum=0.9",
@@ -28,7 +28,7 @@ _OFFICIAL: dict[str, Any] = {
     "num_clips": 4,
     "num_crops": 3,
 }
-# The short side of a frame is relative to the crop, so that it fits whatever --image_size is given.
+# The short side of a frame is relative to the crop, so that it fits any --image_size.
 _OFFICIAL_MODEL: dict[str, Any] = {
     "embedding_type": "tubelet",
     "tubelet_init": "central_frame",
@@ -45,10 +45,10 @@ _FACTORISED = {"attention_type": "factorised_encoder", "num_temporal_layers": 4}
 
 @dataclass(frozen=True)
 class Recipe:
-    """Arguments of `examples/finetune.py`.
+    """Arguments of `vivit-hf finetune`.
 
-    `arguments` always apply; `learning_rate` among them is for `REFERENCE_BATCH_SIZE` clips per step. Those in `model`
-    (structure, frames, sizes) apply where the model that training starts from leaves them open.
+    `arguments` always apply; their `learning_rate` is for `REFERENCE_BATCH_SIZE` clips per step. Those in `model`
+    (structure, frames, sizes) apply unless the model that training starts from has its own.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Recipe:
     model: Mapping[str, Any]
 
     def learning_rate(self, batch_size: int) -> float:
-        """For steps of `batch_size` clips, over all devices and accumulated batches."""
+        """Return the learning rate for `batch_size` clips per step, over all devices and accumulated batches."""
         return float(self.arguments["learning_rate"]) * batch_size / REFERENCE_BATCH_SIZE
 
 
@@ -127,8 +127,8 @@ _ALL = (
         rand_augment_magnitude=15,
         num_crops=1,
     ),
-    # Ours: a gentle optimiser, low learning rates near the input, and all of the regularisation that the paper found to
-    # help on its smaller sets.
+    # Ours: AdamW, low learning rates near the input, and all of the regularisation that helped on the smaller data sets
+    # of the paper.
     Recipe(
         "small-data",
         "a few hundred clips and one GPU",
@@ -145,7 +145,7 @@ _ALL = (
             "layer_decay": 0.75,
             "horizontal_flip": "auto",
             "scale_jitter": "0.9,1.33",
-            "rand_augment_layers": 1,  # two at full scale leave clips that people cannot recognise
+            "rand_augment_layers": 1,  # people cannot recognise clips after two at full scale
             "rand_augment_magnitude": 4,
             "drop_path_rate": 0.2,
             "label_smoothing_factor": 0.1,

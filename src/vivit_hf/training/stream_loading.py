@@ -1,4 +1,4 @@
-"""Streams in training and evaluation: dealt out evenly to processes and workers, and resumed where they stopped."""
+"""Loading of streams: shared evenly among processes and workers, and resumed where they stopped."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from .clips import StreamedClips, StreamedVideo
 
 class StreamBatches:
     """
-    The batches of one process, as lists of `StreamedVideo` that are not opened yet.
+    The batches of one process, as lists of unopened `StreamedVideo`.
 
-    All processes read the same stream. A round takes `batch_size` videos for each of them, in the order of the
-    processes, so that all of them have equally many batches of equal size.
+    All processes read the same stream. A round takes `batch_size` videos for each process in turn, so that all of them
+    get the same number of batches of the same size.
 
-    In training (`clips` has an augmentation) the last rounds of a pass are filled up with videos from its beginning,
-    with other random crops. In evaluation each video comes once: the rest that makes no whole round is shared out, and
-    a process that has one video fewer than another gets a `StreamedVideo` without a video.
+    In training (`clips` has an augmentation), the last rounds of a pass are filled up with videos from its beginning,
+    with other random crops. In evaluation each video comes once: the remainder is divided among the processes, and a
+    process with one video fewer than another gets a `StreamedVideo` without a video.
 
     Args:
         clips: the stream.
         batch_size: videos per batch and process.
-        num_processes, process_index: how many processes there are, and which one this is.
+        num_processes, process_index: the number of processes, and the index of this one.
         rounds_per_step: in training, the number of rounds in a pass is a multiple of it (gradient accumulation).
-        drop_last: in training, leave the last rounds out if they are not whole, instead of filling them up.
+        drop_last: in training, drop incomplete last rounds instead of filling them up.
 
-    After an iteration `num_videos` is the number of videos in it, those of all processes together.
+    After an iteration, `num_videos` is its number of videos over all processes.
 
     Raises:
-        ValueError: if the stream is empty, or too short for one step where the last one is dropped.
+        ValueError: for an empty stream, or with `drop_last` for one with fewer videos than a step.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class StreamBatches:
             )
 
     def _filled_up(self, step_size: int) -> Iterator[StreamedVideo]:
-        """A pass, and its first videos again until there are whole steps."""
+        """Yield a pass, and its first videos again until the steps are complete."""
         count = 0
         while count == 0 or count % step_size:
             begun_at = count
@@ -106,19 +106,19 @@ class StreamBatches:
 
 class StreamLoader(DataLoader):
     """
-    A loader of a stream: the main process reads which videos there are, and the workers decode them.
+    A loader of a stream: the main process lists the videos, and the workers decode them.
 
-    So a stream needs no shards to be decoded by several workers, and batches are the same for any number of them.
+    Several workers can therefore decode a stream without shards, and the batches do not depend on their number.
 
     Args:
         clips: the stream.
-        batches: which videos make up a batch.
-        settings: of `DataLoader`.
+        batches: the videos of each batch.
+        settings: passed on to `DataLoader`.
     """
 
     def __init__(self, clips: StreamedClips, batches: StreamBatches, **settings: Any):
-        # Without a generator of its own, a loader draws from torch's random numbers whenever it starts workers, which
-        # a run that is resumed does at other moments.
+        # Without its own generator, a loader draws from torch's when it starts workers, and a resumed run starts them
+        # at other times.
         super().__init__(_Items(clips), batch_sampler=batches, generator=torch.Generator(), **settings)
         self.clips, self.batches = clips, batches
 
@@ -136,9 +136,9 @@ class _Items(Dataset):
 
 class StreamPosition(TrainerCallback, ExportableState):
     """
-    The pass over a stream that training is in, and the step that this pass began at; it is kept in checkpoints.
+    The current pass over a stream and the step at which it began, saved in checkpoints.
 
-    `Trainer` works both out from the length of the data, which a stream does not have.
+    `Trainer` derives both from the length of the data, and a stream has none.
     """
 
     def __init__(self) -> None:
@@ -154,14 +154,14 @@ class StreamPosition(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"epoch": self.epoch, "first_step": self.first_step}}
 
     def restore(self, state: TrainerState) -> None:
-        """Takes the position from the state of a checkpoint, or the beginning if no step has been done."""
+        """Restore the position from the state of a checkpoint, or start at the beginning before the first step."""
         saved = {"epoch": 0, "first_step": 0}
         if state.global_step:
             stored = state.stateful_callbacks.get(type(self).__name__)
             if stored is None:
                 raise ValueError(
-                    "The checkpoint does not say how far its stream was read: an older version wrote it, or its "
-                    "training data were not streamed. Start anew, in another output folder."
+                    "The checkpoint has no position in a stream: an older version wrote it, or its data were not "
+                    "streamed. Start again in another output folder."
                 )
             saved = stored["attributes"]
         self.epoch, self.first_step = saved["epoch"], saved["first_step"]

@@ -1,4 +1,4 @@
-"""Fine-tuning: what is trained and how fast, a `Trainer` for clips with views, and checkpoints that are whole."""
+"""A `Trainer` for clips and views of videos."""
 
 from __future__ import annotations
 
@@ -33,17 +33,23 @@ class ClipTrainer(Trainer):
     """
     A `Trainer` for `VideoClips` and `StreamedClips`.
 
-    Beyond transformers': evaluation averages the views of a video and gives top-1 and top-5, mean average precision or
-    noun, verb and action scores; the learning rate can fall from layer to layer; the order of the videos depends on
-    seed and epoch alone; files that could not be read are gathered (`all_damaged_files`); the log has the norm of the
-    gradient per part of the model, before it is clipped; and predictions that collapse to one class are warned of.
+    It adds to transformers' trainer:
+
+    - Evaluation averages the views of a video, and returns top-1 and top-5, mean average precision, or noun, verb and
+      action scores.
+    - The learning rate can fall from layer to layer.
+    - The order of the videos depends only on seed and epoch.
+    - Unreadable files are collected (`all_damaged_files`).
+    - The log has the gradient norm of each part of the model, before clipping.
+    - A warning if the predictions collapse to one class.
+    - Ctrl-C waits until a checkpoint is whole; if writing it fails, it is removed.
 
     Args:
-        label_map: of the data set.
+        label_map: the labels of the data set.
         layer_decay: factor of the learning rate per layer, counted from the output.
         is_balanced: draw training videos so that all classes come up equally often.
         averaging: how views are averaged, see `average_views`.
-        arguments, settings: of `Trainer`.
+        arguments, settings: passed on to `Trainer`.
     """
 
     def __init__(
@@ -83,7 +89,7 @@ class ClipTrainer(Trainer):
                 drop_last=self.args.dataloader_drop_last,
             )
         loader = super().get_train_dataloader()
-        # Starting workers would draw from torch's random numbers, which a resumed run does at other moments.
+        # Starting workers draws from torch's generator, and a resumed run starts them at other times.
         loader.base_dataloader.generator = torch.Generator()
         return loader
 
@@ -92,7 +98,7 @@ class ClipTrainer(Trainer):
         if isinstance(dataset, StreamedClips):
             return self._stream(dataset, self.args.eval_batch_size)
         if isinstance(eval_dataset, VideoClips) and eval_dataset is not self.eval_dataset:
-            # Trainer keeps the loader of persistent workers, and would give it back for any other data set.
+            # Trainer caches the loader of persistent workers, and would return it for another data set.
             return self.get_test_dataloader(eval_dataset)
         return super().get_eval_dataloader(eval_dataset)
 
@@ -138,13 +144,13 @@ class ClipTrainer(Trainer):
             self._num_unreadable = self._num_unreadable + len(damaged) if is_unreadable else 0
             if self._num_unreadable >= MAX_UNREADABLE:
                 raise VideoDecodingError(
-                    f"{self._num_unreadable} videos of the stream in a row cannot be read, which is too many to go on "
-                    f"({damaged[-1][0]}: {damaged[-1][1]}; ...)."
+                    f"{self._num_unreadable} videos of the stream in a row cannot be read, which are too many to go on "
+                    f"({damaged[-1][0]}: {damaged[-1][1]}; ...). `vivit-hf scan` lists what is wrong with a folder."
                 )
         return super()._prepare_inputs(inputs)
 
     def all_damaged_files(self) -> dict[str, dict[str, str]]:
-        """For "train" and "eval", the files of all processes with the reasons, sorted."""
+        """Return the unreadable files of all processes with the reasons, sorted, for "train" and for "eval"."""
         found = [self.damaged_files]
         if self.args.world_size > 1:
             found = [{}] * self.args.world_size
@@ -183,7 +189,7 @@ class ClipTrainer(Trainer):
         return loss
 
     def _is_logged(self, step: int) -> bool:
-        """Return whether the log gets an entry after this step; one per epoch can come after any."""
+        """Return whether the log may get an entry after this step; with one entry per epoch, it may after any."""
         if self.args.logging_strategy != IntervalStrategy.STEPS:
             return True
         return step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
@@ -203,10 +209,10 @@ class ClipTrainer(Trainer):
         if winner is not None:
             name = self.label_map.names[winner]
             logger.warning_once(
-                f"Nearly all predictions on {where} are {name!r}, and few of the labels are. The usual reasons: a "
-                "learning rate that is too high or has hardly begun to rise, a classifier that is new, wrong labels, "
-                "uneven classes (class weights, balanced sampling). Try whether one batch can be learnt by heart "
-                "(overfit_one_batch)."
+                f"Nearly all predictions on {where} are {name!r}, but few of the labels are. The usual reasons: a "
+                "learning rate that is too high or still warming up, a new classifier, wrong labels, or uneven "
+                "classes (try class weights or balanced sampling). Test whether the model can learn one batch by "
+                "heart (overfit_one_batch)."
             )
 
     # Checkpoints
@@ -233,19 +239,19 @@ class ClipTrainer(Trainer):
         try:
             return super().evaluate(*arguments, **settings)
         except Exception:
-            if self.is_in_train:  # what has been learnt is worth more than its score
+            if self.is_in_train:  # keep the weights even if they cannot be scored
                 self._save_checkpoint(self.model, trial=None)
             raise
 
     def evaluation_loop(self, dataloader: DataLoader, *arguments: Any, **settings: Any) -> EvalLoopOutput:
-        # A run that is resumed behind an evaluation must not miss the random numbers that it drew.
+        # Evaluation must not change the random numbers of training: a resumed run may skip it.
         with torch.random.fork_rng():
             if not isinstance(dataloader, StreamLoader):
                 return super().evaluation_loop(dataloader, *arguments, **settings)
-            # `gather_for_metrics` would drop what makes the last batch of another loader whole, the training data's.
+            # `gather_for_metrics` would cut the last batch to the size that the training loader remembers.
             self.gather_function = self.accelerator.gather
             output = super().evaluation_loop(dataloader, *arguments, **settings)
-        count = dataloader.batches.num_videos  # behind them is what made the shares of the processes even
+        count = dataloader.batches.num_videos  # padding that makes the shares of the processes even follows them
         predictions, labels = (
             None if values is None else values[:count] for values in (output.predictions, output.label_ids)
         )
@@ -272,6 +278,6 @@ class ClipTrainer(Trainer):
         if not self.label_map.has_several and not self.label_map.is_grouped:
             counted = labels >= 0
             self._warn_of_collapse(logits[counted].argmax(axis=1), labels[counted], "the validation videos")
-        # Over all videos at once: `Trainer` takes the mean over batches, in which videos do not count equally.
+        # Over all videos at once: `Trainer` averages batches, which may differ in size.
         loss = self._loss(torch.from_numpy(logits), torch.from_numpy(labels)).item()
         return {**classification_metrics(logits, labels, self.label_map), "loss": loss}
