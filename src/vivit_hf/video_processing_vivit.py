@@ -203,14 +203,14 @@ class ViViTVideoProcessor(AutoClassMixin, ProcessorFilesMixin, BaseImageProcesso
         return rescale_and_normalize(pixel_values, self.settings)
 
 
-def resized_frame_size(height: int, width: int, settings: Any) -> tuple[int, int]:
+def resized_frame_size(height: int, width: int, settings: ProcessorSettings | ViViTVideoProcessor) -> tuple[int, int]:
     """Return the (height, width) before the crop of a frame of `height` x `width`; for a processor or its settings."""
     if not settings.do_resize:
         return height, width
     return resized_size(height, width, settings.size, settings.crop_size if settings.do_center_crop else None)
 
 
-def reader_size(settings: Any) -> FrameSize | None:
+def reader_size(settings: ProcessorSettings | ViViTVideoProcessor) -> FrameSize | None:
     """Return the `size` for `VideoReader` and `LiveVideo`, for a processor or its settings.
 
     None if the filter is not bilinear: the scaler of the decoder and PIL agree on that filter alone, so the processor
