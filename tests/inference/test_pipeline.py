@@ -110,7 +110,7 @@ def test_a_rate_of_frames_that_are_spread_over_the_video_is_refused(folder, vide
     model = AutoModelForVideoClassification.from_pretrained(folder)
     classify = pipeline("video-classification", model=model, video_processor=processor)
     classify(video)
-    with pytest.raises(ValueError, match="`frame_sampling_rate=2` has no meaning"):
+    with pytest.raises(ValueError, match="`frame_sampling_rate=2` has no effect"):
         classify(video, frame_sampling_rate=2)
 
 
