@@ -227,24 +227,19 @@ def centre_crop(height: int, width: int, crop_height: int, crop_width: int) -> t
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
 
 
-def three_crops(height: int, width: int, crop_height: int, crop_width: int) -> list[tuple[int, int, int, int]]:
-    """Return three crops along the longer edge, each (top, left, height, width).
-
-    They are left, centre and right; for portrait frames top, centre and bottom.
-    """
-    top, left, _, _ = centre_crop(height, width, crop_height, crop_width)
-    if width >= height:
-        return [(top, offset, crop_height, crop_width) for offset in (0, left, width - crop_width)]
-    return [(offset, left, crop_height, crop_width) for offset in (0, top, height - crop_height)]
-
-
 def fixed_crops(
     height: int, width: int, crop_height: int, crop_width: int, *, num_crops: int
 ) -> list[tuple[int, int, int, int]]:
-    """Return one `centre_crop` or the `three_crops`, each (top, left, height, width)."""
-    if num_crops == 3:
-        return three_crops(height, width, crop_height, crop_width)
-    return [centre_crop(height, width, crop_height, crop_width)]
+    """Return the centre crop, or three crops along the longer edge, each (top, left, height, width).
+
+    Three are left, centre and right; for portrait frames top, centre and bottom.
+    """
+    top, left, _, _ = centre = centre_crop(height, width, crop_height, crop_width)
+    if num_crops == 1:
+        return [centre]
+    if width >= height:
+        return [(top, offset, crop_height, crop_width) for offset in (0, left, width - crop_width)]
+    return [(offset, left, crop_height, crop_width) for offset in (0, top, height - crop_height)]
 
 
 def crop_window(

@@ -2,6 +2,7 @@
 
 import ast
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,13 @@ from vivit_hf import frame_sampling
 from vivit_hf.frame_sampling import (
     apply_short_video_policy,
     centre_crop,
+    fixed_crops,
     random_crop,
     resized_size,
     sample_clips,
     sample_clips_at_rate,
     sample_frames_uniformly,
     sample_uniform_clip,
-    three_crops,
 )
 
 
@@ -206,12 +207,12 @@ def test_a_resized_frame_holds_the_crop_in_any_orientation(height, width, crop_h
 def test_crops_lie_in_the_frame_or_are_refused(height, width, crop_height, crop_width):
     sizes = (height, width, crop_height, crop_width)
     if crop_height > height or crop_width > width:
-        for crop in (centre_crop, three_crops):
+        for crop in (centre_crop, partial(fixed_crops, num_crops=3)):
             with pytest.raises(ValueError, match=f"{crop_height} x {crop_width}.*{height} x {width}.*`crop_size`"):
                 crop(*sizes)
         return
     drawn = random_crop(*sizes, np.random.default_rng(0))
-    three = three_crops(*sizes)
+    three = fixed_crops(*sizes, num_crops=3)
     for top, left, crop_h, crop_w in [centre_crop(*sizes), drawn, *three]:
         assert (crop_h, crop_w) == (crop_height, crop_width)
         assert 0 <= top <= height - crop_h and 0 <= left <= width - crop_w
