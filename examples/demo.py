@@ -1,14 +1,14 @@
 """
-The main job from beginning to end: an image ViT becomes a ViViT, which is fine-tuned on video files, saved, reloaded
-with the Auto classes, and classifies held-out files.
+Turn an image ViT into a ViViT, fine-tune it on video files, save it, reload it with the Auto classes, and classify
+held-out files.
 
     python examples/demo.py                        less than two minutes of CPU time
     python examples/demo.py --small                about a minute, with less data
-    python examples/demo.py --video my_video.mp4   classifies that file, too
-    python examples/demo.py --source google/vit-base-patch16-224-in21k   starts from a real image ViT (wants a GPU)
+    python examples/demo.py --video my_video.mp4   also classifies that file
+    python examples/demo.py --source google/vit-base-patch16-224-in21k   starts from a real image ViT (needs a GPU)
 
-Nothing is downloaded. The videos show shapes that move along one of the four diagonals (see `moving_shapes.py`): no
-single frame tells which.
+Nothing is downloaded without --source. The videos show shapes that move along one of the four diagonals (see
+`moving_shapes.py`); no single frame shows the direction.
 """
 
 import argparse
@@ -41,18 +41,18 @@ from vivit_hf import (
 )
 
 
-# Files per class for training and for testing, epochs, and the accuracy to reach (chance is 0.25).
+# Files per class for training and testing, epochs, and the required accuracy (chance is 0.25).
 FULL = {"clips_per_class": 200, "test_clips_per_class": 50, "epochs": 4, "required_accuracy": 0.9}
 SMALL = {"clips_per_class": 100, "test_clips_per_class": 25, "epochs": 12, "required_accuracy": 0.7}
 
 
 class TrainingClips(torch.utils.data.Dataset):
-    """Each time another 16 frames and another crop of a video. No flips: they would turn the motion round."""
+    """Random clips and crops of videos, without flips, which would reverse the motion."""
 
     def __init__(self, files: list[Path], processor: ViViTVideoProcessor, label2id: dict[str, int]):
         self.processor = processor
         self.labels = [label2id[file.parent.name] for file in files]
-        # Each file is decoded and resized once, and kept as uint8.
+        # Decode and resize each file once, and keep it as uint8.
         whole = {"do_sample_frames": False, "do_center_crop": False, "do_rescale": False, "do_normalize": False}
         self.videos = [processor(file, **whole)["pixel_values"][0] for file in files]
 
@@ -60,13 +60,13 @@ class TrainingClips(torch.utils.data.Dataset):
         return len(self.videos)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
-        """`pixel_values` (frames, channels, height, width) and `labels`."""
+        """Return `pixel_values`, float32 (frames, channels, height, width), and `labels`."""
         features = self.processor(self.videos[index], clip_start="random", crop_position="random")
         return {"pixel_values": features["pixel_values"][0], "labels": self.labels[index]}
 
 
 def build_image_vit(folder: Path) -> None:
-    """Saves a small image ViT with the sizes of `vivit-tiny` and random weights, in the layout of those on the Hub."""
+    """Save a small image ViT with random weights and the sizes of `vivit-tiny`."""
     tiny = ViViTConfig.from_preset("vivit-tiny")
     names = "hidden_size num_hidden_layers num_attention_heads intermediate_size image_size initializer_range".split()
     ViTModel(ViTConfig(**{name: getattr(tiny, name) for name in names})).save_pretrained(folder)
@@ -75,7 +75,7 @@ def build_image_vit(folder: Path) -> None:
 def finetune(
     folder: Path, source: str | Path, train_files: list[Path], epochs: float, seed: int
 ) -> InitialisationReport:
-    """Trains a factorised encoder that starts from the image ViT `source`; saves model and processor in `folder`."""
+    """Train a factorised encoder that starts from the image ViT `source`; save it with its processor."""
     vit = ViTModel.from_pretrained(source)
     labels = sorted({file.parent.name for file in train_files})
     config = config_from_vit(
@@ -114,7 +114,7 @@ def finetune(
 
 
 def classify(folder: Path, files: list[Path], batch_size: int = 25) -> Iterator[list[tuple[str, float]]]:
-    """For each video file, the labels of the model saved in `folder` with their scores, best first."""
+    """Yield the labels and scores of each video file, best first, by the model in `folder`."""
     model = AutoModelForVideoClassification.from_pretrained(folder).eval()
     processor = AutoImageProcessor.from_pretrained(folder)
     for start in range(0, len(files), batch_size):
@@ -136,11 +136,11 @@ def results_table(title: str, predictions: dict[str, list[tuple[str, float]]], t
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fine-tune a small ViViT on files of moving shapes and try it.")
     parser.add_argument("--small", action="store_true", help="less data and fewer epochs: about a minute")
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="for the videos and the model")
-    parser.add_argument("--source", help="an image ViT, folder or Hub id, to start from (default: a small random one)")
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for the videos and the model")
+    parser.add_argument("--source", help="folder or Hub id of an image ViT (default: a small random one)")
     parser.add_argument("--video", type=Path, help="a video file to classify at the end")
     parser.add_argument("--epochs", type=float, help=f"{FULL['epochs']}, with --small {SMALL['epochs']}")
-    parser.add_argument("--seed", type=int, default=0, help="of the videos and of the training")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the videos and of the training")
     parser.add_argument("--top-k", type=int, default=3, help="labels shown per file")
     arguments = parser.parse_args()
     if arguments.video is not None and not arguments.video.is_file():
@@ -162,7 +162,7 @@ def main() -> None:
     if source is None:
         source = arguments.output / "image_vit"
         build_image_vit(source)
-        torch.set_num_threads(1)  # it is so small that threads would wait for each other most of the time
+        torch.set_num_threads(1)  # for so small a model, several threads only cost time
     report = finetune(model_folder, source, train_files, epochs, arguments.seed)
     console.print(f"{model_folder}: model and processor; from {source}: {report} parameters")
 

@@ -1,10 +1,10 @@
 """
-Trains the small model that ships in the package, `vivit_hf.demo_model_path()`, on videos of moving shapes.
+Train the small model that ships with the package, `vivit_hf.demo_model_path()`, on videos of moving shapes.
 
     python examples/train_demo_model.py        about five minutes on a CPU core
 
-The same versions of the libraries on the same kind of machine give the same weights. The folder is only replaced by a
-model that classifies held-out videos as well as `REQUIRED_ACCURACY` says.
+The weights are reproducible with the same library versions on the same kind of machine. The folder is replaced only
+if the new model reaches `REQUIRED_ACCURACY` on held-out videos.
 """
 
 import argparse
@@ -26,7 +26,7 @@ CLIPS_PER_CLASS, TEST_CLIPS_PER_CLASS, EPOCHS, REQUIRED_ACCURACY = 400, 100, 15,
 
 
 def write_samples(folder: Path) -> None:
-    """A video of each class, and one in which they follow one another, four seconds each: `all.mp4`."""
+    """Write a video of each class, and `all.mp4` with all classes in turn, four seconds each."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for number, motion in enumerate(MOTIONS):
@@ -44,11 +44,11 @@ def main() -> None:
     parser.add_argument("--required-accuracy", type=float, default=REQUIRED_ACCURACY)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # sums of several threads come in no fixed order
+    torch.set_num_threads(1)  # with several threads, the order of sums is not fixed
 
     with tempfile.TemporaryDirectory() as temporary:
         videos, trained = Path(temporary, "videos"), Path(temporary, "model")
-        # Not the videos of the demo and the tests, which draw from seed 0.
+        # Other videos than those of the demo and the tests, which use seed 0.
         write_moving_shapes(
             videos,
             arguments.clips_per_class,
@@ -64,9 +64,9 @@ def main() -> None:
         accuracy = correct / len(test_files)
         print(f"Accuracy on {len(test_files)} held-out files: {accuracy:.3f}")
         if accuracy < arguments.required_accuracy:
-            raise SystemExit(f"At least {arguments.required_accuracy} was expected: {arguments.output} stays as it is.")
+            raise SystemExit(f"At least {arguments.required_accuracy} was expected: {arguments.output} is unchanged.")
 
-        # The code that lets a model travel without the package is in the package.
+        # The package has the code that `auto_map` refers to.
         for name in ("config.json", "preprocessor_config.json"):
             settings = json.loads((trained / name).read_text())
             settings.pop("auto_map", None)

@@ -1,4 +1,4 @@
-"""Runs of examples/finetune.py on miniature data, in this process and in others; for test_finetune*.py."""
+"""Runs of fine-tuning on miniature data, in this process and in others, for test_finetune*.py."""
 
 import json
 import os
@@ -15,7 +15,7 @@ EXAMPLES = Path(finetune.__file__).parent
 
 
 def write_data(folder):
-    """16 + 4 videos of 4 classes, and a small image ViT."""
+    """Write 16 + 4 videos of 4 classes and a small image ViT."""
     write_moving_shapes(folder / "videos", clips_per_class=4, test_clips_per_class=1, seed=0)
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
@@ -49,7 +49,7 @@ def to_argv(settings):
 
 
 def run(data, output, **changes):
-    """Runs the script in this process; its results."""
+    """Run the script in this process, and return its results."""
     finetune.main(to_argv(settings_for(data, output, **changes)))
     return json.loads((Path(output) / "all_results.json").read_text())
 

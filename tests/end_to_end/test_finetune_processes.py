@@ -1,4 +1,4 @@
-"""examples/finetune.py when it is killed, and on several processes."""
+"""Fine-tuning that is interrupted or killed, and on several processes."""
 
 import json
 import shutil

@@ -148,6 +148,11 @@ def test_options_that_count_labels_are_refused_for_streams_before_a_model_is_bui
         ({"averaging": "votes"}, "--averaging votes: expected one of probabilities, logits"),
         ({"freeze": "half"}, "--freeze half: expected one of none, spatial, all_but_head"),
         ({"dtype": "int8"}, "--dtype int8: expected one of float32, bfloat16"),
+        (
+            {"problem_type": "regression"},
+            "--problem_type regression: expected one of single_label_classification, multi_",
+        ),
+        ({"lora_rank": -1}, "--lora_rank -1: expected a positive rank"),
         ({"layer_decay": 0.0}, "--layer_decay 0.0: expected a factor above 0 and at most 1"),
     ],
 )
