@@ -24,11 +24,12 @@ _SCALER_FLAGS = 0x2 | 0x40000 | 0x2000 | 0x4000
 
 FrameSize = Callable[[int, int], tuple[int, int]]
 FrameWindow = Callable[[int, int], tuple[int, int, int, int]]
+NumberedFrame = tuple[int, Any]  # the row of the result, and the `av.VideoFrame`
 FrameShape = tuple[FrameSize | None, FrameWindow | None]
 
 
-def _decoded_ahead(frames: Iterator[Any]) -> Generator[Any, None, None]:
-    """The same frames; while one is converted, a thread decodes the next."""
+def _decoded_ahead(frames: Iterator[NumberedFrame]) -> Generator[NumberedFrame, None, None]:
+    """Yield the same frames, decoding the next ones in a thread while the caller converts one."""
     with ThreadPoolExecutor(1) as thread:
         waiting = deque(thread.submit(next, frames, None) for _ in range(_FRAMES_AHEAD))
         while (frame := waiting.popleft().result()) is not None:
@@ -37,25 +38,35 @@ def _decoded_ahead(frames: Iterator[Any]) -> Generator[Any, None, None]:
 
 
 class FrameConverter:
-    """Turns decoded frames into arrays, with one scaler for all of them; `num_threads` as for `VideoReader`."""
+    """Converts decoded frames to arrays, with one scaler for all of them; `num_threads` as for `VideoReader`."""
 
     def __init__(self, num_threads: int):
         self._reformatter = VideoReformatter()
         self._num_threads = num_threads
 
     def to_rgb(
-        self, frames: Generator[Any, None, None], num_frames: int, header: tuple[int, int], shape: FrameShape
+        self,
+        frames: Generator[NumberedFrame, None, None],
+        num_frames: int,
+        header: tuple[int, int],
+        shape: FrameShape,
     ) -> np.ndarray:
-        """Scales, converts, turns and cuts `num_frames` frames of a stream of `header` (height, width) pixels.
+        """
+        Scale, convert, rotate and crop frames.
 
-        Returns uint8 RGB (num_frames, height, width, 3), a view of planes.
+        Args:
+            frames: every row of the result at least once. If a row comes again, the last one counts.
+            header: (height, width) of the stream in its header, in pixels.
+
+        Returns:
+            uint8 RGB (num_frames, height, width, 3), a view of planes.
         """
         size, window = shape
         planes: Any = None
-        # Closed at once: a thread must not decode on after an error, when the container is closed.
+        # Closed at once, so that no thread decodes on after an error, when the container is closed.
         is_alone = self._num_threads == 1 or num_frames == 1
         with contextlib.closing(frames if is_alone else _decoded_ahead(frames)) as frames:
-            for row, frame in enumerate(frames):
+            for row, frame in frames:
                 quarter_turns = round(frame.rotation / 90) % 4  # anticlockwise
                 if planes is None:
                     # A stream whose pictures change size half-way is scaled to the size in its header.
@@ -70,10 +81,14 @@ class FrameConverter:
                     planes[row, channel] = pixels[top : top + height, left : left + width]
         return np.moveaxis(planes, 1, -1)
 
+    def one_to_rgb(self, frame: Any, header: tuple[int, int], shape: FrameShape) -> np.ndarray:
+        """Scale, convert, rotate and crop one frame to uint8 RGB (height, width, 3)."""
+        return self.to_rgb((row_and_frame for row_and_frame in ((0, frame),)), 1, header, shape)[0]
+
     def _planes(self, frame: Any, height: int, width: int) -> list[np.ndarray]:
-        """The red, green and blue of a frame, uint8 (height, width) each."""
-        # To planes, libswscale computes the same colours twice as fast as to interleaved pixels; the same but for a
-        # rounding error of 1 where chroma is scaled, which in a frame that keeps its size only odd sizes need.
+        """Return red, green and blue of a frame, uint8 (height, width) each."""
+        # libswscale converts to planes twice as fast as to interleaved pixels. The colours are the same, except for a
+        # rounding error of 1 where chroma is scaled; in a frame that keeps its size, only odd sizes need that.
         keeps_odd_size = (frame.height, frame.width) == (height, width) and (height % 2 or width % 2)
         pixel_format = "rgb24" if keeps_odd_size else "gbrp"
         rgb = self._reformatter.reformat(

@@ -1,4 +1,4 @@
-"""Which frames a video has: what its packets promise, or what its decoder gave."""
+"""The index of a video's frames, made from its packets or from what its decoder gave."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ONE_FRAME_PER_PACKET = {
 
 @dataclass
 class PacketIndex:
-    """Frames as the packets of a file tell them, without decoding."""
+    """The frames of a file by its packets, without decoding."""
 
     pts: np.ndarray  # (frames,), sorted: frame i is shown at pts[i]
     frame_of_pts: dict[int, int]
@@ -30,17 +30,26 @@ class PacketIndex:
     keyframes: np.ndarray  # (keyframes,), sorted: frames at which decoding can start
     keyframe_dts: dict[int, int | None]
 
+    def keyframe_before(self, frame: int) -> int:
+        """The keyframe at or before a frame, from which decoding has to start."""
+        return int(self.keyframes[np.searchsorted(self.keyframes, frame, side="right") - 1])
+
 
 @dataclass
 class OutputIndex:
-    """Frames as they came out of the decoder when it read the whole file."""
+    """The frames of a file by what came out of the decoder when it read the whole file."""
 
+    pts: np.ndarray | None  # (frames,), None if timestamps are missing or unusable
     frame_of_output: np.ndarray  # (outputs,), sorted: the k-th frame out of the decoder is frame frame_of_output[k]
-    damaged: np.ndarray  # (outputs,), bool
+    is_damaged: np.ndarray  # (outputs,), bool
+
+    @property
+    def num_frames(self) -> int:
+        return int(self.frame_of_output[-1]) + 1
 
 
 class SentPacket(NamedTuple):
-    """A packet that was given to the decoder."""
+    """A packet that was sent to the decoder."""
 
     pts: int | None
     is_keyframe: bool
@@ -48,7 +57,7 @@ class SentPacket(NamedTuple):
 
 
 def tainted_timestamps(sent: Iterable[SentPacket], corrupt: set[int | None]) -> set[int | None]:
-    """The timestamps of the frames in which damage may show.
+    """Return the timestamps of the frames in which damage may show.
 
     Damage spreads from a rejected packet, or one whose frame is in `corrupt`, to all packets before the next keyframe,
     and to those after that keyframe which are shown before it: they may be predicted from both sides.
@@ -67,7 +76,7 @@ def tainted_timestamps(sent: Iterable[SentPacket], corrupt: set[int | None]) -> 
 
 
 def _is_hidden(packet: Any, codec: str) -> bool:
-    """Whether a VP8 or VP9 packet only updates a reference and is never shown (the frame header's show_frame bit)."""
+    """Return whether a VP8 or VP9 packet only updates a reference and is never shown (show_frame in its header)."""
     data = memoryview(packet)
     if codec == "vp8":
         return not data[0] & 0x10
@@ -78,10 +87,10 @@ def _is_hidden(packet: Any, codec: str) -> bool:
 
 
 def index_packets(packets: Iterable[Any], codec: str, container: str) -> tuple[np.ndarray | None, PacketIndex | None]:
-    """Indexes the packets of a video stream, given from its beginning.
+    """Index the packets of a video stream, given from its beginning.
 
-    Returns the sorted timestamps int64 (frames,), None if they are missing or repeated, and the index, None if the
-    packets do not tell which frames there are.
+    Returns the sorted timestamps, int64 (frames,), or None if they are missing or repeated; and the index, or None if
+    the packets do not tell which frames there are.
     """
     pts, positions, keyframes, keyframe_dts = [], [], [], {}
     trusted = codec in _ONE_FRAME_PER_PACKET
@@ -117,8 +126,34 @@ def index_packets(packets: Iterable[Any], codec: str, container: str) -> tuple[n
     return sorted_pts, index
 
 
+def index_outputs(
+    pts: list[int | None], corrupt: set[int | None], sent: list[SentPacket], scanned: np.ndarray | None
+) -> OutputIndex:
+    """Index the frames that came out of the decoder, at least one.
+
+    Args:
+        pts: the timestamp of each frame, in the decoder's order.
+        corrupt: the timestamps of the frames that the decoder marked as corrupt.
+        sent: the packets that the decoder was given.
+        scanned: the sorted timestamps of the packets, int64 (frames,), if they are known and unique.
+    """
+    tainted = tainted_timestamps(sent, corrupt)
+    is_damaged = np.array([value in tainted for value in pts])
+    output_pts = np.array([-1 if value is None else value for value in pts], dtype=np.int64)
+    frames = np.arange(len(pts))
+    is_timed = scanned is not None and bool(np.all(np.diff(output_pts) > 0) and np.isin(output_pts, scanned).all())
+    if scanned is None or not is_timed:
+        return OutputIndex(None, frames, is_damaged)
+    if any(packet.is_rejected for packet in sent):
+        # A frame lost to damage keeps its place, unless a plain decode would begin after it.
+        frames = np.searchsorted(scanned, output_pts)
+        output_pts = scanned[frames[0] : frames[-1] + 1]
+        frames = frames - frames[0]
+    return OutputIndex(output_pts, frames, is_damaged)
+
+
 def num_frames_on_the_way(index: PacketIndex, wanted: np.ndarray) -> int:
-    """The number of frames to decode for the frames `wanted` (sorted, unique): each from its keyframe, or the last."""
+    """Return how many frames to decode for `wanted` (sorted, unique): each from its keyframe or the one before."""
     keyframes = index.keyframes[np.searchsorted(index.keyframes, wanted, side="right") - 1]
     first = np.maximum(keyframes, np.concatenate([[0], wanted[:-1] + 1]))
     return int((wanted - first + 1).sum())

@@ -1,17 +1,15 @@
-"""One video file as FFmpeg opens it: its video stream, its packets, its limits, and errors that name it."""
+"""A video file as FFmpeg opens it: its video stream, packets, decoded frames and limits."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import threading
 from collections.abc import Iterator
 from typing import Any
 
 from .frame_index import SentPacket
 from .mp4_tables import BoxLimitError, num_claimed_entries
 from .video_sources import (
-    DecodingReport,
     VideoDecodingError,
     VideoLimitError,
     VideoLimits,
@@ -30,12 +28,21 @@ except ImportError:
 # FFmpeg opens a decoder for each stream to learn its properties, which takes memory for a whole picture, and a file can
 # list a thousand streams. The video is among the first; only these get a decoder that works.
 _NUM_PROBED_STREAMS = 4
+# Decoders round the sides of a picture up, to a multiple of at most 64. This is enough for sides of up to 16,384.
+_PADDING_PIXELS = 1 << 21
+# The decoder of a video keeps up to 17 pictures, that of a single picture one.
+_STILL_FACTOR = 8
 # Formats that do not list their streams in a header (MPEG-PS, FLV), and live sources, have few.
 _MAX_UNLISTED_STREAMS = 16
 # FFmpeg keeps about 36 bytes for each sample of each stream. A day of video and sound has 10 million.
 _MAX_INDEX_ENTRIES = 1 << 24
 # A demuxer that fails this often in a row will not find another packet.
 _MAX_DEMUX_ERRORS = 16
+
+
+def decoder_max_pixels(max_pixels: int) -> str:
+    """Return FFmpeg's option for pictures of up to this many pixels, with room for the decoder's padding."""
+    return str(int(max_pixels) + _PADDING_PIXELS)
 
 
 def open_container(
@@ -48,19 +55,19 @@ def open_container(
     **settings: Any,
 ) -> Any:
     """
-    Open a source with FFmpeg, within `max_pixels` and `max_streams`; every container of this package is opened here.
+    Open a source with FFmpeg, within `max_pixels` and `max_streams`. All sources of this package are opened here.
 
     Args:
-        protocols: those that the source may make FFmpeg open, separated by commas. By default none: a playlist must not
-            make it read other files.
-        is_live: the source can be opened only once.
+        protocols: the protocols that FFmpeg may follow from the source, separated by commas. By default none, so that
+            a playlist cannot make it read other files.
+        is_live: whether the source can be opened only once.
         options, settings: as for `av.open`.
 
     Raises VideoLimitError for too many streams or index entries, and what `av.open` raises.
     """
     if not isinstance(source, str) and source.seekable():
         _check_index_size(source, limits)
-    options = {"max_pixels": str(limits.max_pixels), "protocol_whitelist": protocols, **(options or {})}
+    options = {"max_pixels": decoder_max_pixels(limits.max_pixels), "protocol_whitelist": protocols, **(options or {})}
     settings = {"mode": "r", "metadata_errors": "replace", **settings}
     no_decoder = {"skip_frame": "all", "max_pixels": "1"}
     decoder: Any = {"skip_frame": "default", "max_pixels": options["max_pixels"]}
@@ -90,7 +97,7 @@ def open_container(
         reason = ", or its header is too large for the memory"
     reason = f"it has more than max_streams={limits.max_streams} streams{reason}"
     name = source_name(source)
-    raise VideoLimitError(f"Cannot read {name}: {reason}.", source=name, reason=reason)
+    raise VideoLimitError.about(name, reason)
 
 
 def _check_index_size(file: Any, limits: VideoLimits) -> None:
@@ -108,143 +115,162 @@ def _check_index_size(file: Any, limits: VideoLimits) -> None:
             reason = f"its header claims {num_entries} samples, more than the {most} that are indexed"
     except BoxLimitError as error:
         reason = str(error)
-    raise VideoLimitError(f"Cannot read {name}: {reason}.", source=name, reason=reason)
+    raise VideoLimitError.about(name, reason)
 
 
 def demuxed(container: Any, stream: Any) -> Iterator[Any]:
-    """The packets of a stream. At the end, PyAV trips over streams that appeared on the way."""
+    """Yield the packets of a stream. PyAV raises IndexError at the end if streams appeared while it was read."""
     with contextlib.suppress(IndexError):
         yield from container.demux(stream)
 
 
+@contextlib.contextmanager
+def named_errors(name: str) -> Iterator[None]:
+    """Turn errors of PyAV and the operating system into errors that name the file."""
+    try:
+        yield
+    except VideoDecodingError:
+        raise
+    except (av.FFmpegError, OSError, EOFError, UnicodeError, OverflowError, MemoryError) as error:
+        reason = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
+        raise VideoDecodingError.about(name, reason) from error
+
+
 class VideoContainer:
-    """What `VideoReader` reads from; the first video stream that is not a cover picture."""
+    """
+    A file as FFmpeg opens it: its first video stream that is not a cover picture, its packets and decoded frames.
+
+    `name` is the file's name in messages, `format` FFmpeg's name of the container, `codec` that of the codec,
+    `header_size` the (height, width) in the header, before rotation; (0, 0) if only the pictures tell it.
+    """
 
     def __init__(self, source: Any, limits: VideoLimits, num_threads: int, thread_type: str):
         if av is None:
             raise ImportError("Reading video files needs PyAV: pip install av.")
         self.name = source_name(source)
         self.limits = limits
-        self.report = DecodingReport(self.name)
+        self.num_demux_errors = self.num_openings = 0
+        self.sent: list[SentPacket] = []  # what the decoder was given since `frames` began
         self._num_threads, self._thread_type = num_threads, thread_type
+        self._num_pixels = 0
+        self._is_still = False
         self._container: Any = None
-        self._file: Any = None
-        self._owns_file = False
-        self._num_demux_errors = self._num_packets = self._num_pixels = 0
-        self._sent: list[SentPacket] = []
-        self._lock = threading.RLock()
-        self._turn = 0
-        self._is_closed = False
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self._file, self._owns_file = open_source(source, limits)
+        try:
+            self.reopen()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        """Closes the container, and the file unless the caller had opened it."""
-        with self._lock:
-            self._is_closed = True
-            if self._container is not None:
-                self._container.close()
-            if self._owns_file and self._file is not None:
-                self._file.close()
+        """Close the container, and the file unless the caller opened it."""
+        if self._container is not None:
+            self._container.close()
+        if self._owns_file:
+            self._file.close()
 
-    def _begin(self) -> int:
-        """The turn of whoever reads now; FFmpeg crashes where two move one container, or one moves a closed one."""
-        if self._is_closed:
-            raise ValueError(f"The reader of {self.name} is closed: open another one.")
-        self._turn += 1
-        self._num_pixels = 0
-        return self._turn
-
-    def _check_turn(self, turn: int) -> None:
-        if self._is_closed or turn != self._turn:
-            what = "is closed" if self._is_closed else "was used for something else"
-            raise RuntimeError(f"The reader of {self.name} {what} before its stream was at the end: open one for each.")
-
-    def _open(self, source: Any) -> None:
-        self._file, self._owns_file = open_source(source, self.limits)
-        self._reopen()
-
-    @contextlib.contextmanager
-    def _named_errors(self) -> Iterator[None]:
-        """Turns what PyAV and the operating system raise about a file into an error that names the file."""
-        try:
-            yield
-        except VideoDecodingError:
-            raise
-        except (av.FFmpegError, OSError, EOFError, UnicodeError, OverflowError, MemoryError) as error:
-            raise self._error(f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}") from error
-
-    def _error(self, reason: str, **details: Any) -> VideoDecodingError:
-        return VideoDecodingError(f"Cannot read {self.name}: {reason}.", source=self.name, reason=reason, **details)
-
-    def _check_limit(self, name: str, value: float) -> None:
-        limit = getattr(self.limits, name)
-        if value > limit:
-            reason = f"{value:.12g} is more than {name}={limit:.12g}"
-            raise VideoLimitError(f"Cannot read {self.name}: {reason}.", source=self.name, reason=reason)
-
-    def _check_pixels(self, num_frames: int) -> None:
-        """Refuses what is going to take too long, if the header tells the truth about the size of the frames."""
-        height, width = self._header_size
-        self._check_limit("max_decoded_pixels", self._num_pixels + num_frames * height * width)
-
-    def _reopen(self) -> None:
+    def reopen(self) -> None:
+        """Go back to the beginning with a new decoder."""
+        self.num_openings += 1
         if self._container is not None:
             self._container.close()
         self._file.seek(0)
         if not self._file.read(1):
-            raise self._error("it is empty")
+            raise VideoDecodingError.about(self.name, "it is empty")
         self._file.seek(0)
         self._container = open_container(self._file, self.limits)
         streams = [stream for stream in self._container.streams.video if stream.codec_context is not None]
         # Music files carry their cover as a video stream of one picture.
         streams = [stream for stream in streams if not stream.disposition & Disposition.attached_pic]
         if not streams:
-            raise self._error("it has no video stream that can be decoded")
-        self._stream = streams[0]
-        context = self._stream.codec_context
-        self._check_limit("max_pixels", context.width * context.height)
-        # The decoder checks each picture too: the header need not tell the truth.
-        context.options = {"max_pixels": str(self.limits.max_pixels)}
+            raise VideoDecodingError.about(self.name, "it has no video stream that can be decoded")
+        self.stream = streams[0]
+        context = self.stream.codec_context
         context.thread_type = self._thread_type
         context.thread_count = self._num_threads
-        self._codec = context.codec.canonical_name
-        self._header_size = (context.height, context.width)  # decoding changes that of the context
+        self.format = self._container.format.name
+        self.codec = context.codec.canonical_name
+        self.header_size = (context.height, context.width)  # decoding changes the context's
+        self._apply_max_pixels()
 
-    def _packets(self) -> Iterator[Any]:
-        """The packets of the video stream from where the container stands, going on past errors of the demuxer."""
+    def seek(self, moment: int) -> None:
+        """Seek to the keyframe at or before a timestamp. Raises what PyAV raises."""
+        self._container.seek(moment, stream=self.stream)
+
+    def mark_as_still(self) -> None:
+        """Raise the limit on pixels, for a file that has a single packet. Call this before anything is decoded."""
+        self._is_still = True
+        self._apply_max_pixels()
+
+    # Limits
+
+    def check_limit(self, name: str, value: float) -> None:
+        limit = getattr(self.limits, name)
+        if value > limit:
+            raise VideoLimitError.about(self.name, f"{value:.12g} is more than {name}={limit:.12g}")
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise VideoLimitError for a picture of more than `max_pixels`."""
+        if height * width > self.limits.max_pixels * (_STILL_FACTOR if self._is_still else 1):
+            raise VideoLimitError.about(self.name, f"{height * width} is more than {self.max_pixels_text}")
+
+    @property
+    def max_pixels_text(self) -> str:
+        return f"{_STILL_FACTOR} x " * self._is_still + f"max_pixels={self.limits.max_pixels}"
+
+    def begin_call(self) -> None:
+        """Begin to count the decoded pixels of one call from 0."""
+        self._num_pixels = 0
+
+    def check_pixels(self, num_frames: int) -> None:
+        """Raise VideoLimitError if decoding this many frames more, of the size in the header, would take too long."""
+        height, width = self.header_size
+        self.check_limit("max_decoded_pixels", self._num_pixels + num_frames * height * width)
+
+    def _apply_max_pixels(self) -> None:
+        # The decoder checks each picture, since the header need not tell the truth.
+        factor = _STILL_FACTOR if self._is_still else 1
+        self.stream.codec_context.options = {"max_pixels": decoder_max_pixels(factor * self.limits.max_pixels)}
+
+    # Packets and frames
+
+    def packets(self) -> Iterator[Any]:
+        """Yield the packets of the video stream from the present position, past errors of the demuxer."""
         num_errors = 0
         while num_errors < _MAX_DEMUX_ERRORS:
             try:
-                for packet in demuxed(self._container, self._stream):
+                for packet in demuxed(self._container, self.stream):
                     # An empty packet would tell the decoder that the video ends here.
                     if packet.size > 0:
                         num_errors = 0
                         yield packet
                 return
             except av.FFmpegError:
-                self._num_demux_errors += num_errors == 0  # it may say so again and again
+                self.num_demux_errors += num_errors == 0  # it may say so again and again
                 num_errors += 1
 
-    def _frames(self, packets: Iterator[Any]) -> Iterator[Any]:
-        """Each frame that comes out of the decoder, on past the packets that it rejects; `_sent` keeps account."""
-        self._sent = []
-        context = self._stream.codec_context
+    def frames(self, packets: Iterator[Any]) -> Iterator[Any]:
+        """Yield each frame that the decoder gives for these packets, past those it rejects; `sent` records them."""
+        self.sent = []
+        context = self.stream.codec_context
         for packet in packets:
             is_rejected, frames = False, []
             try:
                 frames = packet.decode()
             except av.FFmpegError:
                 is_rejected = True
-            self._sent.append(SentPacket(packet.pts, packet.is_keyframe, is_rejected))
+            self.sent.append(SentPacket(packet.pts, packet.is_keyframe, is_rejected))
             # A packet without a frame costs time as well.
             self._num_pixels += context.height * context.width * max(1, len(frames))
-            self._check_limit("max_decoded_pixels", self._num_pixels)
-            yield from frames
+            self.check_limit("max_decoded_pixels", self._num_pixels)
+            for frame in frames:
+                self.check_size(frame.height, frame.width)
+                yield frame
         try:
-            yield from context.decode(None)
+            for frame in context.decode(None):
+                self.check_size(frame.height, frame.width)
+                yield frame
         except av.EOFError:
             return
         except av.FFmpegError:
-            self._sent.append(SentPacket(self._sent[-1].pts if self._sent else None, False, True))
+            self.sent.append(SentPacket(self.sent[-1].pts if self.sent else None, False, True))

@@ -43,7 +43,14 @@ from .video_frames import (
     resize_frames,
     select_frames,
 )
-from .video_sources import DecodingReport, VideoDecodingError, VideoLimits, is_video_source, part_of_video
+from .video_sources import (
+    DecodingReport,
+    FramesChangedError,
+    VideoDecodingError,
+    VideoLimits,
+    is_video_source,
+    part_of_video,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -268,30 +275,30 @@ def _clips_of_file(
     num_threads = settings.num_threads
     if num_threads is None:
         num_threads = 0 if get_worker_info() is None else 1
-    chosen: list[np.ndarray] = []
-
-    def choose(timestamps: np.ndarray) -> np.ndarray:
-        first, total = part_of_video(timestamps, source)
-        if settings.do_sample_frames is False:
-            indices = np.arange(total)[None]
-        else:
-            indices = _sample(timestamps[first : first + total], settings, generator)
-        chosen.append(first + indices)
-        return chosen[-1]
-
+    on_lost = "repeat_last" if settings.on_error == "repeat_last" else "raise"
     with VideoReader(source, limits=VideoLimits(**(settings.video_limits or {})), num_threads=num_threads) as reader:
-        clips = reader.read(
-            choose,
-            size=size,
-            window=window,
-            on_lost="repeat_last" if settings.on_error == "repeat_last" else "raise",
-        )
+        try:
+            indices = _choose_frames(reader.timestamps, source, settings, generator)
+            clips = reader.frames_at(indices, size=size, window=window, on_lost=on_lost)
+        except FramesChangedError:
+            indices = _choose_frames(reader.timestamps, source, settings, generator)
+            clips = reader.frames_at(indices, size=size, window=window, on_lost=on_lost)
     if size is None:
         _, _, height, width, _ = clips.shape
         new_size = resized_frame_size(height, width, settings)
         resized = resize_frames(clips.reshape(-1, *clips.shape[2:]), new_size, settings.resample)
         clips = resized.reshape(*clips.shape[:2], *resized.shape[1:])
-    return clips, chosen[-1], reader.report
+    return clips, indices, reader.report
+
+
+def _choose_frames(
+    timestamps: np.ndarray, source: Any, settings: ProcessorSettings, generator: np.random.Generator | None
+) -> np.ndarray:
+    """Return frame indices (clips, frames) of a file, within the part of it that the source asks for."""
+    first, total = part_of_video(timestamps, source)
+    if settings.do_sample_frames is False:
+        return first + np.arange(total)[None]
+    return first + _sample(timestamps[first : first + total], settings, generator)
 
 
 def _sample(timestamps: np.ndarray, settings: ProcessorSettings, generator: np.random.Generator | None) -> np.ndarray:

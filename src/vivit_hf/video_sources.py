@@ -51,23 +51,32 @@ class VideoDecodingError(RuntimeError):
         self.source, self.reason = source, reason
         self.num_recovered, self.num_frames = num_recovered, num_frames
 
+    @classmethod
+    def about(cls, name: str, reason: str, **details: Any) -> VideoDecodingError:
+        """Make the error from the file's name and the reason; `details` as for the constructor."""
+        return cls(f"Cannot read {name}: {reason}.", source=name, reason=reason, **details)
+
 
 class VideoLimitError(VideoDecodingError):
     """A video that is larger than its `VideoLimits`."""
 
 
+class FramesChangedError(VideoDecodingError):
+    """A damaged video has other frames than its packets promised: choose again by the reader's new `timestamps`."""
+
+
 @dataclass(frozen=True)
 class VideoLimits:
-    """What a file may be at most, so that a hostile or broken one cannot take the machine down.
+    """The most that a file may cost, so that a hostile or broken one cannot exhaust the machine.
 
-    `max_frames`; `max_pixels` of one frame; `max_decoded_pixels`, height x width of all frames that one call of a
-    reader decodes, on the way to those that it returns as well (the default: a million frames of 4096 x 2304);
-    `max_streams`, sound and subtitles among them; `max_duration` in seconds; `max_bytes` of a download or of a stream
-    that has to be copied; `download_timeout` in seconds for a whole download, redirects included, or for data from a
-    pipe.
+    `max_frames`; `max_pixels` of one frame, of which a file of a single picture may have eight times as many;
+    `max_decoded_pixels`, height x width of all frames that one call of a reader decodes, including those on the way
+    to the ones it returns (the default: a million frames of 4096 x 2304); `max_streams`, including sound and subtitles;
+    `max_duration` in seconds; `max_bytes` of a download or of a stream that has to be copied; `download_timeout` in
+    seconds for a whole download with its redirects, or for data from a pipe.
 
-    Addresses are downloaded from public IP addresses only, unless `allow_private_addresses` admits those of this
-    machine and of the local network, too. That is up to the caller: processor files are not believed in it.
+    Addresses are downloaded from public IP addresses only, unless `allow_private_addresses` also admits those of this
+    machine and of the local network. Only the caller can allow them: processor files cannot.
     """
 
     max_frames: int = 1_000_000
@@ -141,7 +150,7 @@ def part_of_video(timestamps: np.ndarray, source: Any) -> tuple[int, int]:
             wanted = f"from {0.0 if start is None else start:g} s" + (" on" if end is None else f" to {end:g} s")
             reason = f"there is no frame {wanted}; the last one is at {timestamps[-1] - timestamps[0]:.3f} s"
             name = source_name(source)
-            raise VideoDecodingError(f"Cannot read {name}: {reason}.", source=name, reason=reason)
+            raise VideoDecodingError.about(name, reason)
     return int(first), int(total)
 
 
@@ -153,10 +162,10 @@ def _bounded(read: Callable[[int], bytes], name: str, limits: VideoLimits) -> It
         num_bytes += len(chunk)
         if num_bytes > limits.max_bytes:
             reason = f"it has more than max_bytes={limits.max_bytes} bytes"
-            raise VideoLimitError(f"Cannot read {name}: {reason}.", source=name, reason=reason)
+            raise VideoLimitError.about(name, reason)
         if time.monotonic() > deadline:
             reason = f"it took longer than download_timeout={limits.download_timeout} seconds"
-            raise VideoLimitError(f"Cannot read {name}: {reason}.", source=name, reason=reason)
+            raise VideoLimitError.about(name, reason)
         yield chunk
 
 
@@ -185,7 +194,7 @@ def read_stream(file: Any, limits: VideoLimits | None = None) -> bytearray:
             data += chunk
     except (OSError, MemoryError) as error:
         reason = f"{type(error).__name__}: {error or 'it does not fit into memory'}"
-        raise VideoDecodingError(f"Cannot read {name}: {reason}.", source=name, reason=reason) from error
+        raise VideoDecodingError.about(name, reason) from error
     return data
 
 
@@ -206,7 +215,7 @@ def _wait_for_data(descriptor: int, name: str, timeout: float, limit: str) -> No
     logger.warning(f"Waiting for data from the pipe {name}, for at most {timeout:g} seconds.")
     if not select.select([descriptor], [], [], timeout - quiet)[0]:
         reason = f"nothing was written to this pipe for {limit}={timeout:g} seconds"
-        raise VideoLimitError(f"Cannot read {name}: {reason}.", source=name, reason=reason)
+        raise VideoLimitError.about(name, reason)
 
 
 def open_pipe(path: str | os.PathLike[str], timeout: float, limit: str) -> io.BufferedReader:
@@ -246,7 +255,7 @@ def _download(address: str, limits: VideoLimits) -> BinaryIO:
         )
     except DownloadError as error:
         name, kind = redacted(address), VideoLimitError if isinstance(error, DownloadLimitError) else VideoDecodingError
-        raise kind(f"Cannot read {name}: {error}.", source=name, reason=str(error)) from error
+        raise kind.about(name, str(error)) from error
 
 
 def open_source(source: Any, limits: VideoLimits) -> tuple[BinaryIO, bool]:
@@ -266,7 +275,7 @@ def open_source(source: Any, limits: VideoLimits) -> tuple[BinaryIO, bool]:
         return _download(source, limits), True
     if isinstance(source, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source) and not os.path.exists(source):
         reason, name = "of addresses, only http:// and https:// are read; download it first", redacted(source)
-        raise VideoDecodingError(f"Cannot read {name}: {reason}.", source=name, reason=reason)
+        raise VideoDecodingError.about(name, reason)
     if isinstance(source, (str, os.PathLike)):
         if is_pipe(source):
             return _copy_pipe(source, limits), True
@@ -274,7 +283,7 @@ def open_source(source: Any, limits: VideoLimits) -> tuple[BinaryIO, bool]:
             file = open(source, "rb")  # noqa: SIM115 (the caller closes it)
         except ValueError as error:
             name = source_name(source)
-            raise VideoDecodingError(f"Cannot read {name!r}: {error}.", source=name, reason=str(error)) from error
+            raise VideoDecodingError.about(name, str(error)) from error
         if file.seekable():
             return file, True
         with file:  # a terminal or another device

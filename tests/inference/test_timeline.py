@@ -143,13 +143,13 @@ def test_a_stream_of_frames_is_what_frames_at_gives(tmp_path, kind):
     with VideoReader(path) as reader:
         expected = reader.frames_at(indices, on_lost="repeat_last")
     with VideoReader(path) as reader:
-        found = list(reader.stream(lambda _: indices))
+        found = list(reader.stream(indices))
         assert np.array_equal(np.stack([frame for _, frame in found]), expected)
         assert [seconds for seconds, _ in found] == reader.timestamps[indices].tolist()
         with pytest.raises(IndexError, match="do not decrease"):
-            list(reader.stream(lambda _: [3, 2]))
+            list(reader.stream([3, 2]))
         with pytest.raises(IndexError, match="index 70 is outside"):
-            list(reader.stream(lambda _: [70]))
+            list(reader.stream([70]))
 
 
 @pytest.mark.parametrize("resample", [2, 3])

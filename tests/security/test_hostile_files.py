@@ -14,6 +14,7 @@ import PIL.Image
 import pytest
 from video_files import plain_decode, write_kind, write_video
 
+from vivit_hf import ViViTVideoProcessor
 from vivit_hf.inference.live_video import LiveVideo
 from vivit_hf.video_decoding import VideoReader
 from vivit_hf.video_sources import VideoDecodingError, VideoLimitError, VideoLimits, read_stream
@@ -118,7 +119,7 @@ def test_pixels_times_frames_are_refused_before_they_are_decoded():
         with pytest.raises(VideoLimitError, match="10616832000 is more than max_decoded_pixels=1000000000"):
             reader.frames_at([0, 299], size=lambda *_: (16, 16))
         with pytest.raises(VideoLimitError, match="max_decoded_pixels"):
-            next(reader.stream(lambda times: np.arange(len(times)), size=lambda *_: (16, 16)))
+            next(reader.stream(range(300), size=lambda *_: (16, 16)))
         with pytest.raises(VideoLimitError, match="max_decoded_pixels"):
             reader.verify()
         assert reader.frames_at([3], size=lambda *_: (16, 16)).shape == (1, 16, 16, 3)
@@ -135,7 +136,7 @@ def test_the_budget_is_of_one_call_and_of_what_is_decoded(video):
         assert reader.frames_at([0, 20, 40]).shape[0] == 3
         taken = []
         with pytest.raises(VideoLimitError, match="max_decoded_pixels"):
-            taken += reader.stream(lambda times: np.arange(len(times)))
+            taken += reader.stream(range(60))
         assert not taken
 
 
@@ -153,8 +154,37 @@ def test_a_still_picture_over_the_limit_is_told_so():
     PIL.Image.new("RGB", (64, 48)).save(file, "webp")
     with VideoReader(file.getvalue()) as reader:
         assert reader.frames_at([0]).shape == (1, 48, 64, 3)
-    with pytest.raises(VideoDecodingError, match="or they have more than max_pixels=3071 pixels"):
-        VideoReader(file.getvalue(), limits=VideoLimits(max_pixels=64 * 48 - 1))
+    with pytest.raises(VideoLimitError, match="3072 is more than 8 x max_pixels=383"):
+        VideoReader(file.getvalue(), limits=VideoLimits(max_pixels=64 * 48 // 8 - 1))
+    huge = io.BytesIO()
+    PIL.Image.new("RGB", (2000, 2000)).save(huge, "webp", lossless=True)
+    with pytest.raises(VideoDecodingError, match="or they have more than 8 x max_pixels=3072 pixels"):
+        VideoReader(huge.getvalue(), limits=VideoLimits(max_pixels=64 * 48))
+
+
+@pytest.mark.parametrize("is_lossless", [True, False])
+def test_a_still_picture_may_be_larger_than_a_frame_of_a_video(is_lossless):
+    """Its decoder keeps one picture, that of a video 17."""
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (7000, 5600), (200, 30, 60)).save(file, "webp", lossless=is_lossless, method=0)
+    data = file.getvalue()
+    assert 7000 * 5600 > VideoLimits().max_pixels and len(plain_decode(data)) == 1
+    processor = ViViTVideoProcessor(num_frames=2, size=16, crop_size=16)
+    assert processor(data)["pixel_values"].shape == (1, 2, 3, 16, 16)
+    with VideoReader(data) as reader:
+        red, green, blue = reader.frames_at([0], size=lambda *_: (2, 2))[0, 0, 0]
+        assert abs(int(red) - 200) < 4 and abs(int(green) - 30) < 4 and abs(int(blue) - 60) < 4
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265", "mpeg4", "libvpx-vp9", "ffv1"])
+def test_the_limit_on_pixels_counts_no_padding(codec, tmp_path):
+    """Decoders round the sides of their pictures up; 98 x 70 pixels are within a limit of 6,860."""
+    options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
+    path = write_video(tmp_path / "odd.mkv", codec=codec, height=70, width=98, num_frames=5, options=options)
+    with VideoReader(path, limits=VideoLimits(max_pixels=70 * 98)) as reader:
+        assert reader.frames_at(range(5)).shape == (5, 70, 98, 3)
+    with pytest.raises(VideoLimitError, match="6860 is more than max_pixels=6859"):
+        VideoReader(path, limits=VideoLimits(max_pixels=70 * 98 - 1))
 
 
 # Other files

@@ -1,12 +1,14 @@
 """Reading real files: exact frames by index, right colours, named errors, nothing left open."""
 
 import copy
+import gc
 import io
 import multiprocessing
 import os
 import pickle
 import threading
 import wave
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -28,8 +30,17 @@ from video_files import (
 )
 
 import vivit_hf.video_decoding
+from vivit_hf import ViViTVideoProcessor
+from vivit_hf.frame_decoders import SeekingDecoder
+from vivit_hf.video_container import VideoContainer
 from vivit_hf.video_decoding import VideoReader
-from vivit_hf.video_sources import DecodingReport, VideoDecodingError, VideoLimitError, VideoLimits
+from vivit_hf.video_sources import (
+    DecodingReport,
+    FramesChangedError,
+    VideoDecodingError,
+    VideoLimitError,
+    VideoLimits,
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +82,7 @@ def test_timestamps_are_those_of_the_file(folder):
 
 def test_sparse_frames_are_reached_by_seeking_and_not_by_decoding_through(video, monkeypatch):
     num_decoded = 0
-    plain_frames = VideoReader._frames
+    plain_frames = VideoContainer.frames
 
     def counted(self, packets):
         nonlocal num_decoded
@@ -79,7 +90,7 @@ def test_sparse_frames_are_reached_by_seeking_and_not_by_decoding_through(video,
             num_decoded += 1
             yield frame
 
-    monkeypatch.setattr(VideoReader, "_frames", counted)
+    monkeypatch.setattr(VideoContainer, "frames", counted)
     expected = plain_decode(video)
     with VideoReader(video) as reader:
         frames = reader.frames_at([1, 61, 101])
@@ -292,29 +303,89 @@ def test_a_file_that_was_cut_off_gives_what_is_there(kind, folder, tmp_path):
     cut = tmp_path / path.name
     cut.write_bytes(data[: packet_places(path)[20][1] + 7])
     with VideoReader(cut) as reader:
-        frames = reader.read(lambda times: np.arange(len(times)), on_lost="repeat_last")
+        try:
+            frames = reader.frames_at(range(reader.num_frames), on_lost="repeat_last")
+        except FramesChangedError:
+            frames = reader.frames_at(range(reader.num_frames), on_lost="repeat_last")
         assert 10 <= len(frames) <= 21
         assert np.array_equal(frames[:10], expected[:10])
 
 
-def test_a_clip_is_laid_again_when_fewer_frames_can_be_decoded(video, tmp_path):
+def without_the_last_20(video, folder) -> Path:
+    """A file whose last packets are zeros, so that 100 of its 120 frames can be decoded."""
     data = video.read_bytes()
-    path = tmp_path / "tail.mp4"
+    path = folder / "tail.mp4"
     start = min(position for _, position, _, _ in packet_places(video)[100:])
     end = max(position + size for _, position, size, _ in packet_places(video)[100:])
     path.write_bytes(data[:start] + bytes(end - start) + data[end:])
-    asked = []
+    return path
 
-    def last_frames(times):
-        asked.append(len(times))
-        return np.arange(len(times))[-4:]
 
+@pytest.mark.parametrize("on_lost", ["raise", "repeat_last"])
+def test_a_file_with_fewer_frames_than_promised_asks_once_to_choose_again(on_lost, video, tmp_path):
+    expected = plain_decode(video)
+    with VideoReader(without_the_last_20(video, tmp_path)) as reader:
+        assert reader.num_frames == 120
+        with pytest.raises(FramesChangedError, match="only 100 of its 120 frames can be decoded; choose frames again"):
+            reader.frames_at([3, 116], on_lost=on_lost)
+        assert reader.num_frames == len(reader.timestamps) == reader.report.num_frames == 100
+        assert np.array_equal(reader.frames_at([3, -1], on_lost=on_lost), expected[[3, 99]])
+
+
+def test_a_clip_is_laid_into_the_frames_that_can_be_decoded(video, tmp_path):
+    processor = ViViTVideoProcessor(num_frames=4, frame_stride=8, num_clips=2, size=16, crop_size=16)
+    damaged = processor(without_the_last_20(video, tmp_path))["pixel_values"]
+    expected = processor(plain_decode(video)[:100])["pixel_values"]
+    assert (damaged - expected).abs().mean() < 0.02  # the scalers of files and of arrays differ
+    assert (damaged - processor(video)["pixel_values"]).abs().mean() > 0.1
+
+
+def test_a_stream_ends_where_the_frames_do(video, tmp_path):
+    path = without_the_last_20(video, tmp_path)
+    expected = plain_decode(video)
     with VideoReader(path) as reader:
-        frames = reader.read(last_frames)
-    assert asked == [120, 100]
-    assert np.array_equal(frames, plain_decode(video)[96:100])
-    with VideoReader(path) as reader, pytest.raises(VideoDecodingError, match="only 100 of its 120"):
-        reader.frames_at([119])
+        frames = [frame for _, frame in reader.stream(range(90, 120))]
+        assert np.array_equal(frames, expected[90:100])
+    for indices, on_lost in ((range(101, 120), "repeat_last"), (range(120), "raise")):
+        with VideoReader(path) as reader, pytest.raises(FramesChangedError, match="only 100 of its 120"):
+            list(reader.stream(indices, on_lost=on_lost))
+
+
+def test_verifying_counts_the_frames_that_are_there(video, tmp_path):
+    with VideoReader(without_the_last_20(video, tmp_path)) as reader:
+        report = reader.verify()
+        assert (report.num_frames, reader.num_frames, report.num_rejected_packets) == (100, 100, 20)
+
+
+@pytest.mark.parametrize("num_frames", [1, 30])
+def test_a_file_without_a_frame_that_can_be_decoded_is_refused_when_it_is_opened(num_frames, tmp_path):
+    """Its packets are in order, but hold no pictures, like those of an encrypted file."""
+    path = write_video(tmp_path / "video.mp4", num_frames=num_frames)
+    data = bytearray(path.read_bytes())
+    for _, position, size, _ in packet_places(path):
+        data[position : position + size] = np.random.default_rng(0).bytes(size)
+    for open_it in (VideoReader, ViViTVideoProcessor(num_frames=2, size=16, crop_size=16)):
+        with pytest.raises(VideoDecodingError, match="no frame of it can be decoded"):
+            open_it(bytes(data))
+
+
+def test_opening_and_reading_from_the_start_decodes_each_frame_once(video, monkeypatch):
+    num_sent = 0
+    plain_packets = VideoContainer.frames
+
+    def counted(self, packets):
+        def count():
+            nonlocal num_sent
+            for packet in packets:
+                num_sent += 1
+                yield packet
+
+        return plain_packets(self, count())
+
+    monkeypatch.setattr(VideoContainer, "frames", counted)
+    with VideoReader(video) as reader:
+        assert np.array_equal(reader.frames_at(range(120)), plain_decode(video))
+    assert num_sent == 120
 
 
 def test_mutated_files_end_in_frames_or_in_a_named_error(folder):
@@ -344,7 +415,7 @@ def test_a_reader_does_one_thing_at_a_time(video):
     """FFmpeg crashes the process where a container is read from two places, or after it was closed."""
 
     def started(reader):
-        frames = reader.stream(lambda times: np.arange(len(times)))
+        frames = reader.stream(range(reader.num_frames))
         next(frames)
         return frames
 
@@ -363,6 +434,19 @@ def test_a_reader_does_one_thing_at_a_time(video):
     for use in uses:
         with pytest.raises(ValueError, match=f"The reader of .*{video.name} is closed: open another one"):
             use()
+
+
+def test_a_stream_that_is_forgotten_leaves_the_next_one_alone(video):
+    expected = plain_decode(video)
+    with VideoReader(video) as reader:
+        first = reader.stream(range(30, 120))
+        next(first)
+        second = reader.stream(range(70, 90))
+        frames = [next(second)[1]]
+        del first
+        frames += [frame for _, frame in second]
+        assert np.array_equal(frames, expected[70:90])
+        assert isinstance(reader._decoder, SeekingDecoder)
 
 
 def test_threads_can_share_a_reader(video):
@@ -406,6 +490,28 @@ def test_nothing_is_left_open(video, tmp_path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_a_closed_reader_is_freed_at_once(video, tmp_path):
+    """Freed later by the garbage collector, in a forked process, a decoder would wait for threads of its parent."""
+    damaged = tmp_path / "damaged.mp4"
+    damaged.write_bytes(video.read_bytes())
+    damage_packet(damaged, 30)
+    decoders = []
+    gc.collect()
+    gc.disable()
+    try:
+        for path in (video, damaged):
+            for num_read in range(3):
+                with VideoReader(path) as reader:
+                    decoders.append(weakref.ref(reader._decoder))
+                    frames = reader.stream(range(25, 60))
+                    for _ in range(num_read):  # the stream breaks off
+                        next(frames)
+                del reader, frames
+        assert [decoder() for decoder in decoders] == [None] * 6
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_files_can_be_read_in_data_loader_workers(method, video):
     loader = torch.utils.data.DataLoader(
@@ -423,8 +529,12 @@ def test_files_can_be_read_in_data_loader_workers(method, video):
 def test_pyav_is_no_hard_requirement_of_the_source():
     folder = Path(vivit_hf.video_decoding.__file__).parent
     files = (
+        "frame_conversion",
+        "frame_decoders",
         "frame_index",
         "frame_sampling",
+        "mp4_tables",
+        "video_container",
         "video_download",
         "video_sources",
         "video_decoding",

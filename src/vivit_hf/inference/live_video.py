@@ -17,7 +17,7 @@ import numpy as np
 
 from ..frame_conversion import FrameConverter, FrameShape, FrameSize, FrameWindow
 from ..limits_vivit import check_choice, check_positive_integer
-from ..video_container import demuxed, open_container
+from ..video_container import decoder_max_pixels, demuxed, open_container
 from ..video_sources import VideoDecodingError, VideoLimits, is_pipe, open_pipe, source_name
 
 
@@ -98,7 +98,7 @@ class LiveVideo:
             self._close_file()
             raise
         self._stream = streams[0]
-        self._stream.codec_context.options = {"max_pixels": str(limits.max_pixels)}
+        self._stream.codec_context.options = {"max_pixels": decoder_max_pixels(limits.max_pixels)}
         self._thread = threading.Thread(target=self._receive, name=f"frames of {self.name}", daemon=True)
         self._thread.start()
 
@@ -196,7 +196,7 @@ class LiveVideo:
                     offset = last + duration - seconds
                 last = seconds + offset
                 self.num_received += 1
-                image = converter.to_rgb((one for one in (frame,)), 1, header, self._shape)[0]
+                image = converter.one_to_rgb(frame, header, self._shape)
                 if not self._hand_over(last, image):
                     return
 

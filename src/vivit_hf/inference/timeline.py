@@ -46,7 +46,7 @@ def file_windows(
         return np.searchsorted(timestamps, moments + TIME_TOLERANCE, side="right") - 1
 
     with VideoReader(source, limits=VideoLimits(**(processor.video_limits or {}))) as reader:
-        frames = reader.stream(choose, size=reader_size(processor), on_lost=on_lost)
+        frames = reader.stream(choose(reader.timestamps), size=reader_size(processor), on_lost=on_lost)
         while batch := list(islice(frames, BATCH)):
             yield from stream.push_sampled([frame for _, frame in batch], [seconds for seconds, _ in batch])
         yield from stream.last_window()

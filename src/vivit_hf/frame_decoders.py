@@ -1,0 +1,267 @@
+"""Decode the frames of a file by index, in two ways.
+
+SeekingDecoder      A scan of the packets, without decoding, gives the timestamps and the keyframes. Reading seeks
+                    to the keyframe before a frame, decodes forward, and checks each frame against the scan.
+SequentialDecoder   If timestamps are missing or repeated, packets and frames are not one to one, the file is
+                    damaged, or a check failed: one decode of the whole file, past the packets that the decoder
+                    rejects, gives the frames. Reading decodes from the beginning and counts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from .frame_index import PacketIndex, index_outputs, num_frames_on_the_way
+from .video_container import VideoContainer
+from .video_sources import DecodingReport, VideoDecodingError
+
+
+try:
+    import av
+except ImportError:
+    av = None  # type: ignore[assignment]
+
+
+logger = logging.getLogger(__name__)
+
+# Containers that store the timestamps by which frames are recognised when the decoder leaves out others between them.
+_TIMED_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts")
+# Decoding a few more frames is cheaper than a seek.
+_SEEK_GAP = 8
+
+
+class IndexMismatchError(Exception):
+    """The decoder gave other frames than the packets promised."""
+
+
+def _timestamps(container: VideoContainer, pts: np.ndarray | None, num_frames: int) -> np.ndarray:
+    """Return the times of the frames in seconds, from 0, float64 (num_frames,); without `pts` by the frame rate."""
+    ticks = np.zeros(1) if pts is None else pts.astype(np.float64)  # differences of absurd integers would overflow
+    timestamps = (ticks - ticks[0]) * float(container.stream.time_base or 0)
+    # No video waits longer than that for a frame.
+    if pts is None or np.any(np.diff(timestamps) > container.limits.max_duration):
+        rate = container.stream.average_rate or container.stream.guessed_rate or 25
+        timestamps = np.arange(num_frames) / float(rate)
+    container.check_limit("max_duration", float(timestamps[-1]))
+    return timestamps
+
+
+class SeekingDecoder:
+    """Decodes frames by index from the keyframe before each, checking them against the index of the packets."""
+
+    def __init__(self, container: VideoContainer, index: PacketIndex):
+        self._container, self._index = container, index
+        self.timestamps = _timestamps(container, index.pts, len(index.pts))
+        self._can_skip = container.format in _TIMED_CONTAINERS and container.codec in ("h264", "hevc")
+        self.reset()
+
+    def reset(self) -> None:
+        """
+        Forget the present position.
+
+        Its iterator refers to this object. A decoder in such a cycle would be freed by chance, perhaps in a forked
+        process, where FFmpeg waits forever for threads that exist only in the parent.
+        """
+        self._outputs: Iterator[Any] = iter(())
+        self._position = -1  # of the last packet sent, -1 before the first seek
+        self._first = self._expected = 0  # the frame of the last seek, and the next that should come out
+        self._frame: Any = None  # the last one that came out
+        self._is_draining = False
+        self._begun_in: int | None = None  # the opening of the container in which the first frame was decoded
+        self._wanted_pts: set[int] | None = None
+        self._call: object = None  # the call of `frames` that the position belongs to
+
+    def begin(self) -> bool:
+        """
+        Decode the first frame and return whether it is the promised one.
+
+        Packets do not tell whether they can be decoded: they may be encrypted, or no picture at all. A call of
+        `frames` goes on from here, so that files are not decoded twice.
+        """
+        self.reset()
+        self._container.check_pixels(1)
+        try:
+            self._seek(0)
+            self._advance(0)
+        except IndexMismatchError:
+            self.reset()
+            return False
+        self._begun_in = self._container.num_openings
+        return True
+
+    def frames(self, wanted: np.ndarray, on_lost: str) -> Iterator[Any]:
+        """
+        Yield the frames `wanted` (sorted, unique). `on_lost` has no effect: frames that are lost are a mismatch.
+
+        Raises IndexMismatchError as soon as the decoder departs from the index.
+        """
+        index = self._index
+        self._container.check_pixels(num_frames_on_the_way(index, wanted))
+        if self._begun_in != self._container.num_openings or self._is_far(index.keyframe_before(wanted[0])):
+            self.reset()
+        self._begun_in = None
+        self._call = call = object()
+        self._wanted_pts = set(index.pts[wanted].tolist()) if self._can_skip else None
+        try:
+            for target in wanted.tolist():
+                keyframe = index.keyframe_before(target)
+                if self._is_far(keyframe):
+                    self._drain()
+                    self._seek(keyframe)
+                self._advance(target)
+                yield self._frame
+            self._drain()
+        finally:
+            if self._call is call:
+                self.reset()
+
+    def _is_far(self, keyframe: int) -> bool:
+        place = self._index.position_of_pts[int(self._index.pts[keyframe])]
+        return self._position < 0 or place - self._position > _SEEK_GAP
+
+    def _seek(self, keyframe: int) -> None:
+        self._first = self._expected = keyframe
+        self._outputs = self._container.frames(self._packets_from(keyframe))
+
+    def _advance(self, target: int) -> None:
+        """Decode up to the frame `target`."""
+        while self._expected <= target:
+            frame = next(self._outputs, None)
+            found = -1 if frame is None else self._index.frame_of_pts.get(frame.pts, -1)
+            # After a keyframe in the stream there may come pictures to be shown before it.
+            if 0 <= found < self._first:
+                continue
+            is_next = found == self._expected or (self._can_skip and self._expected < found <= target)
+            if frame is None or not is_next or frame.is_corrupt:
+                raise IndexMismatchError
+            self._frame, self._expected = frame, found + 1
+
+    def _drain(self) -> None:
+        """Take the frames that the decoder still holds: damage in one shown later may show in those before it."""
+        if self._position < 0:
+            return
+        self._is_draining = True
+        for frame in self._outputs:
+            if frame.is_corrupt and self._index.frame_of_pts.get(frame.pts, -1) >= self._first:
+                raise IndexMismatchError
+        if any(packet.is_rejected for packet in self._container.sent):
+            raise IndexMismatchError
+        self._is_draining = False
+
+    def _packets_from(self, keyframe: int) -> Iterator[Any]:
+        for packet in self._landed_on(keyframe):
+            self._position = self._index.position_of_pts.get(packet.pts, self._position)
+            if self._wanted_pts is not None:
+                is_wanted = packet.pts in self._wanted_pts
+                self._container.stream.codec_context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
+            yield packet
+            if self._is_draining:
+                return
+
+    def _landed_on(self, keyframe: int) -> Iterator[Any]:
+        """The packets from that of `keyframe` on. A seek may land before it, and in some containers behind it."""
+        index, container = self._index, self._container
+        pts = int(index.pts[keyframe])
+        start = index.position_of_pts[pts]
+        for moment in (pts, index.keyframe_dts[pts]):
+            try:
+                container.seek(pts if moment is None else moment)
+            except av.FFmpegError:
+                continue
+            packets = container.packets()
+            for packet in packets:
+                position = index.position_of_pts.get(packet.pts, -1)
+                if position == start:
+                    return chain([packet], packets)
+                if position > start:
+                    break
+        container.reopen()
+        packets = container.packets()
+        for packet in packets:
+            if packet.pts == pts and not packet.is_discard:
+                return chain([packet], packets)
+        raise IndexMismatchError
+
+
+class SequentialDecoder:
+    """
+    Decodes frames by index from the beginning of the file, past damage.
+
+    Making one decodes the whole file, and sets the report's figures for all of it.
+
+    Args:
+        scanned_pts: the sorted timestamps of the packets, int64 (frames,), if they are known and unique.
+        num_packets: how many packets the file has.
+
+    Raises VideoDecodingError if no frame can be decoded.
+    """
+
+    def __init__(
+        self, container: VideoContainer, report: DecodingReport, scanned_pts: np.ndarray | None, num_packets: int
+    ):
+        self._container, self._report = container, report
+        container.reopen()
+        container.check_pixels(num_packets)
+        container.num_demux_errors = 0
+        pts: list[int | None] = []
+        corrupt: set[int | None] = set()
+        for frame in container.frames(container.packets()):
+            pts.append(frame.pts)
+            if frame.is_corrupt:
+                corrupt.add(frame.pts)
+            container.check_limit("max_frames", len(pts))
+        if not pts:
+            reason = "no frame of it can be decoded"
+            if not all(container.header_size):  # only the decoder saw how large they are
+                reason += f", or they have more than {container.max_pixels_text} pixels"
+            raise VideoDecodingError.about(container.name, reason, num_recovered=0)
+        index = self._index = index_outputs(pts, corrupt, container.sent, scanned_pts)
+        self.timestamps = _timestamps(container, index.pts, index.num_frames)
+        self.num_damaged_frames = int(index.is_damaged.sum())
+        num_rejected = sum(packet.is_rejected for packet in container.sent)
+        report.num_rejected_packets = num_rejected + container.num_demux_errors
+        report.num_lost_frames = index.num_frames - len(pts)
+
+    def frames(self, wanted: np.ndarray, on_lost: str) -> Iterator[Any]:
+        """
+        Yield the frames `wanted` (sorted, unique), for those that are lost the one before if `on_lost` is
+        "repeat_last". Adds to the report. Raises VideoDecodingError for a lost frame otherwise.
+        """
+        index, container = self._index, self._container
+        outputs = np.maximum(np.searchsorted(index.frame_of_output, wanted, side="right") - 1, 0)
+        self._account_for(wanted[index.frame_of_output[outputs] != wanted], np.unique(outputs), on_lost)
+        container.check_pixels(int(outputs[-1]) + 1)
+        container.reopen()
+        remaining = iter(outputs.tolist())
+        target = next(remaining)
+        for output, frame in enumerate(container.frames(container.packets())):
+            while output == target:
+                yield frame
+                target = next(remaining, None)
+            if target is None:
+                return
+        raise VideoDecodingError.about(container.name, "it changed while it was read")
+
+    def _account_for(self, lost: np.ndarray, needed: np.ndarray, on_lost: str) -> None:
+        """Raise or report the frames that are lost, and report the decoder's outputs that are damaged."""
+        report, num_frames, num_recovered = self._report, len(self.timestamps), len(self._index.frame_of_output)
+        if len(lost) and on_lost == "raise":
+            raise VideoDecodingError.about(
+                self._container.name,
+                f"frame {lost[0]} is lost to damage, {num_recovered} of {num_frames} frames can be recovered; "
+                "'repeat_last' puts the frame before in its place",
+                num_recovered=num_recovered,
+                num_frames=num_frames,
+            )
+        report.num_repeated_frames += len(lost)
+        report.num_damaged_frames += int(self._index.is_damaged[needed].sum())
+        if report.num_repeated_frames or report.num_damaged_frames:
+            logger.warning(
+                f"{self._container.name} is damaged: of the frames read from it, {report.num_repeated_frames} are lost "
+                f"and replaced by the one before, {report.num_damaged_frames} may show damage."
+            )
