@@ -10,7 +10,6 @@ from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
-from .auto_class import AutoClassMixin
 from .frame_sampling import sample_frames_uniformly
 from .limits_vivit import (
     LIMITS,
@@ -92,6 +91,21 @@ _PRESETS["vivit-tiny"] = {
     "intermediate_size": 192,
     "initializer_range": 0.1,  # about 1 / sqrt(hidden_size); with the 0.02 of wide models it hardly learns
 }
+
+
+class AutoClassMixin:
+    """
+    Keep `_auto_class`, which `register_for_auto_class` sets, from being inherited.
+
+    Saving an object whose class has one copies that class's source file. In transformers subclasses inherit it, so a
+    subclass in a training script would publish the script, and the subclass that FSDP makes, a file of PyTorch.
+    """
+
+    _auto_class: str | None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._auto_class = vars(cls).get("_auto_class")
 
 
 _image_size = checked(

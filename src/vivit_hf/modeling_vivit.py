@@ -1,37 +1,39 @@
 """
 ViViT in PyTorch (Arnab et al., "ViViT: A Video Vision Transformer", ICCV 2021, arXiv:2103.15691).
 
-Shapes are written in the words batch, time, space, hidden: a clip of `num_frames` frames becomes a grid of
-time x space tokens (space = height x width, in patches), ordered time, then height, then width.
+Shapes are written in the words batch, time, space, hidden. A clip becomes a grid of time x space tokens
+(space = height x width, in patches), ordered by time, then height, then width.
+
+| `attention_type` | tokens between layers |
+| --- | --- |
+| `spatio_temporal` (Model 1) | (batch, 1 + time * space, hidden) |
+| `factorised_encoder` (Model 2) | (batch * time, 1 + space, hidden), then (batch, 1 + time, hidden) |
+| `factorised_self_attention` (Model 3) | (batch, time, space, hidden) |
+| `factorised_dot_product_attention` (Model 4) | (batch, time, space, hidden) |
 """
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
-from transformers.modeling_utils import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .auto_class import AutoClassMixin
-from .configuration_vivit import ViViTConfig
-from .embeddings_vivit import ViViTEmbeddings, ViViTTemporalEmbeddings, check_frame_size, prepend_class_token
-from .fast_paths_vivit import is_watched
-from .layers_vivit import (
-    LAYERS,
-    ViViTDotProductAttention,
-    ViViTEncoder,
-    ViViTFactorisedSelfAttentionLayer,
-    ViViTLayer,
-)
+from .configuration_vivit import AutoClassMixin, ViViTConfig
+from .frame_sampling import sample_frames_uniformly
 from .loading_vivit import CheckpointMixin
-from .loss_vivit import infer_problem_type, video_classification_loss
 
+
+Grid = tuple[int, int, int]  # (time, height, width) in tokens
 
 POOLINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "cls": lambda tokens: tokens[:, 0],
@@ -41,12 +43,63 @@ POOLINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-# What transformers passes to any model; `return_dict` is left in place by some of its wrappers.
+# Inputs
+
+
+def check_pixel_values(pixel_values: torch.Tensor, config: ViViTConfig, any_size: bool) -> None:
+    """Raise ValueError unless the clips have the model's size or, with `any_size`, at least one whole patch."""
+    check_values(pixel_values, config)
+    _, frames, _, height, width = pixel_values.shape
+    actual, expected = (frames, height, width), (config.num_frames, *config.frame_size)
+    if any_size:
+        if any(side < patch for side, patch in zip(actual, config.tubelet_size, strict=True)):
+            raise ValueError(
+                f"A clip of {actual} (frames, height, width) has no whole patch of {config.tubelet_size}. Use "
+                "a longer or larger clip."
+            )
+    elif actual != expected:
+        raise ValueError(
+            f"The model expects clips of {expected} (frames, height, width), but got {actual}. Resize the clip, pass "
+            "`interpolate_pos_encoding=True`, or change the model with `resize_position_embeddings`."
+        )
+
+
+def check_values(pixel_values: torch.Tensor, config: ViViTConfig) -> None:
+    """Raise ValueError unless these are float clips with the model's channels, of whatever size."""
+    if not isinstance(pixel_values, torch.Tensor) or pixel_values.ndim != 5:
+        got = tuple(pixel_values.shape) if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
+        raise ValueError(f"`pixel_values` must be (batch, frames, channels, height, width), but got {got}.")
+    if not pixel_values.is_floating_point():
+        raise ValueError(
+            f"`pixel_values` of {pixel_values.dtype} look like raw frames; the model takes floats in [-1, 1], as "
+            "ViViTVideoProcessor returns them."
+        )
+    if pixel_values.shape[0] == 0:
+        raise ValueError(f"`pixel_values` of shape {tuple(pixel_values.shape)} hold no clip; expected at least one.")
+    channels = pixel_values.shape[2]
+    if channels != config.num_channels:
+        raise ValueError(
+            f"`pixel_values` of shape {tuple(pixel_values.shape)} have {channels} channels in the third place, but the "
+            f"model expects {config.num_channels}: (batch, frames, channels, height, width)."
+        )
+
+
+def check_frame_size(frames: torch.Tensor, config: ViViTConfig) -> None:
+    """Raise ValueError unless (..., height, width) is the model's frame size."""
+    size = tuple(frames.shape[-2:])
+    if size != config.frame_size:
+        raise ValueError(
+            f"The model expects frames of {config.frame_size} (height, width), but got {size}. Resize the frames, or "
+            "change the model with `resize_position_embeddings`."
+        )
+
+
+# What transformers may pass to any model. Some of its wrappers leave `return_dict` in.
 _TRANSFORMERS_ARGUMENTS = frozenset({*TransformersKwargs.__annotations__, "return_dict"})
 
 
 def _check_arguments(kwargs: dict[str, Any]) -> None:
-    """TypeError for arguments that no forward knows; None stands for one that was not given, as peft hands it over."""
+    """Raise TypeError for unknown arguments; None counts as not given (peft passes `input_ids=None`)."""
     for name, value in kwargs.items():
         if value is not None and name not in _TRANSFORMERS_ARGUMENTS:
             raise TypeError(
@@ -55,8 +108,486 @@ def _check_arguments(kwargs: dict[str, Any]) -> None:
             )
 
 
+# Embeddings
+
+
+def resample_position_embeddings(
+    position_embeddings: torch.Tensor,
+    new_grid: Grid,
+    old_grid: Grid,
+    num_prefix_tokens: int = 0,
+    mode: str = "bicubic",
+) -> torch.Tensor:
+    """
+    Interpolate learned position embeddings from one (time, height, width) grid to another.
+
+    Height and width are resampled together, then time. The sides need not be square. Axes that keep their length are
+    left untouched; equal grids return the same tensor.
+
+    Args:
+        position_embeddings: (1, num_prefix_tokens + time * height * width, hidden), tokens in the order time, height,
+            width; any floating dtype (the interpolation runs in at least float32).
+        new_grid, old_grid: (time, height, width) in tokens.
+        num_prefix_tokens: leading tokens without a place in the grid (a class token), returned unchanged.
+        mode: "bicubic" (linear in time), as in image transformers, or "align_corners_linear": linear in all three axes
+            with aligned corners, as in the official code.
+
+    Returns:
+        (1, num_prefix_tokens + new time * new height * new width, hidden), same dtype and device.
+
+    Raises:
+        ValueError: if the tensor does not fit `old_grid`, or the mode is unknown.
+    """
+    time, height, width = old_grid
+    expected = num_prefix_tokens + time * height * width
+    if position_embeddings.ndim != 3 or position_embeddings.shape[1] != expected:
+        raise ValueError(
+            f"Position embeddings of shape {tuple(position_embeddings.shape)} do not hold {num_prefix_tokens} prefix "
+            f"tokens and a (time, height, width) grid of {old_grid}; expected (1, {expected}, hidden)."
+        )
+    if mode not in ("bicubic", "align_corners_linear"):
+        raise ValueError(f"`mode={mode!r}` is not known; expected 'bicubic' or 'align_corners_linear'.")
+    if tuple(new_grid) == tuple(old_grid):
+        return position_embeddings
+    align = mode == "align_corners_linear"
+
+    hidden = position_embeddings.shape[-1]
+    dtype = position_embeddings.dtype
+    prefix = position_embeddings[:, :num_prefix_tokens]
+    grid = position_embeddings[:, num_prefix_tokens:].to(torch.promote_types(dtype, torch.float32))
+    new_time, new_height, new_width = new_grid
+    if (new_height, new_width) != (height, width):
+        spatial = "bilinear" if align else "bicubic"
+        grid = grid.reshape(time, height, width, hidden).permute(0, 3, 1, 2)  # (time, hidden, height, width)
+        grid = nn.functional.interpolate(grid, (new_height, new_width), mode=spatial, align_corners=align)
+        grid = grid.permute(0, 2, 3, 1)  # (time, height, width, hidden)
+    if new_time != time:
+        grid = grid.reshape(time, -1).T[None]  # (1, height * width * hidden, time)
+        grid = nn.functional.interpolate(grid, new_time, mode="linear", align_corners=align)
+        grid = grid[0].T  # (time, height * width * hidden)
+    grid = grid.reshape(1, new_time * new_height * new_width, hidden).to(dtype)
+    return torch.cat([prefix, grid], dim=1)
+
+
+class ViViTTubeletProjection(nn.Conv3d):
+    """A 3D convolution whose stride equals its kernel, computed as one matrix product over the patches."""
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, frames, height, width) -> (batch, hidden, time, height, width), in tokens."""
+        (kt, kh, kw), (batch, channels, frames, height, width) = self.kernel_size, pixel_values.shape
+        time, rows, columns = frames // kt, height // kh, width // kw
+        patches = pixel_values[:, :, : time * kt, : rows * kh, : columns * kw]  # the official VALID padding
+        patches = patches.reshape(batch, channels, time, kt, rows, kh, columns, kw)
+        patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)  # (batch, time, height, width, patch)
+        return nn.functional.linear(patches, self.weight.flatten(1), self.bias).permute(0, 4, 1, 2, 3)
+
+
+class ViViTPatchProjection(nn.Conv2d):
+    """A 2D convolution whose stride equals its kernel, computed as one matrix product over the patches."""
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(batch, channels, height, width) -> (batch, hidden, height, width), in tokens."""
+        (kh, kw), (batch, channels, height, width) = self.kernel_size, pixel_values.shape
+        rows, columns = height // kh, width // kw
+        patches = pixel_values[:, :, : rows * kh, : columns * kw]
+        patches = patches.reshape(batch, channels, rows, kh, columns, kw)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # (batch, height, width, patch)
+        return nn.functional.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+@torch.compiler.assume_constant_result
+def _sampled_frames(num_frames: int, num_sampled_frames: int) -> list[int]:
+    return sample_frames_uniformly(num_frames, num_sampled_frames).tolist()
+
+
+class ViViTUniformFrameEmbeddings(nn.Module):
+    """Uniform frame sampling: 2D patches of equally spaced frames (section 3.2, figure 2)."""
+
+    def __init__(self, config: ViViTConfig):
+        super().__init__()
+        patch = tuple(config.tubelet_size[1:])
+        self.config = config
+        self.projection = ViViTPatchProjection(config.num_channels, config.hidden_size, patch, stride=patch)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(batch, frames, channels, height, width) -> (batch, time, height, width, hidden)."""
+        frames = len(pixel_values.unbind(1))  # a plain number, also where compiling or tracing makes `shape` symbolic
+        pixel_values = pixel_values[:, _sampled_frames(frames, self.config.num_sampled_frames)]
+        batch, time = pixel_values.shape[:2]
+        patches = self.projection(pixel_values.flatten(0, 1))  # (batch * time, hidden, height, width)
+        return patches.permute(0, 2, 3, 1).unflatten(0, (batch, time))  # (batch, time, height, width, hidden)
+
+
+class ViViTTubeletEmbeddings(nn.Module):
+    """Tubelet embedding: non-overlapping spatio-temporal patches of the whole clip (section 3.2, figure 3)."""
+
+    def __init__(self, config: ViViTConfig):
+        super().__init__()
+        patch: tuple[int, int, int] = tuple(config.tubelet_size)
+        self.projection = ViViTTubeletProjection(config.num_channels, config.hidden_size, patch, stride=patch)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(batch, frames, channels, height, width) -> (batch, time, height, width, hidden)."""
+        patches = self.projection(pixel_values.transpose(1, 2))  # (batch, hidden, time, height, width)
+        return patches.permute(0, 2, 3, 4, 1)  # (batch, time, height, width, hidden)
+
+
+PATCH_EMBEDDINGS = {"tubelet": ViViTTubeletEmbeddings, "uniform_frame_sampling": ViViTUniformFrameEmbeddings}
+
+
+class ViViTEmbeddings(nn.Module):
+    """
+    Embed a clip as tokens with position embeddings, and return the class token where the variant has one.
+
+    The position embeddings cover the class token and the whole grid. Those of Model 2, whose spatial encoder takes one
+    time step at a time, cover the class token and the space of one step.
+    """
+
+    def __init__(self, config: ViViTConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embeddings = PATCH_EMBEDDINGS[config.embedding_type](config)
+        self.num_prefix_tokens = int(config.pooling == "cls")
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size)) if self.num_prefix_tokens else None
+        self.grid = self.position_grid(config.grid_size)
+        num_positions = self.num_prefix_tokens + math.prod(self.grid)
+        self.position_embeddings = nn.Parameter(torch.empty(1, num_positions, config.hidden_size))
+
+    def resize(self, grid: Grid) -> None:
+        """Interpolate the position embeddings to a new (time, height, width) token grid, permanently."""
+        self.position_embeddings = _resized(self, self.position_grid(grid), self.grid)
+        self.grid = self.position_grid(grid)
+
+    def position_grid(self, grid: Grid) -> Grid:
+        """The part of a (time, height, width) token grid that the position embeddings cover."""
+        return (1, *grid[1:]) if self.config.attention_type == "factorised_encoder" else grid
+
+    def forward(
+        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        (batch, frames, channels, height, width) -> tokens (batch, time, space, hidden), class token (1, 1, hidden).
+        """
+        check_pixel_values(pixel_values, self.config, interpolate_pos_encoding)
+        pixel_values = pixel_values.to(self.position_embeddings.dtype)
+        tokens = self.patch_embeddings(pixel_values)  # (batch, time, height, width, hidden)
+        positions = resample_position_embeddings(
+            self.position_embeddings,
+            new_grid=self.position_grid(tuple(tokens.shape[1:4])),
+            old_grid=self.grid,
+            num_prefix_tokens=self.num_prefix_tokens,
+        )
+        tokens = tokens.flatten(2, 3)  # (batch, time, space, hidden)
+        space = tokens.shape[2]
+        # (1, time * space, hidden) -> (1, time, space, hidden), with time = 1 in Model 2
+        tokens = tokens + positions[:, self.num_prefix_tokens :].unflatten(1, (-1, space))
+        class_token = None if self.cls_token is None else self.cls_token + positions[:, :1]
+        return tokens, class_token
+
+
+class ViViTTemporalEmbeddings(nn.Module):
+    """Class token and position embeddings over time for the temporal encoder of Model 2 (section 3.3.2)."""
+
+    def __init__(self, config: ViViTConfig):
+        super().__init__()
+        self.num_prefix_tokens = int(config.pooling == "cls")
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size)) if self.num_prefix_tokens else None
+        self.grid = (config.grid_size[0], 1, 1)
+        num_positions = self.num_prefix_tokens + math.prod(self.grid)
+        self.position_embeddings = nn.Parameter(torch.empty(1, num_positions, config.hidden_size))
+
+    def resize(self, grid: Grid) -> None:
+        """Interpolate the position embeddings to a new (time, height, width) token grid, permanently."""
+        self.position_embeddings = _resized(self, (grid[0], 1, 1), self.grid)
+        self.grid = (grid[0], 1, 1)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(batch, time, hidden) -> (batch, 1 + time, hidden), or (batch, time, hidden) without a class token."""
+        positions = resample_position_embeddings(
+            self.position_embeddings,
+            new_grid=(tokens.shape[1], 1, 1),
+            old_grid=self.grid,
+            num_prefix_tokens=self.num_prefix_tokens,
+        )
+        return _prepend_class_token(tokens, self.cls_token) + positions
+
+
+def _resized(embeddings: ViViTEmbeddings | ViViTTemporalEmbeddings, new_grid: Grid, old_grid: Grid) -> nn.Parameter:
+    old = embeddings.position_embeddings
+    if old.is_meta:
+        raise ValueError(
+            "The position embeddings are offloaded and cannot be resized. Load the model without a `device_map` that "
+            "offloads them, resize and save it, and load the saved model."
+        )
+    new = resample_position_embeddings(old.detach(), new_grid, old_grid, embeddings.num_prefix_tokens)
+    return nn.Parameter(new, requires_grad=old.requires_grad)
+
+
+def _prepend_class_token(tokens: torch.Tensor, class_token: torch.Tensor | None) -> torch.Tensor:
+    """(batch, tokens, hidden), (1, 1, hidden) -> (batch, 1 + tokens, hidden); no-op without a class token."""
+    if class_token is None:
+        return tokens
+    return torch.cat([class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+
+
+# Attention
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: object,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Softmax attention, written out. Query, key, value (batch, heads, tokens, head_dim) ->
+    context (batch, tokens, heads, head_dim), weights (batch, heads, tokens, tokens).
+    """
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class ViViTDotProductAttention(nn.Module):
+    """
+    Dot-product attention among the tokens of each sequence, through transformers' attention interface.
+
+    `output_attentions` records the second output of this module and its subclasses. Recording runs the eager
+    implementation, whichever is configured, because the others return no weights.
+    """
+
+    is_causal = False
+
+    def __init__(self, config: ViViTConfig, head_dim: int):
+        super().__init__()
+        self.config = config
+        self.scaling = head_dim**-0.5
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Query, key, value and context (batch, tokens, heads, head_dim), weights (batch, heads, tokens, tokens).
+        """
+        implementation = "eager" if kwargs.get("output_attentions") else self.config._attn_implementation
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        return attention(
+            self,
+            query.transpose(1, 2),  # (batch, heads, tokens, head_dim)
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            None,
+            scaling=self.scaling,
+            dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
+        )
+
+
+class ViViTSpatialDotProductAttention(ViViTDotProductAttention):
+    """Attention over space within each time step; weights (batch * time, heads, space, space)."""
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Query, key, value and context (batch, time, space, heads, head_dim)."""
+        batch, time = query.shape[:2]
+        # (batch, time, space, heads, head_dim) -> (batch * time, space, heads, head_dim)
+        query, key, value = (tensor.flatten(0, 1) for tensor in (query, key, value))
+        context, weights = super().forward(query, key, value, **kwargs)
+        return context.unflatten(0, (batch, time)), weights  # (batch, time, space, heads, head_dim)
+
+
+class ViViTTemporalDotProductAttention(ViViTDotProductAttention):
+    """Attention over time at each place of the space; weights (batch * space, heads, time, time)."""
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Query, key, value and context (batch, time, space, heads, head_dim)."""
+        batch, space = query.shape[0], query.shape[2]
+        # (batch, time, space, heads, head_dim) -> (batch * space, time, heads, head_dim)
+        query, key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+        context, weights = super().forward(query, key, value, **kwargs)
+        return context.unflatten(0, (batch, space)).transpose(1, 2), weights  # (batch, time, space, heads, head_dim)
+
+
+class ViViTAttention(nn.Module):
+    """Multi-head self-attention along the axis that `dot_product` attends over."""
+
+    def __init__(self, config: ViViTConfig, dot_product: type[ViViTDotProductAttention], num_heads: int | None = None):
+        super().__init__()
+        self.num_heads = num_heads or config.num_attention_heads
+        self.head_dim = config.hidden_size // self.num_heads
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dot_product = dot_product(config, self.head_dim)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        """(batch, ..., hidden) -> (batch, ..., hidden); `dot_product` says what stands between."""
+        heads = (self.num_heads, self.head_dim)
+        query = self.q_proj(hidden_states).unflatten(-1, heads)  # (batch, ..., heads, head_dim)
+        key = self.k_proj(hidden_states).unflatten(-1, heads)
+        value = self.v_proj(hidden_states).unflatten(-1, heads)
+        context = self.attend(query, key, value, **kwargs)
+        return self.o_proj(context.flatten(-2))  # (batch, ..., hidden)
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> torch.Tensor:
+        """Query, key, value and context (batch, ..., heads, head_dim)."""
+        return self.dot_product(query, key, value, **kwargs)[0]
+
+
+class ViViTFactorisedDotProductAttention(ViViTAttention):
+    """Half of the heads attend over time, the other half over space (section 3.3.4)."""
+
+    def __init__(self, config: ViViTConfig):
+        super().__init__(config, ViViTTemporalDotProductAttention)
+        self.spatial_dot_product = ViViTSpatialDotProductAttention(config, self.head_dim)
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> torch.Tensor:
+        """Query, key, value and context (batch, time, space, heads, head_dim)."""
+        # Each half is (batch, time, space, heads / 2, head_dim).
+        over_time, over_space = zip(*(tensor.chunk(2, dim=-2) for tensor in (query, key, value)), strict=True)
+        temporal, _ = self.dot_product(*over_time, **kwargs)
+        spatial, _ = self.spatial_dot_product(*over_space, **kwargs)
+        return torch.cat([temporal, spatial], dim=-2)  # (batch, time, space, heads, head_dim)
+
+
+# Layers
+
+
+class ViViTMLP(nn.Module):
+    def __init__(self, config: ViViTConfig, intermediate_size: int | None = None):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, intermediate_size or config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(self.fc1.out_features, config.hidden_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.dropout(self.activation(self.fc1(hidden_states)))
+        return self.dropout(self.fc2(hidden_states))
+
+
+class ViViTDropPath(nn.Module):
+    """
+    Stochastic depth: drop a residual branch per example, and divide by the probability of keeping it.
+
+    The official code leaves the division out; with it, training and evaluation agree in expectation.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.rate == 0:
+            return branch
+        keep = branch.new_empty(branch.shape[:1] + (1,) * (branch.ndim - 1)).bernoulli_(1 - self.rate)
+        return branch * (keep / (1 - self.rate))
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3g}"
+
+
+class ViViTLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer layer over a sequence of tokens: Models 1 and 2 (equations 4 and 5)."""
+
+    def __init__(
+        self,
+        config: ViViTConfig,
+        drop_path_rate: float = 0.0,
+        num_heads: int | None = None,
+        intermediate_size: int | None = None,
+    ):
+        super().__init__()
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = self.build_attention(config, num_heads)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = ViViTMLP(config, intermediate_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.drop_path = ViViTDropPath(drop_path_rate)
+
+    def build_attention(self, config: ViViTConfig, num_heads: int | None) -> ViViTAttention:
+        return ViViTAttention(config, ViViTDotProductAttention, num_heads)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        """(batch, tokens, hidden) -> (batch, tokens, hidden); in Model 4 (batch, time, space, hidden) both."""
+        attended = self.dropout(self.attention(self.layernorm_before(hidden_states), **kwargs))
+        hidden_states = hidden_states + self.drop_path(attended)
+        return hidden_states + self.drop_path(self.mlp(self.layernorm_after(hidden_states)))
+
+
+class ViViTFactorisedSelfAttentionLayer(GradientCheckpointingLayer):
+    """Model 3: attention over space, attention over time, MLP, each with its residual (section 3.3.3, equation 7)."""
+
+    def __init__(self, config: ViViTConfig, drop_path_rate: float = 0.0):
+        super().__init__()
+        self.layernorm_space = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention_space = ViViTAttention(config, ViViTSpatialDotProductAttention)
+        self.layernorm_time = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention_time = ViViTAttention(config, ViViTTemporalDotProductAttention)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = ViViTMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.drop_path = ViViTDropPath(drop_path_rate)
+        self.time_first = config.attention_order == "time_space"
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        """(batch, time, space, hidden) -> (batch, time, space, hidden)."""
+        attentions = [(self.layernorm_space, self.attention_space), (self.layernorm_time, self.attention_time)]
+        for layernorm, attention in reversed(attentions) if self.time_first else attentions:
+            attended = self.dropout(attention(layernorm(hidden_states), **kwargs))
+            hidden_states = hidden_states + self.drop_path(attended)
+        return hidden_states + self.drop_path(self.mlp(self.layernorm_after(hidden_states)))
+
+
+class ViViTFactorisedDotProductAttentionLayer(ViViTLayer):
+    """Model 4: a `ViViTLayer` with half of its heads over time and half over space (section 3.3.4)."""
+
+    def build_attention(self, config: ViViTConfig, num_heads: int | None) -> ViViTAttention:
+        return ViViTFactorisedDotProductAttention(config)
+
+
+LAYERS: dict[str, Callable[..., nn.Module]] = {
+    "spatio_temporal": ViViTLayer,
+    "factorised_encoder": ViViTLayer,
+    "factorised_self_attention": ViViTFactorisedSelfAttentionLayer,
+    "factorised_dot_product_attention": ViViTFactorisedDotProductAttentionLayer,
+}
+
+
+class ViViTEncoder(nn.Module):
+    """A stack of layers; the rate of stochastic depth grows linearly from the first to the last."""
+
+    def __init__(self, config: ViViTConfig, make_layer: Callable[..., nn.Module], num_layers: int):
+        super().__init__()
+        rates = [config.drop_path_rate * index / max(num_layers - 1, 1) for index in range(num_layers)]
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.layer = nn.ModuleList([make_layer(config, rate) for rate in rates])
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        """(batch, ..., hidden) -> (batch, ..., hidden), in the shape that the layers take."""
+        hidden_states = self.dropout(hidden_states)
+        for layer in self.layer:
+            hidden_states = layer(hidden_states, **kwargs)
+        return hidden_states
+
+
+# Models
+
+
 class ViViTPreTrainedModel(AutoClassMixin, CheckpointMixin, PreTrainedModel):
-    """Loading, saving and initialisation that the ViViT models share."""
+    """Loading, saving and initialisation of all ViViT models."""
 
     config: ViViTConfig
     config_class = ViViTConfig
@@ -98,15 +629,15 @@ class ViViTPreTrainedModel(AutoClassMixin, CheckpointMixin, PreTrainedModel):
         num_sampled_frames: int | None = None,
     ) -> None:
         """
-        Interpolates the position embeddings for clips of another length or size, and changes the configuration to it.
+        Interpolate the position embeddings to clips of another length or size, and update the configuration.
 
         Args:
-            num_frames: frames in a clip from now on; unchanged if None.
-            image_size: pixels of a frame, one number or (height, width); unchanged if None.
-            num_sampled_frames: for uniform frame sampling, the frames to sample; unchanged if None.
+            num_frames: new number of frames in a clip; unchanged if None.
+            image_size: new frame size in pixels, one number or (height, width); unchanged if None.
+            num_sampled_frames: new number of frames that uniform frame sampling takes; unchanged if None.
 
         Raises:
-            ValueError: if the configuration would not be valid with the new sizes, or the weights are offloaded.
+            ValueError: if the configuration would be invalid with the new sizes, or the weights are offloaded.
         """
         sizes = {"num_frames": num_frames, "image_size": image_size, "num_sampled_frames": num_sampled_frames}
         sizes = {name: size for name, size in sizes.items() if size is not None}
@@ -133,18 +664,18 @@ class ViViTModel(ViViTPreTrainedModel):
     | Model 2, `num_temporal_layers=0` | one pooled token per time step: (batch, time, hidden) | their mean |
     | Models 3, 4 | (batch, time * space, hidden) | (batch, hidden) |
 
-    `last_hidden_state` is behind the final LayerNorm; `pooler_output` is its pooling, and with `representation_size`
-    the dense layer and tanh behind that.
+    `last_hidden_state` follows the final LayerNorm. `pooler_output` is its pooling, followed by a dense layer and tanh
+    if `representation_size` is set.
 
     `hidden_states` are the input of the first layer and the output of every layer, before the final LayerNorm: in
     Model 2 those of the spatial encoder, (batch * time, 1 + space, hidden), then those of the temporal one,
-    (batch, 1 + time, hidden); in Models 3 and 4 (batch, time, space, hidden). Where transformers lets
-    `output_hidden_states` be an index, count from the front: its negative ones do not know of the second encoder.
+    (batch, 1 + time, hidden); in Models 3 and 4 (batch, time, space, hidden). Where `output_hidden_states` is an index,
+    count from the front: transformers resolves negative indices without Model 2's second encoder.
 
-    `attentions` come in the order of computation. Model 1: (batch, heads, tokens, tokens) per layer. Model 2: the same
+    `attentions` are in the order of computation. Model 1: (batch, heads, tokens, tokens) per layer. Model 2: the same
     with batch * time, then the temporal encoder's. Model 3: per layer (batch * space, heads, time, time) and
     (batch * time, heads, space, space) in the configured order. Model 4: per layer time, then space, each with half of
-    the heads. Asking for them works with every attention implementation.
+    the heads. They are available with every attention implementation.
     """
 
     _auto_class = "AutoModel"
@@ -160,7 +691,11 @@ class ViViTModel(ViViTPreTrainedModel):
         self.temporal_layernorm: Any = None
         if config.attention_type == "factorised_encoder" and config.num_temporal_layers:
             self.temporal_embeddings = ViViTTemporalEmbeddings(config)
-            make_layer = functools.partial(ViViTLayer, temporal=True)
+            make_layer = functools.partial(
+                ViViTLayer,
+                num_heads=config.temporal_num_attention_heads,
+                intermediate_size=config.temporal_intermediate_size,
+            )
             self.temporal_encoder = ViViTEncoder(config, make_layer, config.num_temporal_layers)
             self.temporal_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.pre_logits = None
@@ -173,129 +708,93 @@ class ViViTModel(ViViTPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        pooled_only: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """
         Args:
-            pixel_values: (batch, frames, channels, height, width), floats in [-1, 1] as `ViViTVideoProcessor` makes
+            pixel_values: (batch, frames, channels, height, width), floats in [-1, 1] as `ViViTVideoProcessor` returns
                 them; cast to the dtype of the weights.
-            interpolate_pos_encoding: take clips of other lengths and sizes than the configured ones, with position
-                embeddings interpolated for this call.
-            pooled_only: spare what only `last_hidden_state` would need. Where a class token is pooled, it alone leaves
-                the last layer, and `last_hidden_state` is (batch, 1, hidden); `pooler_output` is the same. Asking for
-                hidden states or attentions, or a hook on what would be spared, overrules it.
+            interpolate_pos_encoding: accept clips of other lengths and sizes than configured, by interpolating the
+                position embeddings for this call.
             output_hidden_states, output_attentions, return_dict: as everywhere in transformers.
 
         Raises:
-            ValueError: if the clip does not have the expected shape; the message prints both.
+            ValueError: if the clip does not have the expected shape; the message gives both shapes.
+            TypeError: for an unknown argument.
         """
         _check_arguments(kwargs)
         if pixel_values is None:
             raise ValueError("`pixel_values` is missing; expected (batch, frames, channels, height, width).")
-        tokens, class_token = self.embeddings(pixel_values, interpolate_pos_encoding)
-        output_attentions = bool(kwargs.get("output_attentions"))
-        is_recorded = any(
-            kwargs.get(name) or getattr(self.config, name) for name in ("output_attentions", "output_hidden_states")
-        )
-        encode = ENCODERS[self.config.attention_type]
-        last_hidden_state, pooled = encode(self, tokens, class_token, output_attentions, is_recorded, pooled_only)
-        if self.pre_logits is not None:
-            pooled = self.pre_logits(pooled).tanh()
-        return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=pooled)
+        for name in ("output_attentions", "output_hidden_states"):
+            kwargs.setdefault(name, getattr(self.config, name))
+        tokens, class_token = self.embeddings(pixel_values, interpolate_pos_encoding)  # (batch, time, space, hidden)
+        encode_variant = ENCODERS[self.config.attention_type]
+        last_hidden_state, pooled = encode_variant(self, tokens, class_token, **kwargs)
+        return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=self.represent(pooled))
+
+    def encode_spatio_temporal(
+        self, tokens: torch.Tensor, class_token: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Model 1 (section 3.3.1): every token attends to every other."""
+        tokens = tokens.flatten(1, 2)  # (batch, time * space, hidden)
+        tokens = _prepend_class_token(tokens, class_token)  # (batch, 1 + time * space, hidden)
+        tokens = self.layernorm(self.encoder(tokens, **kwargs))
+        return tokens, self.pool(tokens)
+
+    def encode_factorised_encoder(
+        self, tokens: torch.Tensor, class_token: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Model 2 (section 3.3.2): an encoder over the space of each time step, then one over time."""
+        return self.encode_time(self.encode_space(tokens, class_token, **kwargs), **kwargs)
+
+    def encode_space(
+        self, tokens: torch.Tensor, class_token: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
+    ) -> torch.Tensor:
+        """Model 2's spatial encoder: (batch, time, space, hidden) -> a pooled token per step, (batch, time, hidden)."""
+        batch, time = tokens.shape[:2]
+        tokens = tokens.flatten(0, 1)  # (batch * time, space, hidden)
+        tokens = _prepend_class_token(tokens, class_token)  # (batch * time, 1 + space, hidden)
+        tokens = self.layernorm(self.encoder(tokens, **kwargs))
+        return self.pool(tokens).unflatten(0, (batch, time))  # (batch, time, hidden)
+
+    def encode_time(
+        self, steps: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Model 2's temporal encoder: (batch, time, hidden) -> (batch, 1 + time, hidden), pooled (batch, hidden)."""
+        if self.temporal_encoder is None:
+            return steps, steps.mean(dim=1)  # the paper's average-pool baseline, whatever the pooling over space
+        tokens = self.temporal_embeddings(steps)  # (batch, 1 + time, hidden)
+        tokens = self.temporal_layernorm(self.temporal_encoder(tokens, **kwargs))
+        return tokens, self.pool(tokens)
+
+    def encode_steps(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        Model 2: encode a clip of any whole number of tubelets, (batch, frames, channels, height, width), as one token
+        per time step, (batch, time, hidden).
+
+        Steps do not depend on each other, so they can be cached and recombined (`classify_steps`).
+
+        Raises:
+            ValueError: if the frames do not have the configured size, or are fewer than one tubelet.
+        """
+        check_frame_size(pixel_values, self.config)
+        return self.encode_space(*self.embeddings(pixel_values, interpolate_pos_encoding=True))
+
+    def encode_token_grid(
+        self, tokens: torch.Tensor, class_token: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Models 3 and 4 (sections 3.3.3 and 3.3.4): the layers keep the grid, so there is no class token."""
+        tokens = self.layernorm(self.encoder(tokens, **kwargs))  # (batch, time, space, hidden)
+        tokens = tokens.flatten(1, 2)  # (batch, time * space, hidden)
+        return tokens, self.pool(tokens)
 
     def pool(self, tokens: torch.Tensor) -> torch.Tensor:
         """(batch, tokens, hidden) -> (batch, hidden)."""
         return POOLINGS[self.config.pooling](tokens)
 
-    def encode(
-        self,
-        encoder: ViViTEncoder,
-        layernorm: nn.Module,
-        tokens: torch.Tensor,
-        output_attentions: bool,
-        every_token: bool,
-    ) -> torch.Tensor:
-        """An encoder and its LayerNorm; unless every token is wanted or watched, only the class token leaves them."""
-        num_tokens = None
-        if not every_token and self.config.pooling == "cls":
-            num_tokens = None if is_watched((encoder, layernorm, *encoder.layer[-1].modules())) else 1
-        return layernorm(encoder(tokens, output_attentions, num_tokens))
-
-    def encode_spatio_temporal(
-        self,
-        tokens: torch.Tensor,
-        class_token: torch.Tensor | None,
-        output_attentions: bool = False,
-        is_recorded: bool = False,
-        pooled_only: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Model 1 (section 3.3.1): every token attends to every other."""
-        tokens = tokens.flatten(1, 2)  # (batch, time, space, hidden) -> (batch, time * space, hidden)
-        tokens = prepend_class_token(tokens, class_token)  # -> (batch, 1 + time * space, hidden)
-        every_token = is_recorded or not pooled_only
-        tokens = self.encode(self.encoder, self.layernorm, tokens, output_attentions, every_token)
-        return tokens, self.pool(tokens)
-
-    def encode_factorised_encoder(
-        self,
-        tokens: torch.Tensor,
-        class_token: torch.Tensor | None,
-        output_attentions: bool = False,
-        is_recorded: bool = False,
-        pooled_only: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Model 2 (section 3.3.2): an encoder over the space of each time step, then one over time."""
-        tokens = self.encode_space(tokens, class_token, output_attentions, is_recorded)  # (batch, time, hidden)
-        if self.temporal_encoder is None:
-            return tokens, tokens.mean(dim=1)  # the average-pool baseline, whatever the pooling over space
-        return self.encode_time(tokens, output_attentions, is_recorded or not pooled_only)
-
-    def encode_space(
-        self,
-        tokens: torch.Tensor,
-        class_token: torch.Tensor | None,
-        output_attentions: bool = False,
-        every_token: bool = False,
-    ) -> torch.Tensor:
-        """Model 2's spatial encoder: (batch, time, space, hidden) -> a pooled token per step, (batch, time, hidden)."""
-        steps = tokens.shape[:2]
-        tokens = tokens.flatten(0, 1)  # (batch, time, space, hidden) -> (batch * time, space, hidden)
-        tokens = prepend_class_token(tokens, class_token)  # -> (batch * time, 1 + space, hidden)
-        tokens = self.encode(self.encoder, self.layernorm, tokens, output_attentions, every_token)
-        return self.pool(tokens).unflatten(0, steps)  # (batch * time, hidden) -> (batch, time, hidden)
-
-    def encode_steps(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """
-        Model 2: a clip of any whole number of tubelets, (batch, frames, channels, height, width), becomes a token per
-        time step, (batch, time, hidden). No step sees another, so that they can be kept and put together again.
-
-        Raises:
-            ValueError: for frames that are not of the configured size, or fewer than a tubelet has.
-        """
-        check_frame_size(pixel_values, self.config)
-        return self.encode_space(*self.embeddings(pixel_values, interpolate_pos_encoding=True))
-
-    def encode_time(
-        self, tokens: torch.Tensor, output_attentions: bool = False, every_token: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Model 2's temporal encoder: (batch, time, hidden) -> (batch, 1 + time, hidden), pooled (batch, hidden)."""
-        tokens = self.temporal_embeddings(tokens)  # -> (batch, 1 + time, hidden)
-        tokens = self.encode(self.temporal_encoder, self.temporal_layernorm, tokens, output_attentions, every_token)
-        return tokens, self.pool(tokens)
-
-    def encode_token_grid(
-        self,
-        tokens: torch.Tensor,
-        class_token: torch.Tensor | None,
-        output_attentions: bool = False,
-        is_recorded: bool = False,
-        pooled_only: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Models 3 and 4 (sections 3.3.3 and 3.3.4): layers that see the grid, and so no class token."""
-        tokens = self.layernorm(self.encoder(tokens, output_attentions))
-        tokens = tokens.flatten(1, 2)  # (batch, time, space, hidden) -> (batch, time * space, hidden)
-        return tokens, self.pool(tokens)
+    def represent(self, pooled: torch.Tensor) -> torch.Tensor:
+        """(batch, hidden) -> (batch, representation_size) by a dense layer and tanh; unchanged without that size."""
+        return pooled if self.pre_logits is None else self.pre_logits(pooled).tanh()
 
 
 ENCODERS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
@@ -307,7 +806,7 @@ ENCODERS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
 
 
 class ViViTForVideoClassification(ViViTPreTrainedModel):
-    """ViViT with a linear classifier on its pooled output; without labels (`num_labels=0`) it gives that output."""
+    """ViViT with a linear classifier on its pooled output; `num_labels=0` returns that output as the logits."""
 
     _auto_class = "AutoModelForVideoClassification"
 
@@ -331,23 +830,22 @@ class ViViTForVideoClassification(ViViTPreTrainedModel):
         """
         Args:
             pixel_values: (batch, frames, channels, height, width), floats in [-1, 1].
-            labels: classes (batch,) of int64 or, as mixup makes them, class probabilities (batch, num_labels) of
-                floats under `problem_type="single_label_classification"`; 0 and 1 (batch, num_labels) of floats under
-                `"multi_label_classification"`; values under `"regression"`. With `label_groups` one class per group
+            labels: under `problem_type="single_label_classification"` classes, int64 (batch,), or class probabilities,
+                floats (batch, num_labels), as mixup produces them; under `"multi_label_classification"` floats 0 and 1
+                (batch, num_labels); under `"regression"` values. With `label_groups` one class per group,
                 (batch, groups), or class probabilities per group. See `video_classification_loss`.
             interpolate_pos_encoding: as in `ViViTModel`.
-            num_items_in_batch: elements of the labels of all batches that make one optimiser step, as `Trainer` counts
-                them, so that accumulated gradients are those of the whole batch.
+            num_items_in_batch: label elements in all batches of one optimiser step, as `Trainer` counts them, so that
+                accumulated gradients equal those of the whole batch.
 
         Returns:
-            `loss` if there are labels, `logits` (batch, num_labels), `hidden_states` and `attentions` if asked for.
+            `loss` if there are labels, `logits` (batch, num_labels), `hidden_states` and `attentions` on request.
         """
-        pooled_only = not is_watched((self.vivit,))  # a hook there wants the features that it would get without us
-        outputs = self.vivit(pixel_values, interpolate_pos_encoding, pooled_only, return_dict=True, **kwargs)
+        outputs = self.vivit(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss, groups = None, self.config.label_groups
         if labels is not None:
-            if self.config.problem_type is None:  # kept, as in transformers, so that pipelines know the activation
+            if self.config.problem_type is None:  # kept, as in transformers: pipelines choose the activation by it
                 self.config.problem_type = infer_problem_type(labels, self.config.num_labels, groups is not None)
             sizes = None if groups is None else tuple(groups.values())
             loss = video_classification_loss(logits, labels, self.config.problem_type, num_items_in_batch, sizes)
@@ -355,20 +853,118 @@ class ViViTForVideoClassification(ViViTPreTrainedModel):
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
-    def classify_steps(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Model 2: logits (batch, num_labels) of the tokens (batch, time, hidden) that `vivit.encode_steps` gives."""
-        vivit = self.vivit
-        pooled = tokens.mean(dim=1) if vivit.temporal_encoder is None else vivit.encode_time(tokens, False, False)[1]
-        if vivit.pre_logits is not None:
-            pooled = vivit.pre_logits(pooled).tanh()
-        return self.classifier(pooled)
+    def classify_steps(self, steps: torch.Tensor) -> torch.Tensor:
+        """Model 2: (batch, time, hidden), as `vivit.encode_steps` returns them, -> logits (batch, num_labels)."""
+        _, pooled = self.vivit.encode_time(steps)
+        return self.classifier(self.vivit.represent(pooled))
 
     def split_logits(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The logits (..., num_labels) of each of the `label_groups` by its name, (..., size of the group)."""
+        """Split logits (..., num_labels) by the names of `label_groups`, (..., size of the group) each."""
         if self.config.label_groups is None:
-            raise ValueError("This model has one group of labels: its logits are not to be split.")
+            raise ValueError(
+                "This model has one group of labels, so there is nothing to split (`config.label_groups`)."
+            )
         groups = self.config.label_groups
         return dict(zip(groups, logits.split(list(groups.values()), dim=-1), strict=True))
+
+
+# Loss
+
+
+def infer_problem_type(labels: torch.Tensor, num_labels: int, has_groups: bool = False) -> str:
+    """Infer the `problem_type` as transformers does: one output is a regression, whole numbers are classes."""
+    if has_groups:
+        return "single_label_classification"
+    if num_labels == 1:
+        return "regression"
+    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+
+
+def video_classification_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    problem_type: str,
+    num_items_in_batch: torch.Tensor | float | None = None,
+    group_sizes: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """
+    Mean loss per example (single label) or per element (multi-label, regression), in float32 or wider.
+
+    | `problem_type` | `labels` | loss |
+    | --- | --- | --- |
+    | single_label_classification | (batch,), whole numbers; -100 is ignored | cross-entropy |
+    | single_label_classification | (batch, num_labels), floats that sum to 1 | cross-entropy with soft labels |
+    | multi_label_classification | (batch, num_labels), 0 to 1; -100 is ignored | binary cross-entropy |
+    | regression | (batch, num_labels), or (batch,) with one output | squared error |
+
+    Args:
+        logits: (batch, num_labels).
+        num_items_in_batch: divisor of the sum, in place of this batch's own count: the label elements of all batches
+            of one optimiser step, as `transformers.Trainer` counts them. With soft labels that is num_labels elements
+            per example, which is corrected here.
+        group_sizes: several classifications side by side in the logits (`ViViTConfig.label_groups`). Labels are then
+            (batch, groups) whole numbers, each counted from 0 within its group, or (batch, num_labels) floats that sum
+            to 1 in each group; the loss is the mean over the groups, as in the official code.
+
+    Raises:
+        ValueError: if the shapes of labels and logits do not match.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    labels = labels.to(logits.device)
+    soft = labels.is_floating_point()
+    if problem_type == "single_label_classification":
+        # A single classification is one group.
+        sizes = [logits.shape[1]] if group_sizes is None else list(group_sizes)
+        if soft:
+            labels = _fit(labels, logits.shape, logits, problem_type).to(logits.dtype)
+            targets = labels.split(sizes, dim=1)
+            count = torch.tensor(logits.shape[0] * len(sizes), device=logits.device)
+            if num_items_in_batch is not None:
+                num_items_in_batch = num_items_in_batch * len(sizes) / logits.shape[1]
+        else:
+            shape = logits.shape[:1] if group_sizes is None else torch.Size((len(logits), len(sizes)))
+            labels = _fit(labels, shape, logits, problem_type).long()
+            targets = labels.reshape(-1, len(sizes)).unbind(dim=1)
+            count = (labels != -100).sum()
+        parts = zip(logits.split(sizes, dim=1), targets, strict=True)
+        sums = [nn.functional.cross_entropy(*part, ignore_index=-100, reduction="sum") for part in parts]
+        total = torch.stack(sums).sum()
+    elif group_sizes is not None:
+        raise ValueError(
+            f"`problem_type={problem_type!r}` does not work with groups of labels, each of which needs "
+            "'single_label_classification'."
+        )
+    elif problem_type == "multi_label_classification":
+        labels = _fit(labels, logits.shape, logits, problem_type).to(logits.dtype)
+        counted = labels != -100
+        targets = torch.where(counted, labels, 0.0)
+        losses = nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        total, count = (losses * counted).sum(), counted.sum()
+    elif problem_type == "regression":
+        labels = _fit(labels, logits.shape, logits, problem_type).to(logits.dtype)
+        total, count = (logits - labels).square().sum(), torch.tensor(labels.numel(), device=logits.device)
+    else:
+        raise ValueError(
+            f"`problem_type={problem_type!r}` is not known; expected 'single_label_classification', "
+            "'multi_label_classification' or 'regression'."
+        )
+    if num_items_in_batch is None:
+        return total / count.clamp(min=1)
+    if isinstance(num_items_in_batch, torch.Tensor):
+        # All labels of a step may be ignored because its files cannot be read: the loss is then 0, not 0 / 0.
+        num_items_in_batch = num_items_in_batch.to(total.device).clamp(min=1)
+    return total / num_items_in_batch
+
+
+def _fit(labels: torch.Tensor, shape: torch.Size, logits: torch.Tensor, problem_type: str) -> torch.Tensor:
+    """Return labels in `shape`, allowing only for a missing or extra last axis of 1: broadcasting hides mistakes."""
+    trimmed, expected = ([*s, 1] if len(s) == 1 else [*s] for s in (labels.shape, shape))
+    if trimmed != expected:
+        raise ValueError(
+            f"Labels of shape {tuple(labels.shape)} and {labels.dtype} do not fit logits of shape "
+            f"{tuple(logits.shape)} under {problem_type}; expected {tuple(shape)}."
+        )
+    return labels.reshape(shape)
 
 
 __all__ = ["ViViTForVideoClassification", "ViViTModel", "ViViTPreTrainedModel"]

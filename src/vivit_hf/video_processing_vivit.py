@@ -20,7 +20,7 @@ from torch.utils.data import get_worker_info
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.utils import logging
 
-from .auto_class import AutoClassMixin
+from .configuration_vivit import AutoClassMixin
 from .frame_conversion import FrameSize
 from .frame_sampling import (
     crop_window,

@@ -206,7 +206,7 @@ def test_num_labels_0(config, clips, tmp_path):
     config.num_labels = 0
     model = make_model(config)
     assert not any("classifier" in name for name in model.state_dict())
-    assert torch.equal(model(clips).logits, model.vivit(clips, pooled_only=True).pooler_output)
+    assert torch.equal(model(clips).logits, model.vivit(clips).pooler_output)
     model.save_pretrained(tmp_path)
     again = ViViTForVideoClassification.from_pretrained(tmp_path)
     assert again.config.num_labels == 0

@@ -6,7 +6,7 @@ import torch
 from tiny_models import CASES, case_config, make_clips, make_model, tiny_config
 
 from vivit_hf import ViViTForVideoClassification, sample_frames_uniformly
-from vivit_hf.embeddings_vivit import ViViTPatchProjection, ViViTTubeletProjection, resample_position_embeddings
+from vivit_hf.modeling_vivit import ViViTPatchProjection, ViViTTubeletProjection, resample_position_embeddings
 
 
 # Patches

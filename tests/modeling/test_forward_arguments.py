@@ -1,10 +1,15 @@
-"""What a forward is given, and how: unknown arguments, empty batches, symbols for sizes, transforms of torch.func."""
+"""How a forward is called: arguments, empty batches, symbolic sizes, torch.func, hooks, gradient modes."""
 
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import MODEL_CLASSES, case_config, first, make_clips, make_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from vivit_hf import modeling_vivit
 
 
 @pytest.mark.parametrize("cls", MODEL_CLASSES)
@@ -67,7 +72,7 @@ def test_uniform_frames_are_traced_and_exported_for_any_batch(case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
 def test_vmap_gives_the_logits_without_a_warning(variant, dtype):
-    model = make_model(case_config(variant)).to(dtype)
+    model = make_model(case_config(variant, attn_implementation="eager")).to(dtype)
     clips = torch.stack([make_clips(model.config, seed=seed) for seed in range(3)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -75,3 +80,46 @@ def test_vmap_gives_the_logits_without_a_warning(variant, dtype):
     expected = model(clips.flatten(0, 1)).logits.unflatten(0, (3, 2))
     tolerance = 1e-5 if dtype == torch.float32 else 0.2
     torch.testing.assert_close(logits, expected, atol=tolerance, rtol=tolerance)
+
+
+def test_forward_derivatives_do_not_need_gradient_mode(variant):
+    """`no_grad` turns off the backward mode only."""
+    model = make_model(case_config(variant, attn_implementation="eager")).double()
+    clips = make_clips(model.config).double()
+    direction = torch.randn_like(clips)
+    _, expected = torch.func.jvp(lambda given: model(given).logits, (clips,), (direction,))
+    with torch.no_grad():
+        _, found = torch.func.jvp(lambda given: model(given).logits, (clips,), (direction,))
+    torch.testing.assert_close(found, expected)
+    assert found.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("cls", MODEL_CLASSES)
+def test_the_same_is_computed_with_gradients_without_and_under_a_hook(case, cls):
+    """Bit for bit, and with the same multiply-adds."""
+    model = make_model(case_config(case, attn_implementation="eager"), cls)
+    clips, found, counts = make_clips(model.config), [], []
+
+    def run():
+        with FlopCounterMode(display=False) as counter:
+            found.append(first(model(clips)))
+        counts.append(counter.get_total_flops())
+
+    run()
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            run()
+    handles = [module.register_forward_hook(lambda *_: None) for module in model.modules()]
+    handles.append(torch.nn.modules.module.register_module_forward_hook(lambda *_: None))
+    with torch.no_grad():
+        run()
+    for handle in handles:
+        handle.remove()
+    assert all(torch.equal(one, found[0]) for one in found) and len(set(counts)) == 1
+
+
+def test_the_model_file_does_not_look_at_its_surroundings():
+    source = Path(modeling_vivit.__file__).read_text()
+    assert not re.findall(
+        r"torch\._C|forward_ad|_hooks\b|is_grad_enabled|is_compiling|is_tracing|cpu_capability", source
+    )

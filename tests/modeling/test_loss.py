@@ -5,7 +5,7 @@ import torch
 from tiny_models import make_clips, make_model, tiny_config
 
 from vivit_hf import ViViTConfig
-from vivit_hf.loss_vivit import infer_problem_type, video_classification_loss
+from vivit_hf.modeling_vivit import infer_problem_type, video_classification_loss
 
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"

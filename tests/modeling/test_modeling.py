@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_models import ATTENTION_TYPES, CASES, case_config, make_clips, make_model, randomise, tiny_config
 
 from vivit_hf import ViViTForVideoClassification, ViViTModel, sample_frames_uniformly
-from vivit_hf.layers_vivit import ViViTDropPath
+from vivit_hf.modeling_vivit import ViViTDropPath
 
 
 def run_and_backward(model, clips, **kwargs):

@@ -6,7 +6,7 @@ from tiny_models import ATTENTION_TYPES, case_config, make_clips, make_model, ti
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
 from vivit_hf import ViViTModel
-from vivit_hf.layers_vivit import (
+from vivit_hf.modeling_vivit import (
     ViViTDotProductAttention,
     ViViTSpatialDotProductAttention,
     ViViTTemporalDotProductAttention,

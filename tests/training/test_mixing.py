@@ -97,7 +97,7 @@ def test_class_weights_go_into_the_labels():
     labels = ClipCollator(LABELS, class_weights=weights)(items())["labels"]
     assert labels.tolist() == torch.diag(weights).tolist()
     logits = torch.randn(4, 4)
-    from vivit_hf.loss_vivit import video_classification_loss
+    from vivit_hf.modeling_vivit import video_classification_loss
 
     ours = video_classification_loss(logits, labels, "single_label_classification")
     losses = torch.nn.functional.cross_entropy(logits, torch.arange(4), reduction="none")

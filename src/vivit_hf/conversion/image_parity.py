@@ -10,7 +10,7 @@ import torch
 from transformers import ViTModel
 
 from ..configuration_vivit import ViViTConfig
-from ..embeddings_vivit import resample_position_embeddings
+from ..modeling_vivit import resample_position_embeddings
 from ..frame_sampling import sample_frames_uniformly
 from ..initialisation.from_image import POSITION_INITS
 from ..modeling_vivit import POOLINGS, ViViTForVideoClassification, ViViTModel

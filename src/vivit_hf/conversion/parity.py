@@ -73,12 +73,10 @@ def tokens_and_logits(model: ViViTForVideoClassification, clip: torch.Tensor) ->
     if config.attention_type == "factorised_encoder":
         steps = vivit.encode_space(chosen, class_token)
         steps = steps[:, [index % steps.shape[1] for index in range(tokens.shape[1])]]  # (batch, time, hidden)
-        pooled = steps.mean(dim=1) if vivit.temporal_encoder is None else vivit.encode_time(steps)[1]
+        _, pooled = vivit.encode_time(steps)
     else:
-        _, pooled = ENCODERS[config.attention_type](vivit, chosen, class_token, False)
-    if vivit.pre_logits is not None:
-        pooled = vivit.pre_logits(pooled).tanh()
-    return {"tokens": tokens, "logits": model.classifier(pooled)}
+        _, pooled = ENCODERS[config.attention_type](vivit, chosen, class_token)
+    return {"tokens": tokens, "logits": model.classifier(vivit.represent(pooled))}
 
 
 def frozen(model: ModuleT) -> ModuleT:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..data.labels import LabelMap, to_probabilities
-from ..embeddings_vivit import check_pixel_values
+from ..modeling_vivit import check_pixel_values
 from ..inference.finite_outputs import check_finite
 
 

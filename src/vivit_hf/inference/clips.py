@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..embeddings_vivit import check_pixel_values
+from ..modeling_vivit import check_pixel_values
 
 
 # Tubelets or clips that go through the model at a time.

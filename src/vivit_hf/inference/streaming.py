@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..embeddings_vivit import check_frame_size, check_values
 from ..frame_sampling import TIME_TOLERANCE, apply_short_video_policy
+from ..modeling_vivit import check_frame_size, check_values
 from ..video_processing_vivit import ViViTVideoProcessor
 from .clips import BATCH, reuses_tubelets
 from .cuts import find_cut, frame_change

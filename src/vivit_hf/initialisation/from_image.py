@@ -19,9 +19,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from ..configuration_vivit import ViViTConfig
-from ..layers_vivit import ViViTMLP
 from ..loading_vivit import TRANSFORMERS_VIVIT_NAMES
-from ..modeling_vivit import ViViTModel, ViViTPreTrainedModel
+from ..modeling_vivit import ViViTMLP, ViViTModel, ViViTPreTrainedModel
 from .inflation import TUBELET_INITS, fold_layer_scales, image_to_video_position_embeddings
 
 

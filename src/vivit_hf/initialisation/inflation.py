@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from ..embeddings_vivit import Grid, resample_position_embeddings
+from ..modeling_vivit import Grid, resample_position_embeddings
 
 
 def central_frame_kernel(kernel: torch.Tensor, num_frames: int) -> torch.Tensor:

@@ -39,10 +39,7 @@ class ModelPart:
 
 def inspect_parts(config: ViViTConfig) -> list[ModelPart]:
     """
-    The parts of the classifier that `config` describes; nothing is computed, and no weights are needed.
-
-    Every token of every layer counts, as in the paper, although the model spares those of its last layer that nobody
-    reads.
+    Return the parts of the classifier that `config` describes, without computing anything or reading weights.
     """
     config = ViViTConfig.from_dict(config.to_dict(), attn_implementation="eager")
     with torch.device("meta"):
@@ -50,7 +47,7 @@ def inspect_parts(config: ViViTConfig) -> list[ModelPart]:
         clip = torch.empty(1, config.num_frames, config.num_channels, *config.frame_size)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        model(clip, output_hidden_states=True)
+        model(clip)
     counts = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
     parts = []
     for part, names in _PARTS.items():

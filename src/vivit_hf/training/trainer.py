@@ -16,7 +16,7 @@ from transformers.utils import logging
 from ..data.labels import IGNORED, LabelMap
 from ..inference.metrics import classification_metrics, collapsed_class
 from ..inference.views import average_views, predict_views
-from ..loss_vivit import video_classification_loss
+from ..modeling_vivit import video_classification_loss
 from ..video_sources import VideoDecodingError
 from .checkpoints import deferred_interrupt
 from .clips import ClipSampler, StreamedClips, VideoClips
