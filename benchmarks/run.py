@@ -46,6 +46,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification, demo_model_path
+from vivit_hf.inference.optimization import has_bfloat16_units
 
 
 VARIANTS = {
@@ -68,12 +69,6 @@ TARGETS = {  # dtype -> share of the limit, speed over transformers' Model 1
 }
 PEAK_RESET = Path("/proc/self/clear_refs")  # writing 5 there sets the peak of this process to what it has now
 MEMORY_TARGETS = {"Model 1": 450, "Model 2": 300, "Model 3": 300, "Model 4": 300}  # MB at batch 1, float32
-
-
-def has_bfloat16_units() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices itself (AVX512-BF16, AMX)."""
-    checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
-    return any(check() for check in checks if check is not None)
 
 
 class Bench:

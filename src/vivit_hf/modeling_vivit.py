@@ -94,14 +94,25 @@ def check_frame_size(frames: torch.Tensor, config: ViViTConfig) -> None:
         )
 
 
-# What transformers may pass to any model. Some of its wrappers leave `return_dict` in.
-_TRANSFORMERS_ARGUMENTS = frozenset({*TransformersKwargs.__annotations__, "return_dict"})
+class ViViTKwargs(TransformersKwargs, total=False):  # type: ignore[call-arg]
+    """
+    The options of a call, which travel from the model to its attention as keyword arguments.
+
+    output_last_hidden_state: False if only the pooled output is needed, so that an optimised model (see
+        `vivit_hf.inference.optimize`) may leave out the tokens that are not pooled. The plain model ignores it.
+    """
+
+    output_last_hidden_state: bool | None
+
+
+# Some wrappers of transformers leave `return_dict` in.
+_KNOWN_ARGUMENTS = frozenset({*ViViTKwargs.__annotations__, "return_dict"})
 
 
 def _check_arguments(kwargs: dict[str, Any]) -> None:
     """Raise TypeError for unknown arguments; None counts as not given (peft passes `input_ids=None`)."""
     for name, value in kwargs.items():
-        if value is not None and name not in _TRANSFORMERS_ARGUMENTS:
+        if value is not None and name not in _KNOWN_ARGUMENTS:
             raise TypeError(
                 f"forward() got an unexpected argument {name!r}. A ViViT takes `pixel_values`, "
                 "`interpolate_pos_encoding`, `labels` (with a classifier), and what transformers passes to every model."
@@ -369,7 +380,7 @@ class ViViTDotProductAttention(nn.Module):
         self.scaling = head_dim**-0.5
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Unpack[ViViTKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Query, key, value and context (batch, tokens, heads, head_dim), weights (batch, heads, tokens, tokens).
@@ -391,7 +402,7 @@ class ViViTSpatialDotProductAttention(ViViTDotProductAttention):
     """Attention over space within each time step; weights (batch * time, heads, space, space)."""
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Unpack[ViViTKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Query, key, value and context (batch, time, space, heads, head_dim)."""
         batch, time = query.shape[:2]
@@ -405,7 +416,7 @@ class ViViTTemporalDotProductAttention(ViViTDotProductAttention):
     """Attention over time at each place of the space; weights (batch * space, heads, time, time)."""
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Unpack[ViViTKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Query, key, value and context (batch, time, space, heads, head_dim)."""
         batch, space = query.shape[0], query.shape[2]
@@ -428,7 +439,7 @@ class ViViTAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.dot_product = dot_product(config, self.head_dim)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[ViViTKwargs]) -> torch.Tensor:
         """(batch, ..., hidden) -> (batch, ..., hidden); `dot_product` says what stands between."""
         heads = (self.num_heads, self.head_dim)
         query = self.q_proj(hidden_states).unflatten(-1, heads)  # (batch, ..., heads, head_dim)
@@ -438,7 +449,7 @@ class ViViTAttention(nn.Module):
         return self.o_proj(context.flatten(-2))  # (batch, ..., hidden)
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Unpack[ViViTKwargs]
     ) -> torch.Tensor:
         """Query, key, value and context (batch, ..., heads, head_dim)."""
         return self.dot_product(query, key, value, **kwargs)[0]
@@ -452,7 +463,7 @@ class ViViTFactorisedDotProductAttention(ViViTAttention):
         self.spatial_dot_product = ViViTSpatialDotProductAttention(config, self.head_dim)
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Unpack[ViViTKwargs]
     ) -> torch.Tensor:
         """Query, key, value and context (batch, time, space, heads, head_dim)."""
         # Each half is (batch, time, space, heads / 2, head_dim).
@@ -520,7 +531,7 @@ class ViViTLayer(GradientCheckpointingLayer):
     def build_attention(self, config: ViViTConfig, num_heads: int | None) -> ViViTAttention:
         return ViViTAttention(config, ViViTDotProductAttention, num_heads)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[ViViTKwargs]) -> torch.Tensor:
         """(batch, tokens, hidden) -> (batch, tokens, hidden); in Model 4 (batch, time, space, hidden) both."""
         attended = self.dropout(self.attention(self.layernorm_before(hidden_states), **kwargs))
         hidden_states = hidden_states + self.drop_path(attended)
@@ -542,7 +553,7 @@ class ViViTFactorisedSelfAttentionLayer(GradientCheckpointingLayer):
         self.drop_path = ViViTDropPath(drop_path_rate)
         self.time_first = config.attention_order == "time_space"
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[ViViTKwargs]) -> torch.Tensor:
         """(batch, time, space, hidden) -> (batch, time, space, hidden)."""
         attentions = [(self.layernorm_space, self.attention_space), (self.layernorm_time, self.attention_time)]
         for layernorm, attention in reversed(attentions) if self.time_first else attentions:
@@ -575,7 +586,7 @@ class ViViTEncoder(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layer = nn.ModuleList([make_layer(config, rate) for rate in rates])
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[ViViTKwargs]) -> torch.Tensor:
         """(batch, ..., hidden) -> (batch, ..., hidden), in the shape that the layers take."""
         hidden_states = self.dropout(hidden_states)
         for layer in self.layer:
@@ -708,7 +719,7 @@ class ViViTModel(ViViTPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[ViViTKwargs],
     ) -> BaseModelOutputWithPooling:
         """
         Args:
@@ -733,7 +744,7 @@ class ViViTModel(ViViTPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=self.represent(pooled))
 
     def encode_spatio_temporal(
-        self, tokens: torch.Tensor, class_token: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
+        self, tokens: torch.Tensor, class_token: torch.Tensor | None, **kwargs: Unpack[ViViTKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Model 1 (section 3.3.1): every token attends to every other."""
         tokens = tokens.flatten(1, 2)  # (batch, time * space, hidden)
@@ -742,13 +753,13 @@ class ViViTModel(ViViTPreTrainedModel):
         return tokens, self.pool(tokens)
 
     def encode_factorised_encoder(
-        self, tokens: torch.Tensor, class_token: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
+        self, tokens: torch.Tensor, class_token: torch.Tensor | None, **kwargs: Unpack[ViViTKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Model 2 (section 3.3.2): an encoder over the space of each time step, then one over time."""
         return self.encode_time(self.encode_space(tokens, class_token, **kwargs), **kwargs)
 
     def encode_space(
-        self, tokens: torch.Tensor, class_token: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
+        self, tokens: torch.Tensor, class_token: torch.Tensor | None, **kwargs: Unpack[ViViTKwargs]
     ) -> torch.Tensor:
         """Model 2's spatial encoder: (batch, time, space, hidden) -> a pooled token per step, (batch, time, hidden)."""
         batch, time = tokens.shape[:2]
@@ -757,9 +768,7 @@ class ViViTModel(ViViTPreTrainedModel):
         tokens = self.layernorm(self.encoder(tokens, **kwargs))
         return self.pool(tokens).unflatten(0, (batch, time))  # (batch, time, hidden)
 
-    def encode_time(
-        self, steps: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_time(self, steps: torch.Tensor, **kwargs: Unpack[ViViTKwargs]) -> tuple[torch.Tensor, torch.Tensor]:
         """Model 2's temporal encoder: (batch, time, hidden) -> (batch, 1 + time, hidden), pooled (batch, hidden)."""
         if self.temporal_encoder is None:
             return steps, steps.mean(dim=1)  # the paper's average-pool baseline, whatever the pooling over space
@@ -781,7 +790,7 @@ class ViViTModel(ViViTPreTrainedModel):
         return self.encode_space(*self.embeddings(pixel_values, interpolate_pos_encoding=True))
 
     def encode_token_grid(
-        self, tokens: torch.Tensor, class_token: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
+        self, tokens: torch.Tensor, class_token: torch.Tensor | None, **kwargs: Unpack[ViViTKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Models 3 and 4 (sections 3.3.3 and 3.3.4): the layers keep the grid, so there is no class token."""
         tokens = self.layernorm(self.encoder(tokens, **kwargs))  # (batch, time, space, hidden)
@@ -825,7 +834,7 @@ class ViViTForVideoClassification(ViViTPreTrainedModel):
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[ViViTKwargs],
     ) -> ImageClassifierOutput:
         """
         Args:
@@ -841,6 +850,7 @@ class ViViTForVideoClassification(ViViTPreTrainedModel):
         Returns:
             `loss` if there are labels, `logits` (batch, num_labels), `hidden_states` and `attentions` on request.
         """
+        kwargs["output_last_hidden_state"] = False
         outputs = self.vivit(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
         logits = self.classifier(outputs.pooler_output)
         loss, groups = None, self.config.label_groups
@@ -855,7 +865,7 @@ class ViViTForVideoClassification(ViViTPreTrainedModel):
 
     def classify_steps(self, steps: torch.Tensor) -> torch.Tensor:
         """Model 2: (batch, time, hidden), as `vivit.encode_steps` returns them, -> logits (batch, num_labels)."""
-        _, pooled = self.vivit.encode_time(steps)
+        _, pooled = self.vivit.encode_time(steps, output_last_hidden_state=False)
         return self.classifier(self.vivit.represent(pooled))
 
     def split_logits(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:

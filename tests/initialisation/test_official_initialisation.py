@@ -11,8 +11,8 @@ from transformers import ViTConfig, ViTModel
 
 from vivit_hf import ViViTForVideoClassification
 from vivit_hf.conversion.scenic_weights import config_from_scenic, state_dict_from_scenic
-from vivit_hf.modeling_vivit import resample_position_embeddings
 from vivit_hf.initialisation.from_image import TUBELET_INITS, image_to_video_position_embeddings, initialise_from_vit
+from vivit_hf.modeling_vivit import resample_position_embeddings
 
 
 def npz(name):

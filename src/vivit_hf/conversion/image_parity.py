@@ -10,10 +10,9 @@ import torch
 from transformers import ViTModel
 
 from ..configuration_vivit import ViViTConfig
-from ..modeling_vivit import resample_position_embeddings
 from ..frame_sampling import sample_frames_uniformly
 from ..initialisation.from_image import POSITION_INITS
-from ..modeling_vivit import POOLINGS, ViViTForVideoClassification, ViViTModel
+from ..modeling_vivit import POOLINGS, ViViTForVideoClassification, ViViTModel, resample_position_embeddings
 from .parity import chosen_steps, random_clip
 
 

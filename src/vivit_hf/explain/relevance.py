@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from ..data.labels import LabelMap, to_probabilities
-from ..modeling_vivit import check_pixel_values
 from ..inference.finite_outputs import check_finite
+from ..modeling_vivit import check_pixel_values
 
 
 # The parallel dot products of one sub-layer, and whether each attends over time.

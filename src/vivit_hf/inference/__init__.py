@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from .finite_outputs import NonFiniteError as NonFiniteError
     from .live_video import LiveVideo as LiveVideo
     from .metrics import classification_metrics as classification_metrics
+    from .optimization import OptimizationReport as OptimizationReport
+    from .optimization import optimize as optimize
+    from .optimization import restore as restore
     from .pipeline import ViViTVideoClassificationPipeline as ViViTVideoClassificationPipeline
     from .prediction import VideoPrediction as VideoPrediction
     from .prediction import predict_videos as predict_videos
@@ -37,6 +40,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "finite_outputs": "NonFiniteError",
         "live_video": "LiveVideo",
         "metrics": "classification_metrics",
+        "optimization": "OptimizationReport optimize restore",
         "pipeline": "ViViTVideoClassificationPipeline",
         "prediction": "VideoPrediction predict_videos",
         "segments": "Segment merge_windows",

@@ -1,0 +1,410 @@
+"""
+Faster inference, on request: `optimize` swaps the classes of a trained model's modules, `restore` swaps them back.
+
+Parameters keep their names and values. What a faster class cannot do (gradients, compiling, recorded outputs) it leaves
+to the plain class; weights that are laid out for oneDNN raise an error that names `restore` instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+
+from ..modeling_vivit import (
+    ViViTAttention,
+    ViViTFactorisedDotProductAttention,
+    ViViTKwargs,
+    ViViTLayer,
+    ViViTMLP,
+    ViViTPreTrainedModel,
+)
+
+
+# Attention scores in memory at once, per thread: as many as a core's caches hold (1.6 MB in bfloat16).
+BLOCK_SCORES = 800_000
+# Further threads get no scores of their own, which bounds the memory at 13 million scores.
+MOST_THREADS = 16
+# Below this many scores PyTorch's own attention is as fast (measured at 17 tokens and 12 heads).
+LEAST_SCORES = 20_000
+
+
+@dataclass(frozen=True)
+class OptimizationReport:
+    """The changes that `optimize` made, in words, and the device and dtype that they were made for."""
+
+    device: str
+    dtype: str
+    changes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = self.changes or ("nothing: no module of this model has a faster class",)
+        return "\n".join([f"Optimised for inference on {self.device} in {self.dtype}:", *(f"- {one}" for one in lines)])
+
+
+def optimize(model: Any, *, dtype: torch.dtype | None = None) -> OptimizationReport:
+    """
+    Speed up inference of a trained model, in place.
+
+    - Everywhere: GELU overwrites its input, which saves a pass over the widest tensor of a layer, and where only the
+      class token is pooled, the last layer computes that token alone.
+    - On CPUs with AVX-512, in float32: GELU is fused into the matrix product of oneDNN.
+    - On CPUs with bfloat16 units, in bfloat16: GELU and bias are fused, linear weights are laid out for oneDNN (the
+      plain copies are dropped, so memory does not grow), and `attn_implementation="sdpa"` becomes "blockwise".
+
+    Outputs equal the plain model's up to rounding, hidden states and attentions included. Gradients, compiling and
+    tracing run the plain code; where weights are laid out for oneDNN, they raise a RuntimeError that names `restore`.
+    Copies, pickles and saved files hold plain weights under the plain names; `.to()` with another dtype or device and
+    `load_state_dict` make the weights plain again. Forward hooks see what the faster modules compute. Optimising again
+    starts from the plain model.
+
+    Args:
+        model: a `ViViTModel` or `ViViTForVideoClassification`, on the device that it will run on.
+        dtype: dtype to cast the model to first, as `model.to(dtype)` does; unchanged if None. `restore` does not undo
+            the cast, whose rounding is final.
+
+    Returns:
+        The report; printing it shows what was done.
+
+    Raises:
+        TypeError: for another kind of model, or one wrapped in an adapter.
+        ValueError: for a dtype that is not a floating-point one.
+    """
+    if not isinstance(model, ViViTPreTrainedModel):
+        raise TypeError(
+            f"`optimize` expects a ViViTModel or ViViTForVideoClassification, got {type(model).__name__}. Merge "
+            "adapters and unwrap the model first."
+        )
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"`dtype={dtype!r}` must be a floating-point torch.dtype, such as torch.bfloat16.")
+    restore(model)
+    changes: Counter[str] = Counter()
+    if dtype not in (None, model.dtype):
+        changes[f"weights cast from {_word(model.dtype)} to {_word(dtype)}"] += 1
+        model.to(dtype)
+    backbone = model.base_model
+    runs_bfloat16 = model.device.type == "cpu" and model.dtype == torch.bfloat16 and has_bfloat16_units()
+    for module in list(backbone.modules()):
+        if type(module) is ViViTMLP and gelu_approximation(module.activation) is not None:
+            fuses = runs_bfloat16 or (model.device.type == "cpu" and model.dtype == torch.float32 and has_avx512())
+            module.__class__ = OneDNNMLP if fuses else InPlaceMLP
+            changes["GELU fused into the product by oneDNN" if fuses else "GELU computed in place"] += 1
+        if runs_bfloat16 and type(module) in (*_MLPS, ViViTAttention, ViViTFactorisedDotProductAttention):
+            packed = [PackedLinear.pack(child) for child in module.children() if _is_plain_linear(child)]
+            changes["linear layers with bias fused and weights laid out for oneDNN"] += len(packed)
+    for layer, cls in _class_token_layers(backbone):
+        layer.__class__ = cls
+        changes["last layer computes the class token alone"] += 1
+    if runs_bfloat16 and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("blockwise")
+        changes["attention by matrix products, a block of scores at a time"] += 1
+    words = [f"{name} ({count} modules)" if count > 1 else name for name, count in changes.items() if count]
+    if model.device.type != "cpu":
+        words.append("fused products and laid-out weights are for CPUs, and left out")
+    return OptimizationReport(str(model.device), _word(model.dtype), tuple(words))
+
+
+def restore(model: Any) -> None:
+    """
+    Undo `optimize`: swap every module back to its plain class, and rebuild plain weights, equal bit for bit.
+
+    A model that is not optimised is left as it is. A cast by `optimize(dtype=...)` stays.
+    """
+    faster = [module for module in model.modules() if type(module) in _PLAIN]
+    for module in faster:
+        if isinstance(module, PackedLinear):
+            module.unpack()
+        else:
+            module.__class__ = _PLAIN[type(module)]
+    if faster and model.config._attn_implementation == "blockwise":
+        model.set_attn_implementation("sdpa")
+
+
+@contextmanager
+def optimized(model: Any) -> Iterator[None]:
+    """Optimise a model within the block; no-op if it is optimised already, in training, or of another package."""
+    is_ours = isinstance(model, ViViTPreTrainedModel) and not model.training
+    if not is_ours or any(type(module) in _PLAIN for module in model.modules()):
+        yield
+        return
+    optimize(model)
+    try:
+        yield
+    finally:
+        restore(model)
+
+
+def _word(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# Faster classes
+
+
+class InPlaceMLP(ViViTMLP):
+    """GELU overwrites the output of the first product: a second tensor of that size costs more time than the GELU."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(batch, ..., hidden) -> (batch, ..., hidden)."""
+        approximation = gelu_approximation(self.activation)
+        if approximation is None or torch.is_grad_enabled() or not _is_plain_linear(self.fc1):
+            return super().forward(hidden_states)
+        inner = torch.ops.aten.gelu_(self.fc1(hidden_states), approximate=approximation)  # (batch, ..., intermediate)
+        return self.dropout(self.fc2(self.dropout(inner)))
+
+
+class OneDNNMLP(InPlaceMLP):
+    """GELU is computed inside the first product."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(batch, ..., hidden) -> (batch, ..., hidden)."""
+        approximation = gelu_approximation(self.activation)
+        if approximation is None or _needs_plain_code(hidden_states):
+            return super().forward(hidden_states)
+        if isinstance(self.fc1, PackedLinear):
+            inner = self.fc1.product(hidden_states, "gelu", approximation)
+        elif hidden_states.dtype == torch.float32 and hidden_states.device.type == "cpu" and _is_plain_linear(self.fc1):
+            fused: Callable = torch.ops.mkldnn._linear_pointwise
+            weight, bias = self.fc1.weight, self.fc1.bias
+            inner = fused(hidden_states.contiguous(), weight, bias, "gelu", [], approximation)
+        else:
+            return super().forward(hidden_states)
+        return self.dropout(self.fc2(self.dropout(inner)))
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer whose weight is laid out for oneDNN, for inference alone; `to_dense` gives the plain weight."""
+
+    _packed: torch.Tensor
+    _requires_grad: bool
+
+    @staticmethod
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def pack(layer: nn.Linear) -> PackedLinear:
+        """Turn a plain layer into a packed one, in place. The plain weight is dropped."""
+        packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+        state = vars(layer)
+        state["_packed"], state["_requires_grad"] = packed, layer.weight.requires_grad
+        del layer.weight
+        layer.__class__ = PackedLinear
+        return layer  # type: ignore[return-value]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def to_dense(self) -> torch.Tensor:
+        """The plain weight (out_features, in_features), equal bit for bit to the one that was packed."""
+        return self._packed.to_dense()
+
+    def unpack(self) -> None:
+        """Turn this layer back into a plain one, in place."""
+        weight = nn.Parameter(self.to_dense(), requires_grad=self._requires_grad)
+        bias = self._parameters.pop("bias")
+        del self._packed, self._requires_grad
+        self.__class__ = nn.Linear  # type: ignore[assignment]
+        self._parameters.update(weight=weight, bias=bias)  # in the order of a new layer
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """(batch, ..., in_features) -> (batch, ..., out_features)."""
+        needs_gradients = torch.is_grad_enabled() and (input.requires_grad or self._requires_grad)
+        if needs_gradients or _is_observed(input):
+            raise RuntimeError(
+                "The linear weights of this model are laid out for inference: they have no gradients, and cannot be "
+                "compiled or traced. Use `torch.inference_mode()`, or call `vivit_hf.inference.restore(model)` first."
+            )
+        return self.product(input, "none", None)
+
+    def product(self, tokens: torch.Tensor, post: str, algorithm: str | None) -> torch.Tensor:
+        """(batch, ..., in_features) -> (batch, ..., out_features), with the pointwise operation `post` on top."""
+        tokens = tokens.to(self._packed.dtype).contiguous()
+        return torch.ops.mkldnn._linear_pointwise(tokens, self._packed, self.bias, post, [], algorithm)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
+        example = torch.empty(0, dtype=self._packed.dtype)
+        applied = fn(example)
+        if (applied.dtype, applied.device) == (example.dtype, example.device):
+            return self
+        self.unpack()
+        return self._apply(fn, recurse)  # that of nn.Linear
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.to_dense()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unpack()
+        self._load_from_state_dict(*args, **kwargs)  # that of nn.Linear
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":
+            raise AttributeError(
+                "This weight is laid out for inference. `to_dense()` returns a plain copy; to change it, call "
+                "`vivit_hf.inference.restore(model)` first."
+            )
+        return super().__getattr__(name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles are plain layers: the layout fits this machine alone."""
+        state = {name: value for name, value in vars(self).items() if name not in ("_packed", "_requires_grad")}
+        weight = nn.Parameter(self.to_dense(), requires_grad=self._requires_grad)
+        state["_parameters"] = {"weight": weight, **self._parameters}
+        return object.__new__, (nn.Linear,), state
+
+
+class ClassTokenLayer(ViViTLayer):
+    """The last layer of an encoder of which only the class token is pooled: it computes that token alone."""
+
+    def needs_all_tokens(self, **kwargs: Unpack[ViViTKwargs]) -> bool:
+        return bool(kwargs.get("output_hidden_states") or kwargs.get("output_attentions"))
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[ViViTKwargs]) -> torch.Tensor:
+        """(batch, tokens, hidden) -> (batch, 1, hidden), or (batch, tokens, hidden) if an output needs all tokens."""
+        if torch.is_grad_enabled() or self.needs_all_tokens(**kwargs):
+            return super().forward(hidden_states, **kwargs)
+        attention, tokens = self.attention, self.layernorm_before(hidden_states)
+        heads = (attention.num_heads, attention.head_dim)
+        query = attention.q_proj(tokens[:, :1]).unflatten(-1, heads)  # (batch, 1, heads, head_dim)
+        key = attention.k_proj(tokens).unflatten(-1, heads)  # (batch, tokens, heads, head_dim)
+        value = attention.v_proj(tokens).unflatten(-1, heads)
+        attended = attention.o_proj(attention.attend(query, key, value, **kwargs).flatten(-2))  # (batch, 1, hidden)
+        class_token = hidden_states[:, :1] + self.drop_path(self.dropout(attended))
+        return class_token + self.drop_path(self.mlp(self.layernorm_after(class_token)))
+
+
+class FinalClassTokenLayer(ClassTokenLayer):
+    """A `ClassTokenLayer` in the encoder whose tokens are the backbone's `last_hidden_state`."""
+
+    def needs_all_tokens(self, **kwargs: Unpack[ViViTKwargs]) -> bool:
+        return kwargs.get("output_last_hidden_state", True) or super().needs_all_tokens(**kwargs)
+
+
+_MLPS = (ViViTMLP, InPlaceMLP, OneDNNMLP)
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    InPlaceMLP: ViViTMLP,
+    OneDNNMLP: ViViTMLP,
+    PackedLinear: nn.Linear,
+    ClassTokenLayer: ViViTLayer,
+    FinalClassTokenLayer: ViViTLayer,
+}
+
+
+def _class_token_layers(backbone: Any) -> list[tuple[nn.Module, type[ClassTokenLayer]]]:
+    """The last layers whose other tokens are not pooled, with the class for each."""
+    if backbone.config.pooling != "cls":
+        return []
+    is_encoder = backbone.config.attention_type == "factorised_encoder"
+    found = [(backbone.encoder.layer[-1], ClassTokenLayer if is_encoder else FinalClassTokenLayer)]
+    if backbone.temporal_encoder is not None:
+        found.append((backbone.temporal_encoder.layer[-1], FinalClassTokenLayer))
+    return [(layer, cls) for layer, cls in found if type(layer) is ViViTLayer]
+
+
+def gelu_approximation(activation: nn.Module) -> str | None:
+    """PyTorch's name for the variant of GELU that a module computes; None for another activation."""
+    function = getattr(activation, "act", None)
+    if isinstance(function, functools.partial) and function.func is nn.functional.gelu and not function.args:
+        return function.keywords.get("approximate", "none")
+    return "none" if function is nn.functional.gelu else None
+
+
+def _is_plain_linear(layer: nn.Module) -> bool:
+    """Whether a layer computes what nn.Linear computes: no wrapper, no offloading, no quantised weight."""
+    return type(layer) is nn.Linear and "forward" not in vars(layer) and type(layer.weight) is nn.Parameter
+
+
+def _needs_plain_code(tensor: torch.Tensor) -> bool:
+    """Whether oneDNN's operations have no rule for this call: gradients, autocast, and what `_is_observed` finds."""
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return True
+    return _is_observed(tensor)
+
+
+def _is_observed(tensor: torch.Tensor) -> bool:
+    """Whether the call is compiled, traced, or differentiated in forward mode, which `no_grad` leaves on."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return forward_ad.unpack_dual(tensor).tangent is not None
+
+
+@functools.cache
+def has_avx512() -> bool:
+    """Whether this CPU has AVX-512; with AVX2 alone, oneDNN's fused product is slower than PyTorch's separate ones."""
+    has_onednn = bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
+    return has_onednn and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
+@functools.cache
+def has_bfloat16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices itself (AVX512-BF16, AMX)."""
+    checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return has_avx512() and any(check() for check in checks if check is not None)
+
+
+# Attention
+
+
+def blockwise_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """
+    Compute attention as matrix products in the dtype of the tensors, a bounded number of scores at a time.
+
+    Registered with transformers as `attn_implementation="blockwise"`. On CPUs with bfloat16 units it is faster than
+    PyTorch's attention, which does not reach the rate of those units. Scores are rounded to the dtype, as in the eager
+    implementation. Gradients, masks, dropout, compilers and short sequences use PyTorch's attention.
+
+    Args:
+        query: (batch, heads, queries, head_dim).
+        key, value: (batch, heads, tokens, head_dim), floats of the same dtype.
+
+    Returns:
+        The context (batch, queries, heads, head_dim), and None for the weights.
+    """
+    batch, heads, queries, head_dim = query.shape
+    tokens = key.shape[2]
+    is_short = batch * heads * queries * tokens < LEAST_SCORES
+    if attention_mask is not None or dropout or _needs_plain_code(query) or is_short:
+        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    # (batch, heads, tokens, head_dim) -> (batch * heads, tokens, head_dim)
+    query, key, value = (tensor.reshape(-1, tensor.shape[2], head_dim) for tensor in (query, key, value))
+    key = key.transpose(1, 2)  # (batch * heads, head_dim, tokens)
+    context = torch.empty_like(query)  # (batch * heads, queries, head_dim)
+
+    budget = BLOCK_SCORES * min(torch.get_num_threads(), MOST_THREADS)
+    group = max(1, budget // (queries * tokens))
+    rows = math.ceil(queries / math.ceil(queries * tokens / budget))  # blocks of equal size
+    buffer = query.new_empty(min(group, len(query)) * rows * tokens)
+    # A single matrix is multiplied faster as a matrix than as a batch of one.
+    scale_and_multiply, multiply = (torch.addmm, torch.mm) if group == 1 else (torch.baddbmm, torch.bmm)
+    for start in range(0, len(query), group):
+        sequences = start if group == 1 else slice(start, start + group)
+        for row in range(0, queries, rows):
+            block = query[sequences, row : row + rows]  # ([group,] rows, head_dim)
+            scores = buffer[: block.numel() // head_dim * tokens].view(*block.shape[:-1], tokens)
+            scale_and_multiply(scores, block, key[sequences], beta=0, alpha=scaling, out=scores)
+            torch.softmax(scores, dim=-1, out=scores)
+            multiply(scores, value[sequences], out=context[sequences, row : row + rows])
+    return context.unflatten(0, (batch, heads)).transpose(1, 2), None  # (batch, queries, heads, head_dim)
+
+
+ALL_ATTENTION_FUNCTIONS.register("blockwise", blockwise_attention_forward)
+
+__all__ = ["OptimizationReport", "optimize", "optimized", "restore"]
