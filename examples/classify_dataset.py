@@ -24,6 +24,7 @@ from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
 from vivit_hf.data.hub_datasets import load_hub_dataset, unlabelled_videos
 from vivit_hf.data.labels import LabelMap
 from vivit_hf.data.scan import find_videos
+from vivit_hf.inference import optimize
 from vivit_hf.inference.fingerprints import hub_commit, model_fingerprint
 from vivit_hf.inference.prediction import predict_videos
 from vivit_hf.inference.processes import process_group
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{len(videos)} videos in {len(shards)} parts, {len(shards) - len(waiting)} of them finished", flush=True)
     if mine:
         model = ViViTForVideoClassification.from_pretrained(args.model, dtype=getattr(torch, args.dtype), **revision)
-        model.to(state.device).eval()
+        optimize(model.to(state.device).eval())
         if state.is_main_process:
             print(f"views per video: {describe_views(processor, args.num_clips, args.num_crops)}", flush=True)
     views = {"num_clips": args.num_clips, "num_crops": args.num_crops}

@@ -23,6 +23,7 @@ from vivit_hf.data.labels import LabelMap, to_probabilities
 from vivit_hf.explain.explanation import explain_clip
 from vivit_hf.explain.pictures import save_explanation
 from vivit_hf.inference.finite_outputs import check_finite
+from vivit_hf.inference.optimization import optimized
 from vivit_hf.inference.segments import Segment
 from vivit_hf.inference.streaming import StreamingClassifier
 from vivit_hf.inference.timeline import video_timeline
@@ -184,9 +185,10 @@ def answer(job: Job) -> Iterator[dict[str, Any]]:
     yield {"status": f"{clip.summary}. Loading the model ..."}
     network, processor = load_model(job.model)
     yield {"status": f"{clip.summary}. Classifying ..."}
-    found = classify(network, processor, clip.path)
-    yield {"labels": found.labels}
-    yield {"segments": timeline(network, processor, clip)}
+    with optimized(network):  # the explanation by gradients, below, needs the plain model
+        found = classify(network, processor, clip.path)
+        yield {"labels": found.labels}
+        yield {"segments": timeline(network, processor, clip)}
     target = found.class_index if job.method == "gradient" else None
     explanation = explain_clip(network, processor, found.pixel_values, job.method, target, TOP_K)
     pictures = [str(save_explanation(Path(job.folder, name), explanation)) for name in ("seen.gif", "sheet.png")]

@@ -50,7 +50,8 @@ def explain(
     check_on_error(on_error)
     _check_output(output, video)
     _check_method(method, label)
-    classifier, processor = load(model, device, dtype, method == "gradient", allow_private_addresses)
+    by_gradient = method == "gradient"
+    classifier, processor = load(model, device, dtype, by_gradient, allow_private_addresses, by_gradient)
     index = None if label is None else _find_label(label, classifier.config)
     part: dict[str, Any] = {"start": start, "end": end}
     part |= {"bytes": standard_input(), "path": "-"} if video == "-" else {"path": video}

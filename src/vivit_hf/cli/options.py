@@ -115,9 +115,15 @@ def load(
     dtype: str,
     needs_labels: bool = True,
     allow_private_addresses: bool = False,
+    needs_gradients: bool = False,
 ) -> tuple[Any, Any]:
-    """Load a model in eval mode and its processor; exits with 2 and the reason if that fails or they do not fit."""
+    """
+    Load a model, in eval mode and optimised unless gradients are needed, and its processor.
+
+    Exits with 2 and the reason if that fails or they do not fit together.
+    """
     from ..configuration_vivit import ViViTConfig
+    from ..inference import optimize
     from ..inference.demo_model import demo_model_path
 
     quiet_libraries()
@@ -139,7 +145,10 @@ def load(
             "set `num_frames` and `crop_size` in its preprocessor_config.json.",
             code=2,
         )
-    return loaded.to(place).eval(), processor
+    loaded.to(place).eval()
+    if not needs_gradients:
+        optimize(loaded)
+    return loaded, processor
 
 
 def _from_pretrained(model: str, dtype: str, video_limits: dict[str, Any]) -> tuple[Any, Any]:

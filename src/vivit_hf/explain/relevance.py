@@ -19,6 +19,7 @@ from torch import nn
 
 from ..data.labels import LabelMap, to_probabilities
 from ..inference.finite_outputs import check_finite
+from ..inference.optimization import optimized
 from ..modeling_vivit import check_pixel_values
 
 
@@ -74,13 +75,14 @@ def attention_rollout(model: Any, pixel_values: torch.Tensor) -> Relevance:
     """
     backbone = backbone_for(model, pixel_values)
     space = pixel_values.new_empty(len(pixel_values), *backbone.config.grid_size, dtype=torch.float32)
-    for index in range(len(pixel_values)):
-        clip = pixel_values[index : index + 1].detach()
-        with torch.no_grad(), _recording(model, backbone, _keep_mean) as recorded:
-            backbone(clip.to(model.device), output_attentions=True)
-            relevance = _rollout(backbone, recorded)
-            check_finite(relevance.sum(), model, clip)
-            space[index] = _shares(relevance)
+    with evaluating(model), optimized(model):
+        for index in range(len(pixel_values)):
+            clip = pixel_values[index : index + 1].detach()
+            with torch.no_grad(), _recording(model, backbone, _keep_mean) as recorded:
+                backbone(clip.to(model.device), output_attentions=True)
+                relevance = _rollout(backbone, recorded)
+                check_finite(relevance.sum(), model, clip)
+                space[index] = _shares(relevance)
     return Relevance(space, space.sum(dim=(2, 3)))
 
 

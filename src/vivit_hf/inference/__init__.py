@@ -1,4 +1,4 @@
-"""What a user does with a trained model: predictions, streams, timelines, scores."""
+"""What a user does with a trained model: faster inference, predictions, streams, timelines, scores."""
 
 from typing import TYPE_CHECKING
 

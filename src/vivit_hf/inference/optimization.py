@@ -133,15 +133,20 @@ def restore(model: Any) -> None:
 @contextmanager
 def optimized(model: Any) -> Iterator[None]:
     """Optimise a model within the block; no-op if it is optimised already, in training, or of another package."""
-    is_ours = isinstance(model, ViViTPreTrainedModel) and not model.training
-    if not is_ours or any(type(module) in _PLAIN for module in model.modules()):
-        yield
-        return
-    optimize(model)
+    is_changed = optimize_if_plain(model)
     try:
         yield
     finally:
-        restore(model)
+        if is_changed:
+            restore(model)
+
+
+def optimize_if_plain(model: Any) -> bool:
+    """Optimise a model of this package that is in eval mode and not optimised yet; return whether it was."""
+    is_ours = isinstance(model, ViViTPreTrainedModel) and not model.training
+    if not is_ours or any(type(module) in _PLAIN for module in model.modules()):
+        return False
+    return bool(optimize(model).changes)
 
 
 def _word(dtype: torch.dtype | None) -> str:
@@ -407,4 +412,4 @@ def blockwise_attention_forward(
 
 ALL_ATTENTION_FUNCTIONS.register("blockwise", blockwise_attention_forward)
 
-__all__ = ["OptimizationReport", "optimize", "optimized", "restore"]
+__all__ = ["OptimizationReport", "optimize", "optimize_if_plain", "optimized", "restore"]

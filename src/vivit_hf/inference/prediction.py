@@ -14,6 +14,7 @@ from ..data.labels import LabelMap, to_probabilities
 from ..video_processing_vivit import ViViTVideoProcessor
 from ..video_sources import VideoDecodingError
 from .finite_outputs import NonFiniteError, check_finite
+from .optimization import optimized
 from .views import average_views, predict_views
 
 
@@ -66,7 +67,8 @@ def predict_videos(
     Classify videos in the given order. For a video that cannot be read, the prediction has an `error`.
 
     Args:
-        model: a `ViViTForVideoClassification` in eval mode. It runs on its own device and in its own dtype.
+        model: a `ViViTForVideoClassification` in eval mode. It runs on its own device and in its own dtype, optimised
+            for the time of the iteration (see `vivit_hf.inference.optimize`).
         processor: makes clips with the model's number of frames and size.
         videos: inputs of the processor (paths, addresses, arrays ...), or functions without arguments that return one.
         num_clips, num_crops: views per video.
@@ -86,26 +88,27 @@ def predict_videos(
         num_workers=num_workers,
         collate_fn=list,
     )
-    for items in loader:
-        good = [(views, ids) for _, views, ids, _ in items if views is not None]
-        # Without a crop, videos can differ in size.
-        is_one_size = len({views.shape for views, _ in good}) == 1
-        alike = [good] if is_one_size else [[one] for one in good]
-        rows: list[torch.Tensor] = []
-        with torch.inference_mode():
-            for group in alike:
-                pixel_values = torch.stack([views for views, _ in group]).to(model.device, model.dtype)
-                ids = np.stack([ids for _, ids in group])
-                logits = predict_views(model, pixel_values, batch_size, ids)
-                check_finite(logits, model, pixel_values)
-                rows += average_views(logits, label_map, averaging).cpu()
-        remaining = iter(rows)
-        for index, views, _, error in items:
-            if views is None:
-                yield VideoPrediction(index, error=error)
-            else:
-                row = next(remaining)
-                yield VideoPrediction(index, row.numpy(), to_probabilities(row, label_map).numpy())
+    with optimized(model):
+        for items in loader:
+            good = [(views, ids) for _, views, ids, _ in items if views is not None]
+            # Without a crop, videos can differ in size.
+            is_one_size = len({views.shape for views, _ in good}) == 1
+            alike = [good] if is_one_size else [[one] for one in good]
+            rows: list[torch.Tensor] = []
+            with torch.inference_mode():
+                for group in alike:
+                    pixel_values = torch.stack([views for views, _ in group]).to(model.device, model.dtype)
+                    ids = np.stack([ids for _, ids in group])
+                    logits = predict_views(model, pixel_values, batch_size, ids)
+                    check_finite(logits, model, pixel_values)
+                    rows += average_views(logits, label_map, averaging).cpu()
+            remaining = iter(rows)
+            for index, views, _, error in items:
+                if views is None:
+                    yield VideoPrediction(index, error=error)
+                else:
+                    row = next(remaining)
+                    yield VideoPrediction(index, row.numpy(), to_probabilities(row, label_map).numpy())
 
 
 def predict_each(

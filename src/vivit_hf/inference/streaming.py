@@ -32,6 +32,7 @@ from ..video_processing_vivit import ViViTVideoProcessor
 from .clips import BATCH, reuses_tubelets
 from .cuts import find_cut, frame_change
 from .finite_outputs import check_finite
+from .optimization import optimize_if_plain
 
 
 @dataclass
@@ -102,7 +103,8 @@ class StreamingClassifier:
     Classify a sliding window over a stream of frames, from video files and cameras alike.
 
     Args:
-        model: a `ViViTForVideoClassification` in eval mode. It runs on its own device and in its own dtype.
+        model: a `ViViTForVideoClassification` in eval mode. It runs on its own device and in its own dtype, and is
+            optimised in place (see `vivit_hf.inference.optimize`; `restore` undoes it).
         processor: its `ViViTVideoProcessor`. It defines size, crop and normalisation, and which frames are sampled:
             every `frame_stride`-th frame, or `frames_per_second` by their times. A window has
             `model.config.num_frames` sampled frames.
@@ -151,6 +153,7 @@ class StreamingClassifier:
                 "A processor with frame_sampling='uniform' spreads its frames over a whole video, which a stream does "
                 "not have: use frame_sampling='clip' with a `frame_stride` or with `frames_per_second`."
             )
+        optimize_if_plain(model)
         self.reset()
 
     def reset(self) -> None:
