@@ -1,9 +1,9 @@
 """
-What users of the Hub do, each step in a process of its own, as huggingface_hub reads HF_ENDPOINT when it is imported.
+Steps of a user of the Hub. Each runs in its own process, because huggingface_hub reads HF_ENDPOINT on import.
 
     python tests/hub_client.py STEP FOLDER
 
-A step leaves FOLDER/STEP.pt for test_hub_roundtrip.py. The steps `elsewhere` and `bare` run without `vivit_hf`.
+A step writes FOLDER/STEP.pt for test_hub_roundtrip.py. The steps `elsewhere` and `bare` run without `vivit_hf`.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def clips() -> torch.Tensor:
 
 
 def error_of(action: Callable[[], Any]) -> tuple[str, str]:
-    """(class, message) of what the action raises."""
+    """Return the class name and the message of the error that an action raises."""
     try:
         action()
     except Exception as error:
@@ -50,7 +50,7 @@ def error_of(action: Callable[[], Any]) -> tuple[str, str]:
 
 @torch.no_grad()
 def loaded(source: str, **arguments: Any) -> dict[str, Any]:
-    """What each Auto class makes of the source."""
+    """Load a source with each Auto class, and return classes and outputs."""
     config = AutoConfig.from_pretrained(source, **arguments)
     classifier = AutoModelForVideoClassification.from_pretrained(source, **arguments)
     model = AutoModel.from_pretrained(source, **arguments)
@@ -67,7 +67,7 @@ def loaded(source: str, **arguments: Any) -> dict[str, Any]:
 
 
 def run_snippet(card: str, number: int) -> str:
-    """What a code block of the card prints."""
+    """Run a code block of the card, and return its output."""
     code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[number]
     with contextlib.redirect_stdout(io.StringIO()) as output:
         exec(code, {})
@@ -190,7 +190,7 @@ def elsewhere(folder: Path) -> dict[str, Any]:
 
 
 def bare(folder: Path) -> dict[str, Any]:
-    """Neither the package nor PyAV: folders and repositories that came from either side."""
+    """Load folders and repositories from either side without the package and without PyAV."""
     sources = [str(folder / "saved"), str(folder / "saved elsewhere"), "tester/passed-on"]
     found = {name: importlib.util.find_spec(name) for name in ("vivit_hf", "av")}
     return {"found": found, "loaded": [loaded(source, trust_remote_code=True) for source in sources]}

@@ -1,4 +1,4 @@
-"""`import vivit_hf` is quick, and yet the Auto classes know ViViT, whichever is imported first."""
+"""`import vivit_hf` is quick, and the Auto classes know ViViT in any order of imports."""
 
 import ast
 import importlib
@@ -15,7 +15,7 @@ from vivit_hf.cli.app import app
 
 WINGS = sorted(path.parent.name for path in Path(vivit_hf.__file__).parent.glob("*/__init__.py"))
 PACKAGES = ["vivit_hf", *(f"vivit_hf.{wing}" for wing in WINGS if wing != "cli")]
-# The help of the others is that of a parser in a wing, which imports what it offers.
+# The other commands print the help of a parser in their wing, which imports torch.
 COMMANDS = [
     name for name, one in get_command(app).commands.items() if one.context_settings.get("help_option_names") != []
 ]

@@ -1,4 +1,4 @@
-"""What is built and installed: both archives, the wheel on its own, and the versions that are promised."""
+"""Packaging: both archives, the wheel in a clean environment, and the supported versions of dependencies."""
 
 import json
 import os
@@ -23,7 +23,7 @@ import vivit_hf
 ARCHIVE = f"vivit_hf-{vivit_hf.__version__}"
 VIDEO_EXTRAS = ("torchvision", "torchcodec", "torchaudio", "decord", "cv2")
 
-# Imports the package and runs it; what it prints is checked outside, where an assert can say more.
+# Import the package and run it; the tests check the printed results, where a failed assert shows the values.
 PROGRAM = """
 import json, sys
 import torch
@@ -53,7 +53,7 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def archives(tmp_path_factory) -> tuple[Path, Path]:
-    """The sdist, and the wheel as it is built from that sdist."""
+    """Return the sdist and the wheel built from that sdist."""
     folder = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT)
     return folder / f"{ARCHIVE}.tar.gz", folder / f"{ARCHIVE}-py3-none-any.whl"
@@ -67,15 +67,15 @@ def metadata(archives):
 
 @pytest.fixture(scope="module")
 def clean_environment(archives, tmp_path_factory) -> Path:
-    """A virtual environment with the wheel in it; it sees this one's packages, but no editable installation."""
+    """Return the Python of a virtual environment with the wheel and this environment's other packages."""
     folder = tmp_path_factory.mktemp("clean")
     venv.create(folder, with_pip=True, symlinks=os.name != "nt")
     scheme = sysconfig.get_preferred_scheme("prefix")
     variables = {"base": str(folder), "platbase": str(folder)}
-    # First the wheel, then the other packages: pip would take an editable vivit_hf among them for an older version.
+    # Install the wheel before the other packages are visible: pip would replace an editable vivit_hf among them.
     python = Path(sysconfig.get_path("scripts", scheme, variables), Path(sys.executable).name)
     run(python, "-m", "pip", "install", "--no-index", "--no-deps", archives[1])
-    # A path file inside of a folder that a path file names is not read, and an editable installation is such a file.
+    # Python ignores path files in folders that a path file adds, so editable installations stay invisible.
     shared = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     site_packages = Path(sysconfig.get_path("purelib", scheme, variables))
     (site_packages / "shared.pth").write_text("\n".join(sorted(shared)) + "\n")
@@ -83,7 +83,7 @@ def clean_environment(archives, tmp_path_factory) -> Path:
 
 
 def run(*command: object, **environment: str) -> str:
-    """Runs a command away from the repository and gives what it printed; a failure shows what it said."""
+    """Run a command outside the repository and return its output; show the output if it fails."""
     process = subprocess.run(
         list(map(str, command)),
         capture_output=True,
@@ -97,7 +97,7 @@ def run(*command: object, **environment: str) -> str:
 
 
 def requirements(path: Path) -> dict[str, str]:
-    """The pinned versions of a constraints file, by normalised name, as far as they apply to this Python."""
+    """Return the pinned versions of a constraints file that apply to this Python, by normalised name."""
     lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
     parsed = [Requirement(line) for line in lines if line]
     applying = [requirement for requirement in parsed if requirement.marker is None or requirement.marker.evaluate()]
@@ -117,7 +117,7 @@ def floor(requirement: Requirement) -> str:
 
 
 def required(metadata, *extras: str) -> list[Requirement]:
-    """What the package requires, with these extras."""
+    """Return the requirements of the package with these extras."""
     parsed = map(Requirement, metadata.get_all("Requires-Dist"))
     return [
         requirement
@@ -169,8 +169,8 @@ def test_the_wheel_works_on_its_own_and_leaves_video_libraries_alone(clean_envir
 
 
 def test_a_broken_torchcodec_does_not_matter(clean_environment, tmp_path):
-    # As a build for another torch fails: found, and an error when it is imported. A torchvision in that state is out of
-    # our hands: transformers itself imports it wherever it finds one.
+    # A torchcodec built for another torch is found, but fails on import. A broken torchvision is out of our hands:
+    # transformers imports any that it finds.
     (tmp_path / "torchcodec").mkdir()
     (tmp_path / "torchcodec" / "__init__.py").write_text("raise RuntimeError('Could not load libtorchcodec')\n")
     (tmp_path / "torchcodec-0.1.0.dist-info").mkdir()

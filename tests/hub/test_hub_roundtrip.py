@@ -1,4 +1,4 @@
-"""To the Hub and back, by the real client over HTTP, with this package and without it."""
+"""Push to the Hub and load from it with the real client over HTTP, with this package and without it."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def weight_files(names):
 
 
 class Client:
-    """Runs the steps of hub_client.py against a server, each once."""
+    """Runs the steps of hub_client.py against a server, each in a process."""
 
     def __init__(self, hub, folder):
         self.hub, self.folder = hub, folder
@@ -72,7 +72,7 @@ def client(hub, tmp_path_factory):
 
 
 def damaged_repositories(folder):
-    """Files of repositories by their name: each has weights that nobody can load."""
+    """Return the files of repositories with damaged weights, by repository name."""
     make_model(tiny_config("factorised_encoder")).save_pretrained(folder)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     weights, index = files.pop("model.safetensors"), b'{"metadata": {}, "weight_map": {"a": "../b.safetensors"}}'
@@ -124,7 +124,7 @@ def test_a_push_leaves_weights_configuration_processor_code_and_card(hub, pushed
 
 
 def test_a_saved_folder_holds_the_files_that_load_it_and_no_wing(model, tmp_path):
-    """transformers copies what `from .name import x` reaches: together the whole root, and nothing below it."""
+    """transformers copies the files that `from .name import x` reaches: the whole root and no wing."""
     model.save_pretrained(tmp_path / "model")
     vivit_hf.ViViTVideoProcessor().save_pretrained(tmp_path / "processor")
     model_code, processor_code = (

@@ -1,4 +1,4 @@
-"""What the model card says, and what it leaves alone. That it reaches the Hub: test_hub_roundtrip.py."""
+"""The text of the model card, and the parts of an existing card that it keeps. For the Hub: test_hub_roundtrip.py."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""Checkpoints in, checkpoints out: transformers' own Vivit under both key layouts, fresh heads, and names that stay."""
+"""Loading: transformers' own Vivit under both key layouts, new classifiers, folders of earlier versions, and errors."""
 
 import json
 import logging

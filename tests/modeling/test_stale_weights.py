@@ -1,4 +1,4 @@
-"""Saving over an earlier save: what is loaded afterwards is what was saved last, in whatever layout either was."""
+"""Saving over an earlier save: the last save is loaded, whatever the layouts of the two."""
 
 import peft
 import pytest

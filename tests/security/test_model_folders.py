@@ -1,4 +1,4 @@
-"""Model folders from strangers: damaged, hostile and absurd ones end in errors that name the file or the field."""
+"""Model folders from strangers: errors name the file or the field that is damaged, hostile or absurd."""
 
 import json
 import pickle
@@ -133,7 +133,7 @@ def test_json_that_is_no_configuration_is_named(folder, text):
         refused_at_once(lambda cls=load: cls.from_pretrained(folder), "model.* (nested|JSON|cannot be read)")
     (folder / "preprocessor_config.json").write_text(TEXTS[text])
     (folder / "video_preprocessor_config.json").unlink()
-    error = OSError if text == "null" else ValueError  # transformers takes null for a file that is not there
+    error = OSError if text == "null" else ValueError  # transformers treats null as a missing file
     refused_at_once(lambda: ViViTVideoProcessor.from_pretrained(folder), "model", error)
 
 
