@@ -123,7 +123,7 @@ def _boxes(file: Any, start: int, end: int, depth: int = 0) -> Iterator[tuple[by
             handler = _read(file, place, min(stop - place, _MAX_HEADER_BYTES)).find(b"hdlr")
             if handler >= 4:
                 yield from _boxes(file, place + handler - 4, stop, depth + 1)
-        elif kind not in _LEAVES and stop - place >= 8:
+        elif kind.isalnum() and kind not in _LEAVES:  # other names are numbers in the fields of a box without boxes
             yield from _boxes(file, place, stop, depth + 1)
         start = stop
 
