@@ -254,9 +254,7 @@ def _clips_of_frames(
         raise ValueError("`frames_per_second` needs the rate of the given frames too: pass `video_fps`.")
     times = np.arange(total) / (frames_per_second or 1.0)
     indices = _sample(times, settings, generator) if is_sampled else np.arange(total)[None]
-    frames = select_frames(video, indices.reshape(-1), layout, settings.do_convert_rgb)
-    _, height, width, _ = frames.shape
-    frames = resize_frames(frames, resized_frame_size(height, width, settings), settings.resample)
+    frames = _resized(select_frames(video, indices.reshape(-1), layout, settings.do_convert_rgb), settings)
     if settings.do_rescale and frames.dtype == np.float32:
         frames = frames * np.float32(255)  # `rescale_factor` is for values from 0 to 255
     return frames.reshape(indices.shape + frames.shape[1:]), indices
@@ -284,10 +282,8 @@ def _clips_of_file(
             indices = _choose_frames(reader.timestamps, source, settings, generator)
             clips = reader.frames_at(indices, size=size, window=window, on_lost=on_lost)
     if size is None:
-        _, _, height, width, _ = clips.shape
-        new_size = resized_frame_size(height, width, settings)
-        resized = resize_frames(clips.reshape(-1, *clips.shape[2:]), new_size, settings.resample)
-        clips = resized.reshape(*clips.shape[:2], *resized.shape[1:])
+        frames = _resized(clips.reshape(-1, *clips.shape[2:]), settings)
+        clips = frames.reshape(indices.shape + frames.shape[1:])
     return clips, indices, reader.report
 
 
@@ -299,6 +295,12 @@ def _choose_frames(
     if settings.do_sample_frames is False:
         return first + np.arange(total)[None]
     return first + _sample(timestamps[first : first + total], settings, generator)
+
+
+def _resized(frames: np.ndarray, settings: ProcessorSettings) -> np.ndarray:
+    """Return frames (frames, height, width, channels) in their size before the crop."""
+    _, height, width, _ = frames.shape
+    return resize_frames(frames, resized_frame_size(height, width, settings), settings.resample)
 
 
 def _sample(timestamps: np.ndarray, settings: ProcessorSettings, generator: np.random.Generator | None) -> np.ndarray:
