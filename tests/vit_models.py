@@ -5,7 +5,7 @@ import re
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import randomise
-from transformers import ViTConfig, ViTModel
+from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from vivit_hf import ViViTModel
 from vivit_hf.initialisation.from_image import config_from_vit
@@ -15,6 +15,12 @@ def make_vit(cls=ViTModel, seed=5, **overrides):
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
     config = ViTConfig(**{**sizes, "image_size": 24, "patch_size": 8, **overrides})
     return randomise(cls(config), seed).eval()
+
+
+def make_dinov2(seed=5, **overrides):
+    """Return a DINOv2, whose layers have LayerScale."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 24, "patch_size": 8}
+    return randomise(Dinov2Model(Dinov2Config(**sizes, mlp_ratio=2, **overrides)), seed).eval()
 
 
 def make_vivit(vit, attention_type, cls=ViViTModel, **overrides):

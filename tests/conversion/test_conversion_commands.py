@@ -15,7 +15,7 @@ from paths import CONVERSION, FIXTURES
 from safetensors.torch import save_file
 from tiny_models import make_model, tiny_config
 from transformers import VivitConfig, VivitForVideoClassification
-from vit_models import make_vit, timm_weights, write_layout
+from vit_models import make_dinov2, make_vit, timm_weights, write_layout
 
 from vivit_hf.conversion import convert_scenic, convert_transformers, convert_vit, export_onnx
 from vivit_hf.conversion.results import Result, shortened
@@ -115,6 +115,12 @@ def in21k(folder):
     return folder
 
 
+def dinov2(folder):
+    """facebook/dinov2-small: LayerScale."""
+    make_dinov2().save_pretrained(folder)
+    return folder
+
+
 def timm_dinov2(folder):
     """timm/vit_small_patch14_dinov2: LayerScale, and no head."""
     folder.mkdir()
@@ -133,7 +139,7 @@ def jax_npz(folder):
     return folder.with_suffix(".npz")
 
 
-@pytest.mark.parametrize("source", [in21k, timm_dinov2, jax_npz])
+@pytest.mark.parametrize("source", [in21k, dinov2, timm_dinov2, jax_npz])
 def test_convert_vit_reads_published_layouts(tmp_path, source):
     arguments = ["--source", source(tmp_path / "vit"), "--output", tmp_path / "output", "--num-frames", 4]
     code, printed, errors = run_command("convert vit", *arguments)

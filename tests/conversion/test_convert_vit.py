@@ -186,7 +186,7 @@ def edit(folder, change):
     ("change", "expected"),
     [
         (lambda w: w.pop("encoder.layer.1.output.dense.bias"), "missing: layers.1.mlp.fc2.bias"),
-        (lambda w: w.update({"layernorm.bias": torch.ones(7)}), "another shape: layernorm.bias is (7,)"),
+        (lambda w: w.update({"layernorm.bias": torch.ones(7)}), "wrong shape: layernorm.bias is (7,)"),
         (lambda w: w.update({"embeddings.distillation_token": torch.ones(1)}), "embeddings.distillation_token"),
         (lambda w: w.update({"encoder.layer.0.lambda_1": torch.ones(24)}), "no place for: layers.0.lambda_1"),
         (lambda w: w.clear() or w.update({"a": torch.ones(1)}), "missing: embeddings.cls_token"),

@@ -8,7 +8,7 @@ import torch
 from image_conversion import EXECUTED, Attack, assert_refused, converter, difference, jax_arrays
 from safetensors.torch import save_file
 from transformers import ViTModel
-from vit_models import make_vit, timm_weights
+from vit_models import make_dinov2, make_vit, timm_weights
 
 from vivit_hf import ViViTVideoProcessor
 from vivit_hf.conversion.image_sources import read_image_source
@@ -18,6 +18,29 @@ from vivit_hf.conversion.scenic_reference import _Weights, attend, embed, transf
 @pytest.fixture
 def convert(tmp_path, capfd):
     return converter(tmp_path, capfd)
+
+
+# DINOv2
+
+
+def test_dinov2_becomes_a_plain_vit_that_computes_the_same(tmp_path, convert):
+    dinov2 = make_dinov2()
+    dinov2.save_pretrained(tmp_path / "dinov2")
+    source = read_image_source(str(tmp_path / "dinov2"))
+    image = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        expected = dinov2(image).last_hidden_state
+        torch.testing.assert_close(source.vit(image).last_hidden_state, expected, atol=1e-5, rtol=0)
+    code, printed, errors, _ = convert(tmp_path / "dinov2", "--attention-type", "factorised_encoder")
+    assert code == 0, errors
+    total = len(dinov2.state_dict())
+    assert difference(printed) < 1e-5 and f"arrays mapped {total - 1} of {total} " in printed
+    assert "embeddings.mask_token (mask token)" in printed and "transformers (dinov2, safetensors)" in printed
+
+
+def test_a_dinov2_with_swiglu_is_refused(tmp_path, convert):
+    make_dinov2(use_swiglu_ffn=True).save_pretrained(tmp_path / "dinov2")
+    assert_refused(convert(tmp_path / "dinov2"), tmp_path, "has SwiGLU layers (use_swiglu_ffn)")
 
 
 # timm
@@ -130,9 +153,9 @@ def test_a_single_file_of_timm(timm, convert, tmp_path):
     ("width", "heads"), [(192, 3), (384, 6), (768, 12), (1024, 16), (1280, 16), (1408, 16), (1664, 16)]
 )
 def test_timm_heads_by_width(tmp_path, width, heads):
-    from vivit_hf.conversion.image_sources import _timm_heads
+    from vivit_hf.conversion.timm_images import _heads
 
-    found, notes = _timm_heads(tmp_path, width, {}, None)
+    found, notes = _heads(tmp_path, width, {}, None)
     assert found == heads and f"{heads} heads" in notes[0]
 
 
@@ -147,8 +170,8 @@ def test_timm_heads_by_width(tmp_path, width, heads):
         ({"norm_pre.weight": torch.ones(24)}, {}, ["norm_pre.weight"]),
         ({"blocks.0.attn.q_norm.weight": torch.ones(6)}, {}, ["query-key normalisation"]),
         ({"blocks.0.adapter.weight": torch.ones(3)}, {}, ["no place for: blocks.0.adapter.weight"]),
-        ({"blocks.1.mlp.fc2.bias": None}, {}, ["missing: what becomes layers.1.mlp.fc2.bias"]),
-        ({"norm.weight": torch.ones(7)}, {}, ["another shape: norm.weight gives (7,)"]),
+        ({"blocks.1.mlp.fc2.bias": None}, {}, ["missing: the source of layers.1.mlp.fc2.bias"]),
+        ({"norm.weight": torch.ones(7)}, {}, ["wrong shape: norm.weight gives (7,)"]),
         ({"cls_token": None}, {}, ["has no 'cls_token'"]),
         ({"pos_embed": torch.ones(1, 9, 24)}, {"pretrained_cfg": {}}, ["9 position embeddings"]),
         ({}, {"architecture": "swin_base_patch4_window7_224"}, ["swin_base_patch4_window7_224"]),
@@ -212,12 +235,12 @@ def test_jax_weights_compute_what_they_do_in_flax(tmp_path, convert, naming):
         ({"cls": None}, ["missing: cls"]),
         (
             {"Transformer/encoderblock_1/LayerNorm_2/bias": None},
-            ["missing: what becomes layers.1.layernorm_after.bias"],
+            ["missing: the source of layers.1.layernorm_after.bias"],
         ),
-        ({"Transformer/encoder_norm/bias": np.ones(3)}, ["another shape: Transformer/encoder_norm/bias gives (3,)"]),
+        ({"Transformer/encoder_norm/bias": np.ones(3)}, ["wrong shape: Transformer/encoder_norm/bias gives (3,)"]),
         ({"stem/kernel": np.ones(3)}, ["no place for: stem/kernel"]),
         ({"embedding/kernel": None}, ["has no embedding/kernel"]),
-        ({"head/bias": np.array([Attack()], dtype=object)}, ["not a whole .npz of plain arrays"]),
+        ({"head/bias": np.array([Attack()], dtype=object)}, ["not a complete .npz of plain arrays"]),
     ],
 )
 def test_other_npz_files_are_refused_by_name(tmp_path, convert, changes, expected):

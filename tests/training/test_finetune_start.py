@@ -236,7 +236,7 @@ def test_weights_of_timm_are_converted(tmp_path):
     assert clips_of(start) == (4, 24, 2, 32) and start.processor.image_mean == [0.1, 0.2, 0.3]
     assert "4 arrays of LayerScale folded" in printed
     assert "short side resized to 32" in next(line for line in printed.splitlines() if line.startswith(f"  {folder}"))
-    with pytest.raises(ValueError, match=r"24 wide.*convert_vit_checkpoint\.py --source .* --num-heads"):
+    with pytest.raises(ValueError, match=r"24 wide.*vivit-hf convert vit --source .* --num-heads"):
         start_from(folder / "model.safetensors", num_frames=4)
 
 

@@ -1,4 +1,4 @@
-"""Files of weights and of settings, in a folder or a repository of the Hub; nothing that is read is executed."""
+"""Find and read files of weights and settings in a folder or Hub repository, without executing anything in them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HUB_TIMEOUT = 5.0  # seconds
 
 
 class ConversionError(ValueError):
-    """The source cannot be converted; the message names what is in the way."""
+    """The source cannot be converted; the message says why."""
 
 
 def read_json(path: str | Path) -> Any:
@@ -34,10 +34,13 @@ def read_json(path: str | Path) -> Any:
 
 def find_file(source: str, name: str) -> Path | None:
     """
-    A file of a folder or of a repository of the Hub; None where that has no such file.
+    Return the path of a file in a folder or Hub repository, or None if that has no such file.
 
-    Raises ConversionError if there is neither, or if nobody can tell because the Hub does not answer: settings that are
-    only out of reach are not missing. Without the Hub, by choice (HF_HUB_OFFLINE) or not, the cache counts.
+    Without a connection, or with HF_HUB_OFFLINE, the cache is used.
+
+    Raises:
+        ConversionError: if there is no such folder or repository, or if the Hub does not answer and the cache does not
+            tell whether the file exists.
     """
     if Path(source).is_dir():
         return path if (path := Path(source) / name).is_file() else None
@@ -55,21 +58,21 @@ def find_file(source: str, name: str) -> Path | None:
     try:
         return Path(hf_hub_download(source, name))
     except LocalEntryNotFoundError as error:  # the connection broke
-        raise ConversionError(f"{source}/{name} cannot be had from the Hub: {error}") from error
+        raise ConversionError(f"{source}/{name} cannot be downloaded from the Hub: {error}") from error
     except EntryNotFoundError:
         return None
     except (OSError, ValueError, HfHubHTTPError) as error:
-        raise ConversionError(f"{source}/{name} cannot be had from the Hub: {error}") from error
+        raise ConversionError(f"{source}/{name} cannot be downloaded from the Hub: {error}") from error
 
 
 @functools.cache
 def _why_hub_is_silent(source: str, nowhere: str) -> str | None:
-    """None if the Hub has the repository; asks once. Raises ConversionError if the Hub says that it has none."""
+    """Return None if the Hub has the repository, else why it cannot be asked; raise a ConversionError if it has not."""
     try:
         HfApi().model_info(source, timeout=_HUB_TIMEOUT)
     except RepositoryNotFoundError as error:
         raise ConversionError(f"{nowhere}, and the Hub has no model of that name that you may read.") from error
-    except Exception as error:  # of the HTTP client, which is another one from version to version
+    except Exception as error:  # the HTTP client and its errors depend on the version of huggingface_hub
         return next(iter(str(error).strip().splitlines()), type(error).__name__)
     return None
 
@@ -86,13 +89,13 @@ def read_config(source: str) -> dict[str, Any]:
 
 
 def has_processor(source: str) -> bool:
-    """Whether a folder or repository has settings of an image or video processor, under any of transformers' names."""
+    """Return whether a folder or repository has an image or video processor, under any of transformers' names."""
     names = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
     return any(find_file(source, name) is not None for name in names)
 
 
 def find_weights(source: str) -> Path:
-    """The weights of a folder or repository, safetensors before torch's old file; an index where they are sharded."""
+    """Return the weights of a folder or repository, preferring safetensors; if they are sharded, their index."""
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     for name in names:
         if (path := find_file(source, name)) is not None:
@@ -101,29 +104,29 @@ def find_weights(source: str) -> Path:
 
 
 def shards(weights: Path) -> list[Path]:
-    """The files behind `find_weights`."""
+    """Return the files of weights that `find_weights` found, without shards that are not downloaded yet."""
     if weights.suffix != ".json":
         return [weights]
     names = sorted(set(_weight_map(weights).values()))
     if any(Path(name).name != name for name in names):
-        raise ConversionError(f"{weights} names a file outside of its folder.")
-    # transformers fetches them all by itself; of a repository, they may not be here yet.
+        raise ConversionError(f"{weights} names a file outside its folder.")
+    # transformers downloads missing shards of a repository itself.
     return [path for name in names if (path := weights.parent / name).exists()]
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     content = read_json(index)
     if not isinstance(content, dict) or not isinstance(content.get("weight_map"), dict):
-        raise ConversionError(f"{index} has no `weight_map`, and so is not an index of sharded weights.")
+        raise ConversionError(f"{index} has no `weight_map`, so it is not an index of sharded weights.")
     return content["weight_map"]
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """
-    The tensors of a safetensors file, or of a torch file (`weights_only`: nothing in it is executed).
+    Read a safetensors file, or a torch file with `weights_only`, which executes nothing in it.
 
     Raises:
-        ConversionError: naming the file that is not whole or holds something else.
+        ConversionError: naming a file that is damaged or holds more than weights.
     """
     try:
         if path.suffix == ".safetensors":
@@ -138,7 +141,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def check_weights(path: Path) -> None:
-    """Raises a ConversionError that names the file if it is not whole, or holds more than weights."""
+    """Raise a ConversionError that names the file if it is damaged or holds more than weights."""
     for shard in shards(path):
         if shard.suffix != ".safetensors":
             read_tensors(shard)
@@ -151,7 +154,7 @@ def check_weights(path: Path) -> None:
 
 
 def weight_names(weights: Path) -> list[str]:
-    """The names of all arrays behind `find_weights`."""
+    """Return the names of all arrays in the weights that `find_weights` found."""
     if weights.suffix == ".json":
         return sorted(_weight_map(weights))
     if weights.suffix != ".safetensors":
@@ -163,15 +166,15 @@ def weight_names(weights: Path) -> list[str]:
 def weights_error(path: Path, error: Exception) -> ConversionError:
     if isinstance(error, pickle.UnpicklingError):
         wanted = re.search(r"GLOBAL:? (\S+)", str(error))
-        what = f"calls {wanted[1]}" if wanted else "is not one that torch writes"
+        what = f"calls {wanted[1]}" if wanted else "was not written by torch"
         return ConversionError(
             f"{path} is a pickle that holds more than weights: it {what}. It was refused; nothing in it was executed."
         )
-    return ConversionError(f"{path} is not a whole file of weights: {error}")
+    return ConversionError(f"{path} is not a complete file of weights: {error}")
 
 
 def as_float32(array: np.ndarray) -> np.ndarray:
-    """Floats as float32; numpy reads bfloat16, which it does not know, as two nameless bytes."""
+    """Return floats as float32, also bfloat16, which numpy reads as two untyped bytes."""
     if array.dtype == np.dtype("V2"):
         return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return np.asarray(array, dtype=np.float32)

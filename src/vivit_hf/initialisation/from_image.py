@@ -1,6 +1,6 @@
 """
-A ViViT that starts from an image transformer (section 3.4 of the paper): tubelet kernels, position embeddings, temporal
-weights, and a report that accounts for every parameter of the one and every weight of the other.
+Initialise a ViViT from an image ViT (section 3.4 of the paper): tubelet kernels, position embeddings, temporal weights,
+and a report that accounts for every parameter of the ViViT and every weight of the ViT.
 
 Official counterpart: google-research/scenic `projects/vivit/model_utils.py`, `initialise_from_train_state`.
 """
@@ -28,10 +28,10 @@ TEMPORAL_ATTENTION_INITS = ("zero_output", "zero", "copy", "random")
 TEMPORAL_ENCODER_INITS = ("random", "copy_last")
 POSITION_INITS = {"tile": "bicubic", "tile_linear": "align_corners_linear"}
 
-# Settings that no weight shows, but that change what the weights compute.
+# Settings that decide what the weights compute, but do not show in their shapes.
 _SHARED_SETTINGS = ("hidden_act", "layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob")
 
-# What the layers with LayerScale call their norms.
+# Names of the norms in layers with LayerScale.
 _LAYER_SCALE_NORMS = {r"\.norm1\.": ".layernorm_before.", r"\.norm2\.": ".layernorm_after."}
 _LAYER_SCALES = {r"(.*)\.layer_scale1\.lambda1": r"\1.attention.o_proj", r"(.*)\.layer_scale2\.lambda1": r"\1.mlp.fc2"}
 
@@ -48,10 +48,14 @@ _UNUSED_VIT_KEYS = {
 
 def config_from_vit(vit_config: PretrainedConfig, **overrides: Any) -> ViViTConfig:
     """
-    A configuration for a ViViT that can start from a ViT with this configuration: its sizes, activation, LayerNorm
-    epsilon, biases and dropout. `overrides` are fields of `ViViTConfig`, such as `attention_type` and `num_frames`.
+    Return the configuration of a ViViT with the ViT's sizes, activation, LayerNorm epsilon, biases and dropout.
 
-    Raises ValueError for the configuration of what is no plain ViT or DeiT.
+    Args:
+        vit_config: the configuration of a plain ViT or DeiT.
+        overrides: fields of `ViViTConfig`, such as `attention_type` and `num_frames`.
+
+    Raises:
+        ValueError: if `vit_config` is the configuration of another kind of model.
     """
     _check_is_vit(vit_config)
     patch_height, patch_width = _pair(vit_config.patch_size)
@@ -81,12 +85,12 @@ def _pair(size: Any) -> tuple[int, int]:
 @dataclasses.dataclass
 class InitialisationReport:
     """
-    What became of everything.
+    The origin of every parameter of a ViViT, and the use of every weight of the ViT.
 
     `parameters` maps every parameter of the ViViT to "copied", "scaled" (by the ViT's LayerScale), "inflated",
-    "resized", "tiled", "zeroed" or "newly initialised" ("resized, tiled" where both apply); `vit_keys` maps every
-    weight of the ViT to "used" or to "deliberately unused (why)"; `settings` are those carried over from the ViT, with
-    the values before and after.
+    "resized", "tiled", "zeroed" or "newly initialised" ("resized, tiled" where both apply). `vit_keys` maps every
+    weight of the ViT to "used" or to "deliberately unused (reason)". `settings` maps every setting that was carried
+    over from the ViT to its values before and after.
     """
 
     parameters: dict[str, str]
@@ -94,15 +98,15 @@ class InitialisationReport:
     settings: dict[str, tuple[Any, Any]]
 
     def counts(self) -> Counter[str]:
-        """How many parameters have each status."""
+        """Return the number of parameters with each status."""
         return Counter(self.parameters.values())
 
     def newly_initialised(self) -> list[str]:
-        """Names of the parameters that the ViT had nothing for."""
+        """Return the names of the parameters that have no counterpart in the ViT."""
         return [name for name, status in self.parameters.items() if status == "newly initialised"]
 
     def to_markdown(self) -> str:
-        """A table of counts, then the names that are not simply copied, for a model card."""
+        """Return a table of counts and the names of parameters that were not simply copied, for a model card."""
         lines = ["| | parameters |", "| --- | --- |"]
         lines += [f"| {status} | {count} |" for status, count in sorted(self.counts().items())]
         unused = [f"`{name}`" for name, status in self.vit_keys.items() if status != "used"]
@@ -122,7 +126,7 @@ class InitialisationReport:
 
 
 def _shorten(names: list[str]) -> list[str]:
-    """`encoder.layer.0.x`, `encoder.layer.1.x`, ... as one `encoder.layer.N.x`."""
+    """Merge `encoder.layer.0.x`, `encoder.layer.1.x`, ... into `encoder.layer.N.x`."""
     return list(dict.fromkeys(re.sub(r"\.layer\.\d+\.", ".layer.N.", name) for name in names))
 
 
@@ -140,34 +144,35 @@ def initialise_from_vit(
     position_init: str = "tile",
 ) -> InitialisationReport:
     """
-    Fills a ViViT, any variant with either embedding, from an image ViT; changes `vivit` in place.
+    Initialise a ViViT of any variant from an image ViT; changes `vivit` in place.
+
+    Activation, LayerNorm epsilon and dropout, which decide what the weights compute, are carried over from the ViT's
+    configuration to `vivit` and its configuration.
 
     Args:
-        vivit: a `ViViTModel` or `ViViTForVideoClassification`; what the ViT has nothing for keeps its initialisation.
+        vivit: a `ViViTModel` or `ViViTForVideoClassification`; parameters without a counterpart in the ViT keep their
+            values.
         vit: transformers' `ViTModel`, `ViTForImageClassification` or the like, with as many layers of the same width.
-            LayerScale is folded into the output projections, which computes the same.
+            LayerScale is folded into the output projections, which is equivalent.
         tubelet_init: "central_frame" (the paper's best), "filter_inflation" or "approximate_rank_pooling".
         temporal_attention_init: Model 3 only. "zero_output" copies query, key and value and zeroes the output
-            projection: the layer starts as the plain spatial one, and all of it learns. "zero" is the paper to the
-            letter, with the same start but no way on: where value and output projection are both zero, neither gets a
-            gradient from the other, query and key get none through them, and only the output bias can ever move.
-            "copy" is what the official code does (attention copied, LayerNorm new); "random" keeps the initialisation.
+            projection: the layer starts as a purely spatial one, and all of its weights learn. "zero" follows the paper
+            literally and starts from the same function, but hardly learns: while value and output projection are both
+            zero, neither they nor query and key get a gradient, so only the output bias ever changes. "copy" follows
+            the official code (attention copied, LayerNorm new); "random" keeps the initialisation.
         temporal_encoder_init: Model 2 only. "random", or "copy_last": the ViT's last layers with zeroed output
-            projections and position embeddings, so that the encoder starts as an average over time of the tokens behind
-            its own LayerNorm. That needs `pooling="mean"`.
-        position_init: "tile" repeats over time, resized first (bicubic) if the grid differs; "tile_linear" resizes as
-            the official code does (linear between aligned corners).
+            projections and position embeddings, so that the encoder starts as an average over time of its normalised
+            inputs. "copy_last" needs `pooling="mean"`.
+        position_init: "tile" repeats over time, after bicubic resizing if the grid differs; "tile_linear" resizes like
+            the official code (linear between aligned corners).
 
     Returns:
         An `InitialisationReport`.
 
     Raises:
-        TypeError: for what is no model of transformers, or the two in the wrong order.
-        ValueError: if sizes differ, an option is unknown or meaningless for the model, or a weight of the ViT has no
-            place in the ViViT. The ViViT is then as it was.
-
-    Activation, LayerNorm epsilon and dropout, which decide what the weights compute, go over from the ViT's
-    configuration to `vivit` and its configuration.
+        TypeError: if an argument is not a transformers model, or the two are in the wrong order.
+        ValueError: if sizes differ, an option is unknown or does not apply to the model, or a weight of the ViT has no
+            place in the ViViT. The ViViT is then unchanged.
     """
     if not isinstance(vivit, ViViTPreTrainedModel) or not isinstance(vit, PreTrainedModel):
         raise TypeError(
@@ -192,7 +197,7 @@ def initialise_from_vit(
         _copy_last_layers(filler, config)
     account = filler.account(source_names)
 
-    # Nothing is changed before all of it is known to fit.
+    # Change the ViViT only now that everything is known to fit.
     settings = _carry_settings(vivit, vit.config)
     filler.write()
     prefix = "" if vivit is model else f"{vivit.base_model_prefix}."
@@ -221,13 +226,13 @@ def _check_options(config: ViViTConfig, tubelet: str, attention: str, encoder: s
     if encoder == "copy_last":
         if config.attention_type != "factorised_encoder" or not config.num_temporal_layers:
             raise ValueError(
-                "`temporal_encoder_init='copy_last'` needs a temporal encoder, which `attention_type="
-                f"{config.attention_type!r}` with `num_temporal_layers={config.num_temporal_layers}` has not."
+                "`temporal_encoder_init='copy_last'` needs a temporal encoder, but the model has `attention_type="
+                f"{config.attention_type!r}` and `num_temporal_layers={config.num_temporal_layers}`."
             )
         if config.pooling != "mean":
             raise ValueError(
                 f"`temporal_encoder_init='copy_last'` with `pooling={config.pooling!r}`: the temporal layers start "
-                "without effect, so that a class token would give the same logits for every video; use "
+                "without effect, so a class token would give the same logits for every video; use "
                 "`pooling='mean'` or `temporal_encoder_init='random'`."
             )
         if config.num_temporal_layers > config.num_hidden_layers:
@@ -248,7 +253,7 @@ def _check_options(config: ViViTConfig, tubelet: str, attention: str, encoder: s
 
 
 def _canonical_weights(vit: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """The ViT's weights under our names for the same thing, and from these names to its own."""
+    """Return the ViT's weights under our names, and a map from these names to its own."""
     weights, sources = {}, {}
     for source, tensor in vit.state_dict().items():
         name = re.sub(rf"^{vit.base_model_prefix}\.", "", source)
@@ -261,8 +266,8 @@ def _canonical_weights(vit: PreTrainedModel) -> tuple[dict[str, torch.Tensor], d
 def _check_sizes(config: ViViTConfig, vit_config: PretrainedConfig, weights: Mapping[str, torch.Tensor]) -> None:
     if "embeddings.distillation_token" in weights:
         raise ValueError(
-            "The image model has a distillation token (a distilled DeiT), for which a ViViT has no place; use an image "
-            "model without one."
+            "The image model has a distillation token (a distilled DeiT), which a ViViT cannot use; use an image model "
+            "without one."
         )
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
         ours, theirs = getattr(config, name), getattr(vit_config, name, None)
@@ -280,7 +285,7 @@ def _check_sizes(config: ViViTConfig, vit_config: PretrainedConfig, weights: Map
 
 
 def _carry_settings(vivit: ViViTPreTrainedModel, vit_config: PretrainedConfig) -> dict[str, tuple[Any, Any]]:
-    """Gives the ViViT the ViT's activation, epsilon and dropout; returns what changed."""
+    """Carry activation, epsilon and dropout over to the ViViT; return the settings that changed."""
     config = vivit.config
     wanted = ViViTConfig(**{name: getattr(vit_config, name) for name in _SHARED_SETTINGS})
     changed = {}
@@ -300,7 +305,7 @@ def _carry_settings(vivit: ViViTPreTrainedModel, vit_config: PretrainedConfig) -
 
 
 class _Filler:
-    """What is to be written into the parameters of a ViViT; keeps the books on both sides."""
+    """Collect the values of a ViViT's parameters before writing them, and account for both models' weights."""
 
     def __init__(self, model: ViViTModel, weights: Mapping[str, torch.Tensor], layer_scales: Mapping[str, str]):
         self.parameters = dict(model.named_parameters())
@@ -312,9 +317,9 @@ class _Filler:
         self.scaled = set(layer_scales.values())
 
     def take(self, source: str) -> torch.Tensor:
-        """A weight of the ViT, from now on used."""
+        """Return a weight of the ViT and mark it as used."""
         if source not in self.weights:
-            raise ValueError(f"The ViT has no weight {source!r}, which a ViViT starts from.")
+            raise ValueError(f"The ViT has no weight {source!r}, which a ViViT needs.")
         self.used.add(source)
         return self.weights[source]
 
@@ -335,7 +340,7 @@ class _Filler:
         self.fill(name, self.take(source), "scaled" if source.rpartition(".")[0] in self.scaled else "copied")
 
     def copy_module(self, name: str, source: str) -> None:
-        """Every parameter of a module; a bias that the ViT does not have is zero, which computes the same."""
+        """Copy every parameter of a module; a bias that the ViT does not have becomes zero, which is equivalent."""
         for parameter in [key for key in self.parameters if key.startswith(f"{name}.")]:
             origin = source + parameter.removeprefix(name)
             if origin not in self.weights and origin.endswith("_proj.bias"):
@@ -360,7 +365,7 @@ class _Filler:
         return None
 
     def account(self, source_names: Mapping[str, str]) -> dict[str, str]:
-        """What became of every weight of the ViT, by its own names."""
+        """Return the use of every weight of the ViT, by its own name."""
         account, strays = {}, []
         for name, source in source_names.items():
             reasons = [why for pattern, why in _UNUSED_VIT_KEYS.items() if re.fullmatch(pattern, name)]

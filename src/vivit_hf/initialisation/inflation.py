@@ -1,4 +1,4 @@
-"""How weights of an image transformer become those of a ViViT: pure functions on tensors (section 3.4 of the paper)."""
+"""Turn the weights of an image ViT into those of a ViViT (section 3.4 of the paper): pure functions on tensors."""
 
 from collections.abc import Callable, Mapping
 
@@ -9,10 +9,10 @@ from ..modeling_vivit import Grid, resample_position_embeddings
 
 def central_frame_kernel(kernel: torch.Tensor, num_frames: int) -> torch.Tensor:
     """
-    The image kernel in the central frame, zero elsewhere (equation 9), so that a tubelet starts as its central frame.
+    Put the image kernel into the central frame and zeros elsewhere (equation 9): a tubelet starts as its central frame.
 
-    (hidden, channels, height, width) -> (hidden, channels, num_frames, height, width); the central one of an even
-    number is the one behind the middle, as in the official code.
+    (hidden, channels, height, width) -> (hidden, channels, num_frames, height, width). With an even number of frames,
+    the central one is the first of the second half, as in the official code.
     """
     inflated = kernel.new_zeros(*kernel.shape[:2], num_frames, *kernel.shape[2:])
     inflated[:, :, num_frames // 2] = kernel
@@ -20,14 +20,15 @@ def central_frame_kernel(kernel: torch.Tensor, num_frames: int) -> torch.Tensor:
 
 
 def filter_inflation_kernel(kernel: torch.Tensor, num_frames: int) -> torch.Tensor:
-    """The image kernel in every frame, divided by their number (equation 8); shapes as in `central_frame_kernel`."""
+    """Put the image kernel, divided by `num_frames`, into every frame (equation 8); shapes as above."""
     return kernel.unsqueeze(2).repeat(1, 1, num_frames, 1, 1) / num_frames
 
 
 def approximate_rank_pooling_kernel(kernel: torch.Tensor, num_frames: int) -> torch.Tensor:
     """
-    The image kernel weighted by approximate rank pooling (Bilen et al., PAMI 2018, equation 3), divided by the number
-    of frames as in the official code; shapes as in `central_frame_kernel`.
+    Weight the image kernel by approximate rank pooling (Bilen et al., PAMI 2018, equation 3); shapes as above.
+
+    As in the official code, the weights are divided by the number of frames.
     """
     frames = torch.arange(1, num_frames + 1, dtype=torch.float64)
     harmonic = torch.cat([torch.zeros(1, dtype=torch.float64), (1 / frames).cumsum(0)])
@@ -53,18 +54,18 @@ def image_to_video_position_embeddings(
     mode: str = "bicubic",
 ) -> torch.Tensor:
     """
-    Position embeddings of an image, resized to the new height and width and repeated over time (section 3.4).
+    Resize position embeddings of an image to a new height and width, and repeat them over time (section 3.4).
 
     Args:
         position_embeddings: (1, old_prefix_tokens + old height * old width, hidden).
         new_grid: (time, height, width) in tokens.
         old_grid: (height, width) in tokens.
         old_prefix_tokens: 1 if the image model has a class token, else 0.
-        class_position: (1, 1, hidden) to put in front where the video model has a class token; None where it has none.
-        mode: "bicubic", or "align_corners_linear", which is what the official code does.
+        class_position: (1, 1, hidden), the position of the video model's class token; None if it has none.
+        mode: "bicubic", or "align_corners_linear" as in the official code.
 
     Returns:
-        (1, 1 + time * height * width, hidden), without the 1 if there is no `class_position`.
+        (1, 1 + time * height * width, hidden), or without the 1 + if `class_position` is None.
     """
     time, height, width = new_grid
     grid = resample_position_embeddings(
@@ -76,16 +77,17 @@ def image_to_video_position_embeddings(
 
 def fold_layer_scales(weights: Mapping[str, torch.Tensor], scales: Mapping[str, str]) -> dict[str, torch.Tensor]:
     """
-    Weights without LayerScale (Touvron et al., 2021) that compute the same.
+    Return equivalent weights without LayerScale (Touvron et al., 2021).
 
-    LayerScale multiplies each output channel of a projection by a number; multiplying the rows of its weight and its
-    bias is the same.
+    LayerScale multiplies each output channel of a projection by a number, which equals multiplying the rows of the
+    projection's weight and its bias.
 
     Args:
-        weights: all weights of an image model by name; they stay as they are.
+        weights: all weights of an image model by name; they are not changed.
         scales: the names of LayerScale arrays, (hidden,), each with the name of the projection before it.
 
-    Raises ValueError for an array that does not fit its projection.
+    Raises:
+        ValueError: if an array does not fit its projection.
     """
     folded = {name: tensor for name, tensor in weights.items() if name not in scales}
     for scale, projection in scales.items():
@@ -94,7 +96,7 @@ def fold_layer_scales(weights: Mapping[str, torch.Tensor], scales: Mapping[str, 
                 continue
             if weights[scale].shape != folded[name].shape[:1]:
                 raise ValueError(
-                    f"{scale} has the shape {tuple(weights[scale].shape)}, which is not a number for each output of "
+                    f"{scale} has the shape {tuple(weights[scale].shape)}; expected one number for each output of "
                     f"{name}, {tuple(folded[name].shape)}."
                 )
             rows = weights[scale].view(-1, *[1] * (folded[name].ndim - 1))

@@ -1,4 +1,4 @@
-"""What a model is, from its configuration alone: sizes, parameters and multiply-adds of each part, what it expects."""
+"""Describe a model from its configuration alone: sizes, parameters, multiply-adds, and expected input."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PARTS = {
 
 @dataclass
 class ModelPart:
-    """`parameters` as a count, `multiply_adds` for one clip, attention included."""
+    """The number of parameters of a part of the model, and its multiply-adds for one clip, attention included."""
 
     name: str
     parameters: int
@@ -67,7 +67,7 @@ def _module(model: nn.Module, name: str) -> nn.Module | None:
 
 
 def describe_model(config: ViViTConfig) -> dict[str, Any]:
-    """Everything that `vivit-hf inspect` shows of a configuration, for JSON: variant, sizes, tokens, input, labels."""
+    """Return variant, sizes, tokens, expected input and labels of a configuration, ready for JSON."""
     time, height, width = config.grid_size
     parts = inspect_parts(config)
     is_encoder = config.attention_type == "factorised_encoder"
