@@ -9,8 +9,7 @@ import paths
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-for folder in (paths.CONVERSION, paths.EXAMPLES):
-    sys.path.insert(0, str(folder))
+sys.path.insert(0, str(paths.EXAMPLES))
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The golden files: numbers of the official JAX implementation."""
+"""Golden files: inputs and outputs of the official JAX implementation."""
 
 import functools
 import json
@@ -34,7 +34,7 @@ CASES = [
 
 @functools.cache
 def load_case(case):
-    """(model in float32, clips, expected outputs in float64) of a golden file."""
+    """Return (model in float32, clips, expected outputs in float64) of a golden file."""
     with np.load(GOLDEN / f"{case}.npz") as arrays:
         facts = json.loads(str(arrays["config"]))
         params = {name.removeprefix("params/"): arrays[name] for name in arrays.files if name.startswith("params/")}

@@ -7,7 +7,7 @@ import numpy as np
 from vivit_hf.conversion.convert_vit import main
 
 
-# What a pickle calls if it is let: it must not.
+# Filled by the attack below if a pickle is executed, which must not happen.
 EXECUTED = []
 
 
@@ -17,7 +17,7 @@ class Attack:
 
 
 def converter(tmp_path, capfd):
-    """What runs the command: (exit code, standard output without line breaks, standard error, output folder)."""
+    """Return a function that runs the command: (exit code, printed text without line breaks, errors, output folder)."""
 
     def run(source, *arguments):
         capfd.readouterr()  # what was printed before
@@ -35,7 +35,7 @@ def difference(printed):
 
 
 def assert_refused(result, tmp_path, *expected):
-    """Exit code 1, one line that names what is wrong, and nothing left behind."""
+    """Check for exit code 1, one line with the expected texts, and no files left behind."""
     code, _, errors, output = result
     assert code == 1, errors
     assert errors.startswith("error: ") and errors.count("\n") == 1, errors
@@ -46,7 +46,7 @@ def assert_refused(result, tmp_path, *expected):
 
 
 def jax_arrays(seed=0, layers=2, width=24, heads=4, mlp=40):
-    """Random arrays of an image ViT with class token and head, under scenic's names."""
+    """Return random arrays of an image ViT with class token and head, under scenic's names."""
     random = np.random.default_rng(seed)
     block = {
         "LayerNorm_0/scale": (width,),

@@ -444,7 +444,7 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
         if model_type != cls.model_type:
             raise ValueError(
                 f"{source} holds a model of type {model_type!r}, not a ViViT ({cls.model_type!r}, or transformers' "
-                "'vivit'). An image model must be converted first: see `conversion/` in the repository of vivit_hf."
+                "'vivit'). Convert an image model first with `vivit-hf convert vit`."
             )
         # The user chooses the attention implementation, not the author of a file.
         return {name: value for name, value in config_dict.items() if name != "attn_implementation"}

@@ -1,4 +1,4 @@
-"""transformers' Vivit to ours and back: the same logits, the same weights, and a processor that says what it does."""
+"""transformers' Vivit becomes ours and back, with the same logits, the same weights, and an equivalent processor."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from vivit_hf.conversion.convert_transformers import main
 
 @pytest.fixture
 def convert(tmp_path, capfd):
-    """Runs the command: (exit code, standard output without line breaks, standard error, output folder)."""
+    """Return a function that runs the command: (exit code, printed text without line breaks, errors, output folder)."""
 
     def run(source, *arguments, output="converted"):
         capfd.readouterr()  # what was printed before
@@ -39,7 +39,7 @@ def make_native(cls=VivitForVideoClassification, **overrides):
 
 @pytest.fixture
 def native(tmp_path):
-    """A tiny Vivit of transformers, and the folder that it wrote."""
+    """A tiny Vivit of transformers, and the folder with its weights."""
     model = make_native()
     model.save_pretrained(tmp_path / "native")
     return model, tmp_path / "native"
@@ -65,7 +65,7 @@ def test_every_layout_gives_the_logits_of_transformers(tmp_path, convert, layout
 
 
 @pytest.mark.parametrize("add_pooling_layer", [True, False])
-def test_a_model_without_classifier_stays_without(tmp_path, convert, add_pooling_layer):
+def test_a_model_without_classifier_is_converted_without_one(tmp_path, convert, add_pooling_layer):
     native = make_native(lambda config: VivitModel(config, add_pooling_layer=add_pooling_layer))
     native.save_pretrained(tmp_path / "native")
     code, printed, errors, output = convert(tmp_path / "native")
@@ -100,8 +100,8 @@ def test_without_a_processor_values_are_in_the_official_range(native, convert):
     assert black.shape == (1, 4, 3, 24, 24) and torch.all(black == -1)
 
 
-def test_a_processor_of_the_source_is_followed_as_it_stands(native, convert):
-    """transformers' own default normalises twice; the model of the source was used with that, so it goes over."""
+def test_the_settings_of_a_processor_are_kept(native, convert):
+    """transformers' default normalises twice; the source model was used with that, so the conversion keeps it."""
     _, folder = native
     theirs = VivitImageProcessor(size={"shortest_edge": 26}, crop_size={"height": 24, "width": 24})
     theirs.save_pretrained(folder)
@@ -122,7 +122,7 @@ def test_a_processor_of_the_source_is_followed_as_it_stands(native, convert):
 # And back
 
 
-def test_there_and_back_is_the_same_to_the_bit(native, convert):
+def test_there_and_back_gives_the_same_files(native, convert):
     _, folder = native
     code, _, errors, ours = convert(folder)
     assert code == 0, errors
@@ -136,7 +136,7 @@ def test_there_and_back_is_the_same_to_the_bit(native, convert):
     assert "auto_map" not in after and "vivit_hf" not in json.dumps(after)
 
 
-def test_our_model_gives_its_logits_in_transformers(tmp_path, convert):
+def test_our_model_has_the_same_logits_in_transformers(tmp_path, convert):
     config = tiny_config("spatio_temporal", drop_path_rate=0.1, layer_norm_eps=1e-5, hidden_act="relu", qkv_bias=False)
     ours = make_model(config)
     ours.save_pretrained(tmp_path / "ours")
@@ -167,7 +167,7 @@ def test_our_model_gives_its_logits_in_transformers(tmp_path, convert):
         ),
     ],
 )
-def test_what_transformers_does_not_have_is_refused_by_name(tmp_path, convert, overrides, expected):
+def test_models_without_equivalent_in_transformers_are_refused(tmp_path, convert, overrides, expected):
     make_model(tiny_config(**overrides)).save_pretrained(tmp_path / "ours")
     assert_refused(convert(tmp_path / "ours", "--to", "transformers"), tmp_path, expected)
 
@@ -225,11 +225,3 @@ def test_the_parity_check_finds_damage(tmp_path, native, convert, monkeypatch, n
     result = convert(native[1], "--to", "vivit_hf")
     assert result[0] == 1 and "parity: " in result[2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["native"]
-
-
-def test_help_names_every_option(capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["--help"])
-    assert ended.value.code == 0
-    printed = capsys.readouterr().out
-    assert all(option in printed for option in ("--source", "--to", "--output", "--push-to-hub", "--skip-parity"))

@@ -1,4 +1,4 @@
-"""From image ViTs in every layout that they are published in: what comes out is theirs to the bit, or nothing is."""
+"""Image ViTs in every layout of transformers become ViViTs with exactly their weights; misfits are refused."""
 
 import json
 import pickle
@@ -17,7 +17,6 @@ from vit_models import make_vit, perturb, write_layout
 
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
 from vivit_hf.conversion import convert_vit, weight_files
-from vivit_hf.conversion.convert_vit import main
 from vivit_hf.conversion.image_sources import read_image_source
 from vivit_hf.hub.model_card import read_initialisation
 from vivit_hf.initialisation.from_image import TUBELET_INITS, config_from_vit, initialise_from_vit
@@ -39,7 +38,7 @@ def convert(tmp_path, capfd):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A tiny ViT with pooler, as `save_pretrained` writes it."""
+    """The folder of a tiny ViT with a pooler, as written by `save_pretrained`."""
     make_vit().save_pretrained(tmp_path / "vit")
     return tmp_path / "vit"
 
@@ -49,7 +48,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("layout", ["names in files", "names in memory", "torch file", "sharded"])
 @pytest.mark.parametrize("kind", ["pooler", "no pooler", "classifier"])
-def test_every_layout_of_transformers_goes_over_to_the_bit(tmp_path, convert, kind, layout):
+def test_every_layout_of_transformers_keeps_its_exact_weights(tmp_path, convert, kind, layout):
     if kind == "classifier":
         vit = make_vit(ViTForImageClassification, num_labels=3)
     else:
@@ -76,8 +75,8 @@ def test_every_layout_of_transformers_goes_over_to_the_bit(tmp_path, convert, ki
         assert torch.equal(actual.state_dict()[name], tensor), name
 
 
-def test_similar_encoders_go_over_too(tmp_path, convert):
-    """ViTMSN has ViT's encoder, names and all, under another type with other defaults."""
+def test_a_similar_encoder_is_converted(tmp_path, convert):
+    """ViTMSN has ViT's encoder and names, but another type and other defaults."""
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
     msn = ViTMSNModel(ViTMSNConfig(**sizes, image_size=24, patch_size=8)).eval()
     msn.save_pretrained(tmp_path / "msn")
@@ -93,7 +92,7 @@ def test_similar_encoders_go_over_too(tmp_path, convert):
 
 @pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
 @pytest.mark.parametrize("init", [*TUBELET_INITS, "uniform_frame_sampling"])
-def test_every_variant_is_run_against_the_vit(folder, convert, attention_type, init):
+def test_every_variant_is_compared_with_the_vit(folder, convert, attention_type, init):
     is_sampled = init == "uniform_frame_sampling"
     options = ["--embedding-type", init] if is_sampled else ["--tubelet-init", init]
     code, printed, errors, _ = convert(folder, "--attention-type", attention_type, *options)
@@ -119,9 +118,9 @@ def test_every_variant_is_run_against_the_vit(folder, convert, attention_type, i
         "--attention-type factorised_encoder --embedding-type uniform_frame_sampling --num-sampled-frames 3",
     ],
 )
-def test_every_option_is_run_against_the_vit(folder, convert, options):
+def test_every_option_is_compared_with_the_vit(folder, convert, options):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what `zero` says about itself is tested where it is said
+        warnings.simplefilter("ignore")  # the warning of `zero` has a test of its own
         code, printed, errors, _ = convert(folder, *options.split())
     assert code == 0, errors
     assert difference(printed) < 1e-5
@@ -232,7 +231,7 @@ def test_damaged_files_are_named(tmp_path, folder, convert, name, damage):
 
 
 @pytest.mark.parametrize("form", ["torch", "pickle"])
-def test_a_pickle_that_wants_to_execute_code_is_not_let(tmp_path, folder, convert, form):
+def test_a_pickle_cannot_execute_code(tmp_path, folder, convert, form):
     (folder / "model.safetensors").unlink()
     path = folder / "pytorch_model.bin"
     if form == "torch":
@@ -260,14 +259,14 @@ def test_a_full_output_folder_is_left_alone(tmp_path, folder, convert):
         ("--attention-type factorised_encoder --temporal-encoder-init copy_last", "use `pooling='mean'`"),
     ],
 )
-def test_options_without_a_model_are_refused(tmp_path, folder, convert, options, expected):
+def test_options_that_no_model_can_have_are_refused(tmp_path, folder, convert, options, expected):
     assert_refused(convert(folder, *options.split()), tmp_path, expected)
 
 
 # What is written beside the weights
 
 
-def test_processor_does_to_frames_what_the_image_model_gets(folder, convert):
+def test_the_processor_prepares_frames_like_the_image_model(folder, convert):
     (folder / "preprocessor_config.json").write_text(json.dumps(SETTINGS))
     code, printed, errors, output = convert(folder, "--image-size", 32)
     assert code == 0, errors
@@ -305,7 +304,7 @@ def test_how_frames_are_resized(folder, convert, settings, options, short_side):
     assert set(processor.crop_size.values()) == {32 if "32" in options else 24}
 
 
-def test_labels_and_card(tmp_path, folder, convert):
+def test_labels_and_model_card_are_written(tmp_path, folder, convert):
     (tmp_path / "labels.json").write_text(json.dumps({"1": "run", "0": "walk", "2": "sit"}))
     code, printed, errors, output = convert(folder, "--labels", tmp_path / "labels.json")
     assert code == 0, errors
@@ -328,7 +327,7 @@ def test_without_labels_there_is_no_random_classifier(folder, convert):
 
 
 @pytest.mark.parametrize("private", [True, False])
-def test_push_uploads_what_was_written(folder, convert, monkeypatch, private):
+def test_push_uploads_the_result(folder, convert, monkeypatch, private):
     pushed = []
 
     def push(self, repository, **options):
@@ -346,7 +345,7 @@ def test_push_uploads_what_was_written(folder, convert, monkeypatch, private):
     assert "me/mine" in (output / "README.md").read_text()
 
 
-def test_a_push_that_fails_leaves_the_folder(folder, convert, monkeypatch):
+def test_a_failed_push_keeps_the_folder(folder, convert, monkeypatch):
     def push(self, repository, **options):
         raise ConnectionError("no network")
 
@@ -357,7 +356,7 @@ def test_a_push_that_fails_leaves_the_folder(folder, convert, monkeypatch):
 
 
 def test_hub_ids_are_read_through_the_cache(tmp_path, folder, convert, monkeypatch):
-    """A source that is no folder is asked from the Hub, file by file; what the Hub does not have is not an error."""
+    """Files of a Hub id are downloaded one by one, and optional ones may be missing."""
     (folder / "preprocessor_config.json").write_text(json.dumps(SETTINGS))
     asked = []
 
@@ -380,17 +379,8 @@ def test_hub_ids_are_read_through_the_cache(tmp_path, folder, convert, monkeypat
     assert expected <= set(asked)
 
 
-def test_help_names_every_option(capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["--help"])
-    assert ended.value.code == 0
-    printed = capsys.readouterr().out
-    for option in ("--source", "--attention-type", "--labels", "--push-to-hub", "--private", "--skip-parity"):
-        assert option in printed
-
-
-def test_a_base_model_keeps_its_settings(folder):
-    """Nothing that decides the result may come from a default: dropout, biases and activation are the source's."""
+def test_settings_of_the_source_are_kept(folder):
+    """Settings that decide what the weights compute must not come from defaults."""
     config = ViTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=4, intermediate_size=40, image_size=24,
                        patch_size=8, hidden_act="relu", layer_norm_eps=1e-3, qkv_bias=False)  # fmt: skip
     ViTModel(config).save_pretrained(folder)

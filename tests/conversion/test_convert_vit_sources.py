@@ -1,4 +1,4 @@
-"""ViT weights of timm and the original JAX files become ViViTs that compute what they did there."""
+"""DINOv2, ViTs of timm and original JAX ViTs become ViViTs that compute the same; other models are refused."""
 
 import json
 
@@ -47,7 +47,7 @@ def test_a_dinov2_with_swiglu_is_refused(tmp_path, convert):
 
 
 def timm_forward(weights, image, heads):
-    """timm's `VisionTransformer.forward_features`, on its own weights."""
+    """Compute `VisionTransformer.forward_features` of timm from timm's weights."""
     f = torch.nn.functional
 
     def norm(tokens, name):
@@ -74,7 +74,7 @@ def timm_forward(weights, image, heads):
 
 @pytest.fixture
 def timm(tmp_path):
-    """Writes a folder in timm's layout, with changes to its weights and configuration."""
+    """Return a function that writes a folder in timm's layout, with changes to its weights and configuration."""
 
     def write(changes=None, **config):
         weights = timm_weights(make_vit(lambda config: ViTModel(config, add_pooling_layer=False)))
@@ -101,7 +101,7 @@ def timm(tmp_path):
     return write
 
 
-def test_timm_weights_compute_what_they_do_in_timm(timm, convert):
+def test_timm_weights_compute_the_same_as_in_timm(timm, convert):
     folder, weights = timm()
     source = read_image_source(str(folder))
     image = torch.randn(2, 3, 24, 24)
@@ -138,7 +138,7 @@ def test_layer_scale_of_timm_is_folded_exactly(timm, convert):
     assert "4 arrays of LayerScale folded into the projections before them" in printed
 
 
-def test_a_single_file_of_timm(timm, convert, tmp_path):
+def test_a_single_file_of_timm_is_converted(timm, convert, tmp_path):
     folder, _ = timm()
     file = folder / "model.safetensors"
     assert_refused(convert(file), tmp_path, "24 wide", "--num-heads")
@@ -152,7 +152,7 @@ def test_a_single_file_of_timm(timm, convert, tmp_path):
 @pytest.mark.parametrize(
     ("width", "heads"), [(192, 3), (384, 6), (768, 12), (1024, 16), (1280, 16), (1408, 16), (1664, 16)]
 )
-def test_timm_heads_by_width(tmp_path, width, heads):
+def test_the_width_of_a_timm_model_determines_its_heads(tmp_path, width, heads):
     from vivit_hf.conversion.timm_images import _heads
 
     found, notes = _heads(tmp_path, width, {}, None)
@@ -187,7 +187,7 @@ def test_other_models_of_timm_are_refused_by_name(timm, convert, tmp_path, chang
 
 
 def augreg(name):
-    """The names of google-research/vision_transformer."""
+    """Rename an array of scenic as in google-research/vision_transformer."""
     for theirs, ours in (("LayerNorm_1", "LayerNorm_2"), ("ProductAttention_0", "ProductAttention_1")):
         name = name.replace(theirs, ours)
     return name.replace("MlpBlock_0", "MlpBlock_3")
@@ -201,7 +201,7 @@ JAX_NAMINGS = {"vision_transformer": augreg, "big_vision": big_vision, "scenic":
 
 
 @pytest.mark.parametrize("naming", JAX_NAMINGS)
-def test_jax_weights_compute_what_they_do_in_flax(tmp_path, convert, naming):
+def test_jax_weights_compute_the_same_as_in_flax(tmp_path, convert, naming):
     arrays = jax_arrays()
     file = tmp_path / "vit.npz"
     pre_logits = {"pre_logits/kernel": np.ones((24, 24), np.float32), "pre_logits/bias": np.ones(24, np.float32)}
@@ -251,8 +251,8 @@ def test_other_npz_files_are_refused_by_name(tmp_path, convert, changes, expecte
     assert not EXECUTED
 
 
-def test_bfloat16_npz(tmp_path):
-    """numpy has no bfloat16, and gives what big_vision wrote as such as two nameless bytes."""
+def test_bfloat16_arrays_of_an_npz_are_widened(tmp_path):
+    """numpy has no bfloat16 and reads the bfloat16 arrays of big_vision as two untyped bytes."""
     arrays = jax_arrays()
     halves = {name: (array.view(np.uint32) >> 16).astype(np.uint16).view("V2") for name, array in arrays.items()}
     np.savez(tmp_path / "halves.npz", **halves)

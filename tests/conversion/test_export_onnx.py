@@ -1,4 +1,4 @@
-"""Exported graphs run beside PyTorch: the same logits for any batch, and whatever else leaves nothing behind."""
+"""Exported graphs give the logits of PyTorch for any batch size, and failed exports leave no files."""
 
 import json
 import re
@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from image_conversion import assert_refused
 from paths import ROOT
 from tiny_models import ATTENTION_TYPES, case_config, make_clips, make_model
 from torch import nn
@@ -50,7 +51,7 @@ def metadata(path):
 
 @pytest.fixture(scope="module", params=CASES)
 def exported(request, tmp_path_factory):
-    """A model, and the file that it is exported to."""
+    """A model and the ONNX file it was exported to."""
     model = make_model(case_config(request.param))
     path = tmp_path_factory.mktemp("exported") / MODEL_FILE
     write_onnx(model, path, DEFAULT_OPSET, {"key": "value"})
@@ -59,7 +60,7 @@ def exported(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny Model 2 with named labels and a processor, as `save_pretrained` writes them."""
+    """The folder of a tiny Model 2 with named labels and a processor, as written by `save_pretrained`."""
     return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
 
 
@@ -78,7 +79,7 @@ def save_tiny(folder, processor=None, **overrides):
 
 @pytest.fixture
 def export(tmp_path, folder, capfd):
-    """What runs the command: (exit code, standard output without line breaks, standard error, output folder)."""
+    """Return a function that runs the command: (exit code, printed text without line breaks, errors, output folder)."""
 
     def run(*arguments, model=folder):
         capfd.readouterr()  # what was printed before
@@ -88,17 +89,6 @@ def export(tmp_path, folder, capfd):
         return code, re.sub(r"[\s│]+", " ", printed), errors, output
 
     return run
-
-
-def assert_refused(result, tmp_path, *expected):
-    """Exit code 1, one line that names what is wrong, and nothing left behind."""
-    code, _, errors, output = result
-    assert code == 1, errors
-    assert errors.startswith("error: ") and errors.count("\n") == 1, errors
-    for text in expected:
-        assert str(text) in errors
-    assert not output.exists()
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 # The graph
@@ -120,13 +110,13 @@ def test_every_batch_gives_the_logits_of_pytorch(exported):
     ("sizes", "index", "got", "expected"),
     [({"num_frames": 7}, 1, 7, 8), ({"image_size": (32, 40)}, 3, 32, 24), ({"image_size": (24, 48)}, 4, 48, 40)],
 )
-def test_another_clip_is_an_error_that_names_it(exported, sizes, index, got, expected):
+def test_a_clip_of_another_size_is_an_error_that_names_it(exported, sizes, index, got, expected):
     model, path = exported
     with pytest.raises(Exception, match=rf"pixel_values(.|\n)*index: {index} Got: {got} Expected: {expected}"):
         run_onnx(path, make_clips(model.config, 2, **sizes))
 
 
-def test_the_file_is_valid_and_says_nothing_of_this_machine(exported):
+def test_the_file_is_valid_and_holds_no_local_paths(exported):
     _, path = exported
     onnx.checker.check_model(path, full_check=True)
     assert [file.name for file in path.parent.iterdir() if "int8" not in file.name] == [MODEL_FILE]
@@ -135,7 +125,7 @@ def test_the_file_is_valid_and_says_nothing_of_this_machine(exported):
     assert metadata(path) == {"key": "value"}
 
 
-def test_int8_runs_with_every_batch_and_quantises_every_linear_layer(exported):
+def test_int8_quantises_every_linear_layer_and_runs_with_every_batch(exported):
     model, path = exported
     quantised = path.with_name(INT8_FILE)
     write_int8(path, quantised)
@@ -151,7 +141,7 @@ def test_int8_runs_with_every_batch_and_quantises_every_linear_layer(exported):
         assert 1e-4 < difference < 0.1 * expected.abs().max()
 
 
-def test_the_weights_stand_in_a_file_of_their_own_where_one_would_be_too_large(tmp_path, monkeypatch):
+def test_large_weights_are_written_to_a_second_file(tmp_path, monkeypatch):
     model = make_model(case_config("spatio_temporal"))
     monkeypatch.setattr(onnx_models, "MOST_BYTES_IN_ONE_FILE", 1000)
     write_onnx(model, tmp_path / MODEL_FILE, DEFAULT_OPSET, {"key": "value"})
@@ -168,7 +158,7 @@ def test_the_weights_stand_in_a_file_of_their_own_where_one_would_be_too_large(t
     assert (run_onnx(tmp_path / INT8_FILE, clips) - expected).abs().max() < 0.1 * expected.abs().max()
 
 
-def test_an_opset_is_what_was_asked_for(tmp_path):
+def test_the_file_has_the_requested_opset(tmp_path):
     model = make_model(case_config("spatio_temporal"))
     write_onnx(model, tmp_path / MODEL_FILE, LEAST_OPSET)
     (opset,) = onnx.load(tmp_path / MODEL_FILE).opset_import
@@ -181,7 +171,7 @@ def test_an_opset_is_what_was_asked_for(tmp_path):
 # What int8 costs
 
 
-def test_agreement_is_of_classes_and_of_probabilities():
+def test_agreement_compares_classes_and_probabilities():
     expected = torch.tensor([[0.0, 1.0], [0.0, 1.0], [2.0, 0.0], [2.0, 0.0]])
     actual = torch.tensor([[0.0, 1.0], [1.0, 0.0], [2.0, 0.0], [3.0, 0.0]])
     agreement = measure_agreement(actual, expected, LabelMap({"": ("a", "b")}))
@@ -191,7 +181,7 @@ def test_agreement_is_of_classes_and_of_probabilities():
     assert agreement.mean_abs_difference_of_probabilities == pytest.approx(np.mean(differences), rel=1e-5)
 
 
-def test_agreement_on_groups_is_agreement_on_each():
+def test_agreement_on_groups_means_agreement_on_each():
     label_map = LabelMap({"noun": ("a", "b"), "verb": ("c", "d", "e")})
     expected = torch.tensor([[0.0, 1.0, 3.0, 0.0, 0.0], [0.0, 1.0, 3.0, 0.0, 0.0]])
     actual = torch.tensor([[0.0, 2.0, 3.0, 0.0, 0.0], [0.0, 1.0, 3.0, 0.0, 4.0]])
@@ -200,7 +190,7 @@ def test_agreement_on_groups_is_agreement_on_each():
     assert several.max_abs_difference_of_probabilities == pytest.approx(1 / (1 + np.exp(-4)) - 0.5, rel=1e-5)
 
 
-def test_logits_that_are_not_finite_do_not_agree():
+def test_logits_that_are_not_finite_are_an_error():
     logits = torch.zeros(2, 2)
     with pytest.raises(ConversionError, match="not finite"):
         measure_agreement(logits / 0, logits, LabelMap({"": ("a", "b")}))
@@ -209,7 +199,7 @@ def test_logits_that_are_not_finite_do_not_agree():
 # The script
 
 
-def test_the_script_writes_the_whole_folder(tmp_path, folder):
+def test_the_script_writes_a_complete_folder(tmp_path, folder):
     output = tmp_path / "exported"
     command = [sys.executable, SCRIPT, "--model", folder, "--output", output, "--int8", "--num-clips-checked", 6]
     process = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240)
@@ -252,7 +242,7 @@ def test_the_script_writes_the_whole_folder(tmp_path, folder):
     assert f"{int8['max_abs_difference_of_probabilities']:.1e} at most" in printed
 
 
-def test_videos_are_checked_with(tmp_path, export):
+def test_the_result_is_checked_with_clips_of_videos(tmp_path, export):
     videos = tmp_path / "videos"
     for index in range(6):
         (videos / str(index // 2)).mkdir(parents=True, exist_ok=True)
@@ -271,7 +261,7 @@ def test_videos_are_checked_with(tmp_path, export):
     assert_refused(export("--videos", videos, "--num-clips-checked", 4), tmp_path, "2.mp4")
 
 
-def test_a_graph_that_computes_something_else_is_not_kept(tmp_path, export, monkeypatch):
+def test_a_graph_with_other_logits_is_not_kept(tmp_path, export, monkeypatch):
     def write_damaged(model, *arguments):
         with torch.no_grad():
             model.vivit.encoder.layer[1].mlp.fc2.weight.view(-1)[-1] += 1e-1
@@ -281,7 +271,7 @@ def test_a_graph_that_computes_something_else_is_not_kept(tmp_path, export, monk
     assert_refused(export(), tmp_path, "parity: logits", "nothing was written")
 
 
-def test_a_batch_that_is_a_constant_is_not_kept(tmp_path, export, monkeypatch):
+def test_a_graph_with_a_fixed_batch_size_is_not_kept(tmp_path, export, monkeypatch):
     static = torch.export.Dim.STATIC
     monkeypatch.setattr(torch.export, "Dim", lambda name: static)
     assert_refused(export(), tmp_path, "cannot run model.onnx", "index: 0 Got: 1 Expected: 2")
@@ -330,12 +320,3 @@ def test_models_that_cannot_be_exported_are_refused(tmp_path, export):
         write_video(tmp_path / f"{index}.mp4", num_frames=18, width=96)
     wrong = {"crop_size": {"height": 24, "width": 24}}
     refuse("cropped", "(1, 8, 3, 24, 24)", "crop_size", options=["--videos", tmp_path], processor=wrong)
-
-
-def test_help_names_every_option(capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["--help"])
-    assert ended.value.code == 0
-    printed = capsys.readouterr().out
-    for option in ("--model", "--output", "--int8", "--videos", "--num-clips-checked", "--opset"):
-        assert option in printed

@@ -1,4 +1,4 @@
-"""The command that reads official checkpoints: all msgpack layouts, every array accounted for, no half output."""
+"""Official checkpoints are converted from every msgpack layout; every array is accounted for, and misfits refused."""
 
 import importlib.util
 import json
@@ -34,7 +34,7 @@ PARAMS = {name.removeprefix("params/"): CASE[name] for name in CASE.files if nam
 
 @pytest.fixture
 def convert(tmp_path, capfd):
-    """Runs the command: (exit code, standard output, standard error, output folder)."""
+    """Return a function that runs the command: (exit code, standard output, standard error, output folder)."""
 
     def run(checkpoint, *arguments):
         command, output = command_line(tmp_path, checkpoint, *arguments)
@@ -54,7 +54,7 @@ def command_line(tmp_path, checkpoint, *arguments):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_arrays_are_read_to_the_bit(layout):
+def test_arrays_are_read_exactly(layout):
     params = read_scenic_checkpoint(SCENIC / f"ckpt_03_{layout}.msgpack")
     assert set(params) == set(PARAMS)
     for name, array in PARAMS.items():
@@ -62,7 +62,7 @@ def test_arrays_are_read_to_the_bit(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_command_writes_a_folder_that_gives_the_official_logits(tmp_path, convert, layout):
+def test_the_converted_model_gives_the_official_logits(tmp_path, convert, layout):
     labels = [f"motion {index}" for index in range(GOLDEN["num_classes"])]
     (tmp_path / "labels.json").write_text(json.dumps(labels))
     checkpoint = SCENIC / f"ckpt_03_{layout}.msgpack"
@@ -84,7 +84,7 @@ def test_command_writes_a_folder_that_gives_the_official_logits(tmp_path, conver
     assert processor(frames, return_tensors="pt")["pixel_values"].shape == (1, 8, 3, 24, 24)
 
 
-def test_the_script_runs_by_itself_without_jax_or_flax(tmp_path):
+def test_the_script_needs_neither_jax_nor_flax(tmp_path):
     assert importlib.util.find_spec("jax") is None and importlib.util.find_spec("flax") is None
     command, output = command_line(tmp_path, SCENIC / "ckpt_03_new_params.msgpack")
     script = ROOT / "conversion" / "convert_scenic_checkpoint.py"
@@ -117,7 +117,7 @@ def test_bfloat16_arrays_are_widened(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text", "elsewhere"])
-def test_a_damaged_file_is_one_line_and_leaves_no_folder(tmp_path, convert, damage):
+def test_a_damaged_file_is_named_in_one_line_and_leaves_no_folder(tmp_path, convert, damage):
     whole = (SCENIC / "ckpt_03_new_params.msgpack").read_bytes()
     content = {
         "truncated": whole[: len(whole) // 2],
@@ -149,8 +149,8 @@ def test_wrong_number_of_labels_and_full_output_folder_are_refused(tmp_path, con
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_reference_is_the_official_model(case):
-    """In float64 to 1e-9, from the official parameters and the official configuration, nothing of ours in between."""
+def test_the_numpy_reference_equals_the_official_model(case):
+    """In float64 to 1e-9, directly from the official parameters and configuration."""
     with np.load(SCENIC / f"{case}.npz") as arrays:
         facts = json.loads(str(arrays["config"]))
         params = {name.removeprefix("params/"): arrays[name] for name in arrays.files if name.startswith("params/")}
@@ -195,8 +195,8 @@ def test_the_parity_check_finds_damage(tmp_path, convert, monkeypatch, damage):
     assert code == 0 and "not checked" in printed, errors
 
 
-def test_another_number_of_heads_is_an_error():
-    """The shape of a kernel of ours does not show its heads, so that a wrong number would compute something else."""
+def test_a_wrong_number_of_heads_is_an_error():
+    """Our kernels do not show their heads, so a wrong number would go unnoticed and change the result."""
     encoder = {**GOLDEN["model"]["temporal_transformer"], "num_heads": 2}
     config = config_from_scenic(
         {**GOLDEN["model"], "temporal_transformer": encoder}, num_frames=8, image_size=24, num_labels=7
@@ -245,7 +245,7 @@ def test_released_models_have_their_official_configuration(name):
 
 @pytest.fixture
 def tiny_release(tmp_path, monkeypatch):
-    """The golden checkpoint as a released model with two heads in its 7 outputs."""
+    """Register the golden checkpoint as a released model with two heads in its 7 outputs."""
 
     def release(**fields):
         fields = {"label_groups": {"noun": 4, "verb": 3}, "num_labels": 7, "frame_stride": 1, **fields}
@@ -265,7 +265,7 @@ def convert_release(tmp_path, capfd):
     return run
 
 
-def test_two_heads_are_groups_of_labels(tmp_path, tiny_release, convert_release):
+def test_two_heads_become_groups_of_labels(tmp_path, tiny_release, convert_release):
     tiny_release()
     code, _, errors, output = convert_release()
     assert code == 0 and "warning: the labels have no names" in errors
@@ -282,7 +282,7 @@ NOUNS, VERBS = ["pan", "cut", "tap", "lid"], ["take", "cut", "wash"]
 
 
 @pytest.mark.parametrize("form", ["groups", "list", "text"])
-def test_names_for_two_heads(tmp_path, tiny_release, convert_release, form):
+def test_label_files_name_two_heads(tmp_path, tiny_release, convert_release, form):
     tiny_release()
     path = tmp_path / ("labels.txt" if form == "text" else "labels.json")
     content = {"groups": {"verb": VERBS, "noun": NOUNS}, "list": NOUNS + VERBS}.get(form)
@@ -316,30 +316,22 @@ def test_labels_come_from_the_hub(tmp_path, tiny_release, convert_release, monke
     assert ViViTConfig.from_pretrained(output).id2label[6] == "motion 6"
 
 
-def test_without_the_hub_labels_are_numbers_and_that_is_said(tiny_release, convert_release):
+def test_without_the_hub_labels_are_numbers_after_a_warning(tiny_release, convert_release):
     tiny_release(label_groups=None, label_file="tiny-id2label.json")  # the tests are offline
     code, _, errors, output = convert_release()
     assert code == 0 and "warning: no tiny-id2label.json from huggingface/label-files" in errors
     assert ViViTConfig.from_pretrained(output).id2label[6] == "LABEL_6"
 
 
-def test_another_model_than_the_named_one_is_refused(tiny_release, convert_release):
+def test_a_checkpoint_of_another_model_is_refused(tiny_release, convert_release):
     tiny_release(num_labels=9)
     code, _, errors, output = convert_release()
     assert code == 1 and "has 7 outputs, but vivit-tiny has 9" in errors and not output.exists()
 
 
 def test_optimiser_state_is_skipped_without_being_decoded(tmp_path):
-    """It is as large as the model, and of no use: not even an extension type of unknown kind in it is looked at."""
+    """It is as large as the model and not needed: even an unknown extension type in it is skipped."""
     weights = {"a": msgpack.ExtType(1, msgpack.packb([[2], "float32", np.array([1, 2], np.float32).tobytes()]))}
     tree = {"optimizer": {"state": {"momentum": msgpack.ExtType(77, b"?")}, "target": weights}, "step": 3}
     (tmp_path / "c.msgpack").write_bytes(msgpack.packb(tree))
     assert read_scenic_checkpoint(tmp_path / "c.msgpack")["a"].tolist() == [1, 2]
-
-
-def test_help_names_every_option(capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["--help"])
-    assert ended.value.code == 0
-    printed = capsys.readouterr().out
-    assert all(option in printed for option in ("--checkpoint", "--model-config", "--labels", "--private", *RELEASES))

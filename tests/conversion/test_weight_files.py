@@ -1,4 +1,4 @@
-"""Files of the Hub, of its cache, and of folders: what is missing, and what is only out of reach."""
+"""Files of folders and of the Hub are found; missing files are told from files that cannot be reached."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def find(places, environment):
     return json.loads(process.stdout)
 
 
-def test_what_the_hub_does_not_have_is_told_from_what_is_out_of_reach(tmp_path):
+def test_missing_files_of_the_hub_differ_from_unreachable_ones(tmp_path):
     with HubServer() as hub:
         hub.create_repository("tester/vit", {"config.json": b"{}", "preprocessor_config.json": b'{"size": 8}'})
         environment = hub.environment(tmp_path, "hf_reader")
@@ -53,13 +53,13 @@ def test_what_the_hub_does_not_have_is_told_from_what_is_out_of_reach(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["my_vivit", "/nowhere/at/all", "./my_vivit", "a/b/c"])
-def test_what_cannot_be_on_the_hub_is_no_folder(source, tmp_path, monkeypatch):
+def test_a_source_that_cannot_be_a_hub_id_is_a_missing_folder(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConversionError, match=f"There is no folder {source} here, and .* like owner/name"):
         find_file(source, "config.json")
 
 
-def test_files_of_folders(tmp_path):
+def test_files_of_folders_are_found(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     assert find_file(str(tmp_path), "config.json") == tmp_path / "config.json"
     assert find_file(str(tmp_path), "model.safetensors") is None

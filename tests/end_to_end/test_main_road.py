@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import av
-import convert_vit_checkpoint
 import finetune
 import numpy as np
 import pyarrow.parquet
@@ -35,6 +34,7 @@ from video_files import moving_frames, set_rotation, write_video
 
 from vivit_hf import VideoReader
 from vivit_hf.cli.app import app
+from vivit_hf.conversion import convert_vit
 
 
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
@@ -186,7 +186,7 @@ def travelled(videos, tmp_path_factory):
         source = save_image_model(folder / "vit", image_model)
         more = ["--dataloader_num_workers", 0]
         if road == "converted":
-            assert convert_vit_checkpoint.main(strings(convert_command(source, variant, folder / "start"))) == 0
+            assert convert_vit.main(strings(convert_command(source, variant, folder / "start"))) == 0
             source = folder / "start"
         else:
             more += ["--attention_type", variant, "--num_frames", 4, "--image_size", 32]
@@ -258,7 +258,7 @@ def test_the_road_as_the_readme_has_it(videos, tmp_path):
 
     source = save_image_model(tmp_path / "vit", "resize only")
     start, model, scores = tmp_path / "start", tmp_path / "model", tmp_path / "scores"
-    run([convert_vit_checkpoint.__file__], convert_command(source, "factorised_encoder", start))
+    run(["-m", "vivit_hf", "convert", "vit"], convert_command(source, "factorised_encoder", start))
     printed = run([finetune.__file__], finetune_command(start, videos, model, "--dataloader_num_workers", 2))
     assert f"  {start}: attention_type factorised_encoder, num_temporal_layers 1, " in printed
     assert "num_frames 4, image_size 32, frame_stride 2, short side resized to 37" in printed
