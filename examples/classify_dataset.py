@@ -21,15 +21,10 @@ from typing import Any
 import torch
 
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
-from vivit_hf.data.hub_datasets import load_hub_dataset, unlabelled_videos
-from vivit_hf.data.labels import LabelMap
-from vivit_hf.data.scan import find_videos
-from vivit_hf.inference import optimize
-from vivit_hf.inference.fingerprints import hub_commit, model_fingerprint
-from vivit_hf.inference.prediction import predict_videos
+from vivit_hf.data import LabelMap, find_videos, load_hub_dataset, unlabelled_videos
+from vivit_hf.inference import describe_views, hub_commit, model_fingerprint, optimize, predict_videos
 from vivit_hf.inference.processes import process_group
 from vivit_hf.inference.shards import check_run, shard_starts, start_run, write_shard
-from vivit_hf.inference.views import describe_views
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

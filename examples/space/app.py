@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # jobs.py, and in a Sp
 
 from jobs import DEMO, TOO_LARGE, TOP_K, Job, UserError, Worker, spoken
 
-from vivit_hf.inference.segments import Segment
+from vivit_hf.inference import Segment
 
 
 # A Space is started without arguments. There, these variables replace --model (names separated by spaces)

@@ -18,17 +18,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor, demo_model_path
-from vivit_hf.data.labels import LabelMap, to_probabilities
-from vivit_hf.explain.explanation import explain_clip
-from vivit_hf.explain.pictures import save_explanation
+from vivit_hf import VideoReader, ViViTForVideoClassification, ViViTVideoProcessor, demo_model_path
+from vivit_hf.data import LabelMap
+from vivit_hf.data.labels import to_probabilities
+from vivit_hf.explain import explain_clip, save_explanation
+from vivit_hf.inference import (
+    Segment,
+    StreamingClassifier,
+    average_views,
+    describe_views,
+    predict_views,
+    video_timeline,
+)
 from vivit_hf.inference.finite_outputs import check_finite
 from vivit_hf.inference.optimization import optimized
-from vivit_hf.inference.segments import Segment
-from vivit_hf.inference.streaming import StreamingClassifier
-from vivit_hf.inference.timeline import video_timeline
-from vivit_hf.inference.views import average_views, describe_views, predict_views
-from vivit_hf.video_decoding import VideoReader
 from vivit_hf.video_sources import VideoDecodingError, VideoLimitError, VideoLimits
 
 

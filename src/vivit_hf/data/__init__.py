@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .hub_datasets import StreamedVideos as StreamedVideos
     from .hub_datasets import hub_videos as hub_videos
     from .hub_datasets import load_hub_dataset as load_hub_dataset
+    from .hub_datasets import unlabelled_videos as unlabelled_videos
     from .labels import LabelMap as LabelMap
     from .labels import split_videos as split_videos
     from .labels import to_probabilities as to_probabilities
@@ -25,7 +26,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
     {
         "annotation_rows": "AnnotationError",
         "annotations": "Annotations LabelledVideo read_videos",
-        "hub_datasets": "StreamedVideos hub_videos load_hub_dataset",
+        "hub_datasets": "StreamedVideos hub_videos load_hub_dataset unlabelled_videos",
         "labels": "LabelMap split_videos to_probabilities",
         "scan": "VideoScan find_videos scan_files",
     },

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .demo_model import demo_model_path as demo_model_path
     from .evaluation import Evaluation as Evaluation
     from .evaluation import evaluate_videos as evaluate_videos
+    from .fingerprints import hub_commit as hub_commit
     from .fingerprints import model_fingerprint as model_fingerprint
     from .finite_outputs import NonFiniteError as NonFiniteError
     from .live_video import LiveVideo as LiveVideo
@@ -36,7 +37,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "clips": "predict_clips",
         "demo_model": "demo_model_path",
         "evaluation": "Evaluation evaluate_videos",
-        "fingerprints": "model_fingerprint",
+        "fingerprints": "hub_commit model_fingerprint",
         "finite_outputs": "NonFiniteError",
         "live_video": "LiveVideo",
         "metrics": "classification_metrics",
