@@ -31,16 +31,16 @@ from urllib.parse import quote, urljoin, urlsplit
 
 
 MAX_REDIRECTS = 10
-# Seconds without an answer after which one address, or a server that has gone silent, is given up.
+# Give up on an address or a silent server after this many seconds.
 PATIENCE = 30.0
 
 _CHUNK_BYTES = 1 << 16
 _REDIRECTS = (301, 302, 303, 307, 308)
 _COMPRESSIONS = {"br", "compress", "deflate", "gzip", "x-compress", "x-gzip", "zstd"}
-# What may stand in a path or query as it is; "%" because it may be quoted already.
+# Characters that a path or query keeps; "%" because they may be quoted already.
 _SAFE = "!#$%&'()*+,/:;=?@[]~"
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
-# Translators put the IPv4 address that they connect to into the last four bytes.
+# Translators put the IPv4 address they connect to into the last four bytes.
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -75,7 +75,7 @@ def redacted(address: str) -> str:
 
 
 def is_public(address: IPAddress) -> bool:
-    """Whether an IP address is one of the public internet, and so is the IPv4 address that it may stand for."""
+    """Return whether an IP address is public, as well as any IPv4 address it stands for."""
     if isinstance(address, ipaddress.IPv4Address):
         return address.is_global and not (address.is_multicast or address.is_reserved)
     inner = address.ipv4_mapped or address.sixtofour
@@ -128,14 +128,14 @@ class _Deadline:
         return time.monotonic() >= self._end - 1e-3  # a wait for the rest of the time ends about then
 
     def patience(self) -> float:
-        """Seconds that one step may take; raises TimeoutError once there are none left."""
+        """Return the seconds that one step may take. Raises TimeoutError if none are left."""
         if self.is_over():
             raise TimeoutError
         return min(PATIENCE, self._end - time.monotonic())
 
 
 class _Target(NamedTuple):
-    """What an address asks of which server."""
+    """The parts of an address: scheme, host, port and the path to ask for."""
 
     scheme: str
     host: str
@@ -165,12 +165,12 @@ class _Target(NamedTuple):
 
 @contextlib.contextmanager
 def _reasons(origin: str, deadline: _Deadline) -> Iterator[None]:
-    """Turns all that goes wrong in one exchange into a DownloadError."""
+    """Turn every error of one exchange into a DownloadError."""
     try:
         yield
     except DownloadError as error:
         raise type(error)(f"{origin}{error}") from error.__cause__
-    except UnicodeError:  # of the name of the host
+    except UnicodeError:  # in the host name
         raise DownloadError(f"{origin}the address is malformed") from None
     except http.client.HTTPException as error:
         reason = f"the server does not speak proper HTTP ({type(error).__name__}: {_printable(str(error))})"
@@ -186,7 +186,7 @@ def _reasons(origin: str, deadline: _Deadline) -> Iterator[None]:
 
 
 def _look_up(target: _Target, deadline: _Deadline) -> list[Any]:
-    """`socket.getaddrinfo`, which cannot be interrupted, in a thread: a slow one ends with its answer."""
+    """Run `socket.getaddrinfo` in a thread, because it cannot be interrupted. The thread ends with the answer."""
     answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def look_up() -> None:
@@ -206,7 +206,7 @@ def _look_up(target: _Target, deadline: _Deadline) -> list[Any]:
 
 
 def _connected(target: _Target, deadline: _Deadline, allow_private_addresses: bool) -> socket.socket:
-    """A connection to the first of the host's addresses that is allowed and answers."""
+    """Connect to the first of the host's addresses that is allowed and answers."""
     failure: Exception | None = None
     for family, kind, protocol, _, place in _look_up(target, deadline):
         ip = ipaddress.ip_address(place[0])
@@ -249,7 +249,7 @@ class _TimedReader(io.RawIOBase):
 
 
 class _TimedSocket:
-    """The part of a socket that `http.client` uses, within a deadline; closing the socket is left to its owner."""
+    """The part of a socket that `http.client` uses, within a deadline. The owner closes the socket."""
 
     def __init__(self, connection: socket.socket, deadline: _Deadline):
         self._connection, self._deadline = connection, deadline
@@ -310,5 +310,5 @@ def _copy_body(response: http.client.HTTPResponse, file: BinaryIO, max_bytes: in
 
 
 def _printable(text: str) -> str:
-    """What a server sent, to be shown: in one line, not too long, without control characters."""
+    """Return a server's text for a message: on one line, shortened, without control characters."""
     return repr(text[:200])[1:-1]

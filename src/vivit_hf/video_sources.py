@@ -1,5 +1,4 @@
-"""Where encoded videos come from: paths, URLs, bytes and files, all turned into one seekable binary file; and what can
-come of reading one: limits, errors and the report.
+"""Open encoded videos from paths, URLs, bytes and files as seekable binary files; limits, errors and reports.
 
 Everything is read through a Python file. FFmpeg itself would take "concat:..." or "name%03d.mp4" for a protocol and a
 pattern, and would follow the addresses in a playlist.
@@ -28,7 +27,7 @@ from .video_download import DownloadError, DownloadLimitError, download, redacte
 logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 1 << 20
-# Seconds after which a pipe that nobody writes to is mentioned in the log.
+# Log a warning if a pipe has no data after this many seconds.
 _QUIET_SECONDS = 3.0
 
 
@@ -99,11 +98,12 @@ class VideoLimits:
 
 @dataclass
 class DecodingReport:
-    """What reading a video came across; all zeros and None for a sound file.
+    """Damage found while reading a video. All zeros and None for an intact file.
 
-    `num_rejected_packets` the decoder refused, `num_lost_frames` that therefore do not exist, `num_repeated_frames`
-    that were asked for, lost, and replaced by the frame before, `num_damaged_frames` that were returned although the
-    decoder marked them as damaged or had lost a frame that they may depend on, and `error`, why a video was left out.
+    `num_rejected_packets`: packets that the decoder refused. `num_lost_frames`: frames that are missing as a result.
+    `num_repeated_frames`: lost frames that were asked for and replaced by the frame before. `num_damaged_frames`:
+    frames returned although the decoder marked them as damaged, or lost a frame that they may depend on. `error`: why
+    the video was left out.
     """
 
     source: str
@@ -116,7 +116,7 @@ class DecodingReport:
 
 
 def source_name(source: Any) -> str:
-    """How messages and results call a source: its path, its address without secrets, or what kind of data it is."""
+    """Return a source's name for messages and results: path, address without secrets, or kind of data."""
     if isinstance(source, dict):
         return source_name(source.get("path") or source.get("bytes"))
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -127,7 +127,7 @@ def source_name(source: Any) -> str:
 
 
 def is_video_source(value: Any) -> bool:
-    """Whether `value` is one encoded video: a path, URL, bytes, a binary file, or {"path": ..., "bytes": ...}."""
+    """Return whether `value` is an encoded video: path, URL, bytes, a binary file, or {"path": ..., "bytes": ...}."""
     if isinstance(value, dict):
         return "path" in value or "bytes" in value
     return isinstance(value, (str, os.PathLike, bytes, bytearray, memoryview)) or hasattr(value, "read")
@@ -142,7 +142,7 @@ def part_of_video(timestamps: np.ndarray, source: Any) -> tuple[int, int]:
     first, total = 0, len(timestamps)
     start, end = (source.get(name) for name in ("start", "end")) if isinstance(source, dict) else (None, None)
     if start is not None or end is not None:
-        # A frame belongs to a part if it appears in it; containers round its moment to their clock.
+        # A frame belongs to the part in which it appears; containers round its time to their clock.
         borders = np.array([0.0 if start is None else start, np.inf if end is None else end]) - 1e-3
         first, last = np.searchsorted(timestamps - timestamps[0], borders)
         total = last - first
@@ -155,7 +155,7 @@ def part_of_video(timestamps: np.ndarray, source: Any) -> tuple[int, int]:
 
 
 def _bounded(read: Callable[[int], bytes], name: str, limits: VideoLimits) -> Iterator[bytes]:
-    """The chunks of a stream, within `max_bytes` and `download_timeout`."""
+    """Yield the chunks of a stream, within `max_bytes` and `download_timeout`."""
     deadline = time.monotonic() + limits.download_timeout
     num_bytes = 0
     while chunk := read(_CHUNK_BYTES):
@@ -170,7 +170,7 @@ def _bounded(read: Callable[[int], bytes], name: str, limits: VideoLimits) -> It
 
 
 def _copy_bounded(read: Callable[[int], bytes], name: str, limits: VideoLimits) -> BinaryIO:
-    """Copies a stream into a temporary file, within its limits."""
+    """Copy a stream into a temporary file, within its limits."""
     file = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
     try:
         for chunk in _bounded(read, name, limits):
@@ -199,7 +199,7 @@ def read_stream(file: Any, limits: VideoLimits | None = None) -> bytearray:
 
 
 def is_pipe(path: Any) -> bool:
-    """Whether `path` is a named pipe."""
+    """Return whether `path` is a named pipe."""
     if not isinstance(path, (str, os.PathLike)):
         return False
     try:
@@ -259,10 +259,10 @@ def _download(address: str, limits: VideoLimits) -> BinaryIO:
 
 
 def open_source(source: Any, limits: VideoLimits) -> tuple[BinaryIO, bool]:
-    """A seekable binary file with the encoded video, and whether closing it is up to whoever called this.
+    """Return a seekable binary file with the encoded video, and whether the caller must close it.
 
-    Raises TypeError for what is no video source, OSError for what cannot be opened, VideoDecodingError for a download
-    that breaks off, VideoLimitError for one over its limits.
+    Raises TypeError if `source` is not a video source, OSError if it cannot be opened, VideoDecodingError if a download
+    breaks off, VideoLimitError if it is over the limits.
     """
     if isinstance(source, dict):
         data, path = source.get("bytes"), source.get("path")

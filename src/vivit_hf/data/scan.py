@@ -1,4 +1,4 @@
-"""Reading whole data sets of videos ahead of training: which files are damaged, short, variable or rotated."""
+"""Scan a data set of videos before training for files that are damaged, short, rotated or of variable rate."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _VARIABLE_RATE_TOLERANCE = 0.25
 
 @dataclass
 class VideoScan:
-    """What scanning one file found.
+    """The result of scanning one file.
 
     `status` is "ok", "damaged" (it can be read; `reason` tells what is lost) or "unusable" (`reason` tells why).
     `duration` is in seconds, from the first frame to the end of the last; `frames_per_second` is the average rate;
     `height` and `width` are upright, in pixels; `rotation` is the one that is stored in the file, in degrees clockwise.
-    `is_variable_rate`: the distances of frames differ by more than a quarter. `is_short`: fewer frames than the clip
-    that was asked for takes. What could not be found out is None.
+    `is_variable_rate`: the distances of frames differ by more than a quarter. `is_short`: fewer frames than
+    `min_frames`. Fields that could not be determined are None.
     """
 
     path: str
@@ -58,7 +58,7 @@ class VideoScan:
 
 
 def find_videos(folder: str | os.PathLike[str], extensions: Iterable[str] = VIDEO_EXTENSIONS) -> list[Path]:
-    """The video files in a folder and its subfolders, sorted; hidden ones and what is no regular file are left out.
+    """Return the regular video files in a folder and its subfolders, sorted, without hidden ones.
 
     Links to files and folders are followed, each folder once. Raises OSError for a folder that cannot be listed.
     """
@@ -84,11 +84,11 @@ def _is_regular(path: Path) -> bool:
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except OSError:
-        return True  # a broken link, or no permission: scanning it tells
+        return True  # a broken link or no permission: scanning it gives the reason
 
 
 def scan_file(path: str | os.PathLike[str], *, min_frames: int = 1, packets_only: bool = False) -> VideoScan:
-    """Scans one file in this process; `packets_only` decodes one frame and not all of them."""
+    """Scan one file in this process. `packets_only` decodes one frame instead of all."""
     scan = VideoScan(os.fsdecode(path), "ok")
     try:
         scan.num_bytes = os.stat(path).st_size
@@ -118,8 +118,8 @@ def scan_file(path: str | os.PathLike[str], *, min_frames: int = 1, packets_only
 
 
 def _work(connection: Connection, min_frames: int, packets_only: bool) -> None:
-    """A worker: scans the files it is sent until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started it ends it
+    """Scan files received over the connection until None comes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends it
     try:
         while (path := connection.recv()) is not None:
             connection.send(scan_file(path, min_frames=min_frames, packets_only=packets_only))
@@ -154,7 +154,7 @@ def scan_files(
     num_workers: int | None = None,
     timeout: float = 120.0,
 ) -> Iterator[VideoScan]:
-    """Scans files in `num_workers` processes (None: one per core); yields a `VideoScan` for each as it is done.
+    """Scan files in `num_workers` processes (None: one per core) and yield a `VideoScan` as each is done.
 
     A worker that crashes, or that has no result after `timeout` seconds, makes its file unusable and is replaced.
     """
@@ -175,7 +175,7 @@ def scan_files(
                     worker.give(waiting.pop(), timeout)
             busy = [worker for worker in workers if worker.path is not None]
             patience = max(0.0, min(worker.deadline for worker in busy) - time.monotonic())
-            patience = min(patience, 86400.0)  # the system takes no infinity
+            patience = min(patience, 86400.0)  # `wait` does not accept infinity
             ready = wait([worker.connection for worker in busy], timeout=patience)
             for worker in busy:
                 scan = None
