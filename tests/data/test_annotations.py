@@ -1,4 +1,4 @@
-"""Annotations: folders, CSV, JSON and the big data sets' own files; what cannot work is named by file and line."""
+"""Test reading annotations: class folders, CSV, JSON, and published files; errors name file and line."""
 
 import json
 import re
@@ -19,7 +19,7 @@ def labels_by_name(annotations):
     return {re.split(r"[\\/]", str(one.video))[-1]: one.labels for one in annotations.videos}
 
 
-def test_a_folder_of_class_folders(tmp_path):
+def test_class_folders_are_read(tmp_path):
     touch(tmp_path, "jump/a.mp4", "jump/day/b.webm", "run/c.AVI", "run/notes.txt", ".cache/x.mp4")
     found = read_videos(tmp_path)
     assert labels_by_name(found) == {"a.mp4": ("jump",), "b.webm": ("jump",), "c.AVI": ("run",)}
@@ -27,7 +27,7 @@ def test_a_folder_of_class_folders(tmp_path):
     assert all(one.where == one.video for one in found.videos)
 
 
-def test_a_folder_with_metadata_as_videofolder_has_it(tmp_path):
+def test_videofolder_metadata_is_read(tmp_path):
     touch(tmp_path, "a.mp4", "b.mp4")
     (tmp_path / "metadata.csv").write_text("file_name,label\na.mp4,jump\nb.mp4,run\n")
     assert labels_by_name(read_videos(tmp_path)) == {"a.mp4": ("jump",), "b.mp4": ("run",)}
@@ -45,7 +45,7 @@ LINES = {"a.csv": (2, 4), "b.csv": (2, 3), "c.tsv": (2, 3), "d.json": (2, 4), "e
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_tables_are_read_with_the_lines_that_their_rows_are_on(tmp_path, name):
+def test_tables_are_read_with_line_numbers(tmp_path, name):
     touch(tmp_path, "v/1.mp4", "v/2.mp4")
     (tmp_path / name).write_text(TABLES[name], encoding="utf-8")
     found = read_videos(tmp_path / name)
@@ -53,7 +53,7 @@ def test_tables_are_read_with_the_lines_that_their_rows_are_on(tmp_path, name):
     assert [one.where for one in found.videos] == [f"{tmp_path / name}:{line}" for line in LINES[name]]
 
 
-def test_columns_root_parts_and_addresses_can_be_given(tmp_path):
+def test_columns_root_time_ranges_and_urls_are_supported(tmp_path):
     touch(tmp_path / "videos", "long.mp4")
     table = tmp_path / "t.csv"
     table.write_text(
@@ -66,7 +66,7 @@ def test_columns_root_parts_and_addresses_can_be_given(tmp_path):
     assert [one.labels for one in found.videos] == [("run",), ("jump",)]
 
 
-def test_groups_of_labels_and_several_labels(tmp_path):
+def test_label_groups_and_multiple_labels_are_read(tmp_path):
     touch(tmp_path, "1.mp4")
     table = tmp_path / "t.csv"
     table.write_text("path,noun,verb\n1.mp4,pan,wash\n")
@@ -79,7 +79,7 @@ def test_groups_of_labels_and_several_labels(tmp_path):
     assert read_videos(rows).videos[0].labels == ("run", "jump")
 
 
-def test_kinetics_in_miniature(tmp_path):
+def test_kinetics_annotations_are_read(tmp_path):
     touch(tmp_path / "k400", "abseiling/abc_000010_000020.mp4", "-x_y.mkv")
     table = tmp_path / "train.csv"
     table.write_text(
@@ -92,7 +92,7 @@ def test_kinetics_in_miniature(tmp_path):
     assert labels_by_name(found) == {"abc_000010_000020.mp4": ("abseiling",), "-x_y.mkv": ("air drumming",)}
 
 
-def test_something_something_in_miniature(tmp_path):
+def test_something_something_annotations_are_read(tmp_path):
     touch(tmp_path / "20bn", "78687.webm", "42326.webm")
     rows = [
         {"id": "78687", "label": "holding potato", "template": "Holding [something]", "placeholders": ["potato"]},
@@ -114,7 +114,7 @@ def epic_row(start="00:00:00.14", stop="00:00:03.37", verb="3", noun="12"):
     return f"P01_01_0,P01,P01_01,00:00:01.089,{start},{stop},8,202,open door,open,{verb},door,{noun},['door'],[3]\n"
 
 
-def test_epic_kitchens_in_miniature(tmp_path):
+def test_epic_kitchens_annotations_are_read(tmp_path):
     touch(tmp_path / "epic", "P01/videos/P01_01.MP4")
     table = tmp_path / "EPIC_100_train.csv"
     table.write_text(EPIC_HEADER + epic_row() + epic_row("00:01:00.5", "00:01:02"))
@@ -128,7 +128,7 @@ def test_epic_kitchens_in_miniature(tmp_path):
     assert found.videos[0].labels == ("12", "3")
     for wrong, message in (
         (epic_row(noun="300"), r"EPIC_100_train\.csv:2: noun_class '300' is not a whole number from 0 to 299"),
-        (epic_row(stop="00:00:00.1"), r"csv:2: the action ends at 0\.1 s and begins at 0\.14 s"),
+        (epic_row(stop="00:00:00.1"), r"csv:2: the action ends at 0\.1 s, but begins at 0\.14 s"),
         (epic_row(start="soon"), r"csv:2: 'start_timestamp' is 'soon'; expected seconds"),
     ):
         table.write_text(EPIC_HEADER + wrong)
@@ -142,14 +142,14 @@ WRONG = {
     "header.csv": ("path,label\n", r"header\.csv: there are no videos"),
     "column.csv": (
         "path,kind\n1.mp4,x\n",
-        r"column\.csv:1: there is no column any of label, .*; there are: path, kind",
+        r"column\.csv:1: there is no column of labels named label or .*; the columns are: path, kind",
     ),
     "label.csv": ("path,label\n1.mp4,run\n1.mp4, \n", r"label\.csv:3: 'label' is empty"),
-    "cells.csv": ("path,label\n1.mp4,run,fast\n", r"cells\.csv:2: 3 cells, but the header has 2 columns"),
+    "cells.csv": ("path,label\n1.mp4,run,fast\n", r"cells\.csv:2: the row has 3 cells, but the header has 2 columns"),
     "gone.csv": ("path,label\n1.mp4,run\nnope.mp4,run\n", r"gone\.csv:3: there is no file .*nope\.mp4"),
     "ftp.csv": (
         "path,label\n1.mp4,run\nftp://me:word@host/x.mp4?key=1,run\n",
-        r"ftp\.csv:3: there is no file ftp://\*\*\*@host/x\.mp4\?\*\*\*; of addresses, only http",
+        r"ftp\.csv:3: there is no file ftp://\*\*\*@host/x\.mp4\?\*\*\*; only http:// and https://",
     ),
     "quote.csv": ('path,label\n"1.mp4,run\n', r"quote\.csv:2"),
     "latin.csv": ("path,label\n1.mp4,caf\xe9\n".encode("latin-1"), r"latin\.csv:2: this is not UTF-8"),
@@ -158,12 +158,12 @@ WRONG = {
     "strings.json": ('[\n"1.mp4"]', r"strings\.json:2: expected an object"),
     "cut.json": ('[{"path": "1.mp4", "label": "x"},', r"cut\.json:1: this is not JSON"),
     "bad.jsonl": ('{"path": "1.mp4", "label": "x"}\n{"path"', r"bad\.jsonl:2: this is not JSON"),
-    "table.xlsx": ("", r"table\.xlsx: annotations are read from"),
+    "table.xlsx": ("", r"table\.xlsx: expected a folder or a \.csv, .* file of annotations"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_cannot_work_is_named_by_file_and_line(tmp_path, name):
+def test_errors_in_annotation_files_name_file_and_line(tmp_path, name):
     content, message = WRONG[name]
     touch(tmp_path, "1.mp4")
     path = tmp_path / (name if content is not None else "nowhere.csv")
@@ -173,24 +173,24 @@ def test_what_cannot_work_is_named_by_file_and_line(tmp_path, name):
         read_videos(path)
 
 
-def test_folders_that_cannot_work(tmp_path):
+def test_folders_without_classes_or_videos_are_refused(tmp_path):
     with pytest.raises(AnnotationError, match=r"there are no class folders.*expected .*/CLASS/VIDEO"):
         read_videos(tmp_path)
     touch(tmp_path, "jump/a.mp4", "run/readme.txt")
-    with pytest.raises(AnnotationError, match=r"run: the folder of this class holds no video"):
+    with pytest.raises(AnnotationError, match=r"run: this class folder holds no video"):
         read_videos(tmp_path)
 
 
-def test_names_that_are_not_given_rightly(tmp_path):
+def test_wrong_settings_are_refused(tmp_path):
     touch(tmp_path, "1.mp4")
     table = tmp_path / "t.csv"
     table.write_text("path,label\n1.mp4,run\n")
     for settings, message in (
         ({"annotation_format": "imagenet"}, "must be one of auto, plain"),
-        ({"video_column": "clip"}, r"t\.csv:1: there is no column 'clip' \(of paths\); there are: path, label"),
-        ({"label_columns": ["verb"]}, r"t\.csv:1: there is no column 'verb'"),
+        ({"video_column": "clip"}, r"t\.csv:1: there is no column of paths named 'clip'; the columns are: path, label"),
+        ({"label_columns": ["verb"]}, r"t\.csv:1: there is no column of labels named 'verb'"),
         ({"video_root": tmp_path / "no"}, "no: there is no such folder"),
-        ({"annotation_format": "epic"}, "there is no column 'video_id'"),
+        ({"annotation_format": "epic"}, "there is no column of epic annotations named 'video_id'"),
         ({"missing_videos": "maybe"}, "must be 'error' or 'skip'"),
     ):
         with pytest.raises(AnnotationError, match=message):
@@ -203,7 +203,7 @@ def test_names_that_are_not_given_rightly(tmp_path):
 SPLITS = "path,label,split,patient\n1.mp4,run,Train,a\n2.mp4,jump, training,a\n3.mp4,run,val,b\n4.mp4,,test,c\n"
 
 
-def test_a_column_of_splits_is_read_and_rows_of_other_splits_are_not_looked_at(tmp_path):
+def test_only_rows_of_the_chosen_splits_are_validated(tmp_path):
     touch(tmp_path, "1.mp4", "2.mp4", "3.mp4")  # the test row has neither a label nor a file
     table = tmp_path / "t.csv"
     table.write_text(SPLITS)
@@ -221,7 +221,7 @@ def test_a_column_of_splits_is_read_and_rows_of_other_splits_are_not_looked_at(t
 
 
 @pytest.mark.parametrize("name", ["Subset", "partition"])
-def test_usual_names_of_split_columns_are_known_and_any_can_be_given(tmp_path, name):
+def test_split_columns_are_found_by_name_or_given(tmp_path, name):
     touch(tmp_path, "1.mp4", "2.mp4")
     (tmp_path / "t.csv").write_text(f"path,label,{name}\n1.mp4,run,train\n2.mp4,jump,dev\n")
     assert [one.split for one in read_videos(tmp_path / "t.csv").videos] == ["train", "validation"]
@@ -231,7 +231,7 @@ def test_usual_names_of_split_columns_are_known_and_any_can_be_given(tmp_path, n
     assert {one.split for one in read_videos(tmp_path / "t.csv", split_column="none").videos} == {None}
 
 
-def test_what_looks_like_a_split_and_is_none_is_refused(tmp_path):
+def test_ambiguous_and_unknown_splits_are_refused(tmp_path):
     touch(tmp_path, "1.mp4", "2.mp4")
     table = tmp_path / "t.csv"
     for text, message in (
@@ -239,10 +239,10 @@ def test_what_looks_like_a_split_and_is_none_is_refused(tmp_path):
             "path,label,split\n1.mp4,run,train\n2.mp4,run,fold2\n",
             r"t\.csv:3: 'fold2' in .* 'split' .* to none to ignore",
         ),
-        ("path,label,split\n1.mp4,run,train\n2.mp4,run,\n", r"t\.csv:3: '' in the column 'split' is no split"),
+        ("path,label,split\n1.mp4,run,train\n2.mp4,run,\n", r"t\.csv:3: '' in the column 'split' is not a split"),
         (
             "path,label,used\n1.mp4,run,train\n2.mp4,run,test\n",
-            r"t\.csv:1: the column 'used' has the names of splits \(test",
+            r"t\.csv:1: the column 'used' holds split names \(test",
         ),
     ):
         table.write_text(text)
@@ -251,20 +251,20 @@ def test_what_looks_like_a_split_and_is_none_is_refused(tmp_path):
         assert len(read_videos(table, split_column="none").videos) == 2
     rows = tmp_path / "t.json"
     rows.write_text('[{"path": "1.mp4", "label": "run", "split": "train"},\n{"path": "2.mp4", "label": "run"}]')
-    with pytest.raises(AnnotationError, match=r"t\.json:2: None in the column 'split' is no split"):
+    with pytest.raises(AnnotationError, match=r"t\.json:2: None in the column 'split' is not a split"):
         read_videos(rows)
-    with pytest.raises(AnnotationError, match=r"t\.csv:1: there is no column 'fold' \(of splits\)"):
+    with pytest.raises(AnnotationError, match=r"t\.csv:1: there is no column of splits named 'fold'"):
         read_videos(table, split_column="fold")
-    with pytest.raises(AnnotationError, match=r"t\.csv:1: there is no column 'patient' \(of groups\)"):
+    with pytest.raises(AnnotationError, match=r"t\.csv:1: there is no column of groups named 'patient'"):
         read_videos(table, split_column="none", group_column="patient")
-    # Labels are no splits, whatever they are called.
+    # Label columns are never split columns, whatever their names and values.
     table.write_text("path,label\n1.mp4,train\n2.mp4,test\n")
     assert [one.labels for one in read_videos(table).videos] == [("train",), ("test",)]
     table.write_text("path,split\n1.mp4,train\n2.mp4,bus\n")
     assert [one.labels for one in read_videos(table, label_columns=["split"]).videos] == [("train",), ("bus",)]
 
 
-def test_the_data_sets_own_files_are_split_and_grouped_as_well(tmp_path):
+def test_published_files_support_splits_and_groups(tmp_path):
     touch(tmp_path, "P01_01.MP4", "7.webm", "abc.mp4")
     (tmp_path / "epic.csv").write_text(EPIC_HEADER + epic_row())
     found = read_videos(tmp_path / "epic.csv", group_column="participant_id")
@@ -278,7 +278,7 @@ def test_the_data_sets_own_files_are_split_and_grouped_as_well(tmp_path):
     assert (one.keep_together, one.split) == (("youtube_id=abc",), "validation")
 
 
-def test_a_folder_of_classes_has_no_columns(tmp_path):
+def test_class_folders_refuse_column_settings(tmp_path):
     touch(tmp_path, "jump/a.mp4")
     for settings in ({"split_column": "split"}, {"group_column": "patient"}):
         with pytest.raises(AnnotationError, match=f"has no columns: leave {next(iter(settings))} out"):
@@ -288,7 +288,7 @@ def test_a_folder_of_classes_has_no_columns(tmp_path):
 # Lists of paths
 
 
-def test_lists_as_their_authors_publish_them(tmp_path):
+def test_published_lists_of_paths_are_read(tmp_path):
     touch(tmp_path, "Apply Make Up/v_1 3.avi", "Archery/v_2.AVI", "Archery/v,3.mp4")
     table = tmp_path / "trainlist01.txt"
     for text in (
@@ -304,22 +304,22 @@ def test_lists_as_their_authors_publish_them(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("run/1.mp4\n2.mp4\n", r"list\.txt:2: expected a path as Class/file\.mp4, got '2\.mp4'"),
-        ("run/1.mp4\nrun/2.txt\n", r"list\.txt:2: expected a path as Class/file\.mp4"),
+        ("run/1.mp4\n2.mp4\n", r"list\.txt:2: expected a path like Class/file\.mp4, got '2\.mp4'"),
+        ("run/1.mp4\nrun/2.txt\n", r"list\.txt:2: expected a path like Class/file\.mp4"),
         ("run/1.mp4 1\nrun/2.mp4 2\n", r"list\.txt:2: the folder 'run' with class number 2 contradicts line 1"),
         ("run/1.mp4 1\njump/2.mp4 1\n", r"list\.txt:2: the folder 'jump' with class number 1 contradicts line 1"),
-        ("run/1.mp4 1\nrun/2.mp4\n", r"list\.txt:2: the folder 'run' with class number left out contradicts line 1"),
+        ("run/1.mp4 1\nrun/2.mp4\n", r"list\.txt:2: the folder 'run' with class number \(none\) contradicts line 1"),
         ("run/1.mp4 1\nrun/9.mp4 1\n", r"list\.txt:2: there is no file .*9\.mp4"),
     ],
 )
-def test_lists_that_cannot_work(tmp_path, text, message):
+def test_lists_that_contradict_themselves_are_refused(tmp_path, text, message):
     touch(tmp_path, "run/1.mp4", "run/2.mp4", "jump/2.mp4")
     (tmp_path / "list.txt").write_text(text)
     with pytest.raises(AnnotationError, match=message):
         read_videos(tmp_path / "list.txt")
 
 
-def test_line_separators_of_unicode_do_not_end_a_line_of_json(tmp_path):
+def test_unicode_line_separators_do_not_end_a_json_line(tmp_path):
     touch(tmp_path, "1.mp4")
     row = json.dumps({"path": "1.mp4", "label": "a\u2028b"}, ensure_ascii=False)
     (tmp_path / "t.jsonl").write_text(f"{row}\n{row}\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The automatic split: what belongs together stays together, and both sides have every class where that is possible."""
+"""Test the automatic split: units stay together, and both sides have every class if possible."""
 
 import itertools
 import os
@@ -14,7 +14,7 @@ from vivit_hf.data.labels import shared_units, split_videos
 
 
 def grouped(*units):
-    """A video per label of each unit; the videos of a unit are of one patient."""
+    """Return one video per label of each unit; each unit is one patient."""
     videos = [
         (label if isinstance(label, tuple) else (label,), patient)
         for patient, unit in enumerate(units)
@@ -27,7 +27,7 @@ def grouped(*units):
 
 
 def is_possible(units):
-    """Whether any division gives both sides all classes, by trying all."""
+    """Try every division; return whether one gives both sides all classes."""
     classes = set().union(*units)
     for sides in itertools.product((False, True), repeat=len(units)):
         halves = [
@@ -44,7 +44,7 @@ def is_possible(units):
     fraction=st.floats(0.05, 0.6),
     seed=st.integers(0, 3),
 )
-def test_both_sides_have_every_class_whenever_that_is_possible(units, fraction, seed):
+def test_both_sides_have_every_class_if_possible(units, fraction, seed):
     videos = grouped(*units)
     if not is_possible([set(unit) for unit in units]):
         with pytest.raises(AnnotationError, match=r"No division of the|has a single video|all belong together"):
@@ -64,8 +64,8 @@ def test_both_sides_have_every_class_whenever_that_is_possible(units, fraction, 
     fraction=st.floats(0.15, 0.5),
     seed=st.integers(0, 3),
 )
-def test_the_share_of_every_class_is_near_the_wanted_one(sizes, num_classes, fraction, seed):
-    """Patients with up to four videos of one class each: a class is off by half a patient at most."""
+def test_the_share_of_every_class_is_near_the_requested_one(sizes, num_classes, fraction, seed):
+    """Each patient has up to four videos of one class, so a class is off by half a patient at most."""
     units = [[f"class {patient % num_classes}"] * size for patient, size in enumerate(sizes)]
     videos = grouped(*units)
     _, validation = split_videos(videos, fraction, seed)
@@ -76,7 +76,7 @@ def test_the_share_of_every_class_is_near_the_wanted_one(sizes, num_classes, fra
 
 @settings(deadline=None, max_examples=50)
 @given(units=st.lists(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=4), min_size=2, max_size=8))
-def test_rare_classes_are_trained_on_where_they_need_no_validation(units):
+def test_missing_labels_put_rare_classes_into_training(units):
     videos = grouped(*units)
     classes = set().union(*units)
     if all(set().union(*units[:left], *units[left + 1 :]) < classes for left in range(len(units))):
@@ -89,7 +89,7 @@ def test_rare_classes_are_trained_on_where_they_need_no_validation(units):
         assert {one.labels for one in validation} == {one.labels for one in videos}
 
 
-def test_groups_of_labels_and_several_labels_are_all_on_both_sides():
+def test_label_groups_and_multiple_labels_are_on_both_sides():
     pairs = [[("pan", "open")], [("lid", "wash")], [("pan", "wash")], [("lid", "open")], [("pan", "open")]]
     for part in split_videos(grouped(*pairs), 0.2, groups=("noun", "verb")):
         assert {one.labels[0] for one in part} == {"pan", "lid"} and {one.labels[1] for one in part} == {"open", "wash"}
@@ -102,7 +102,7 @@ def test_groups_of_labels_and_several_labels_are_all_on_both_sides():
         assert {label for one in part for label in one.labels} == {"run", "jump", "swim"}
 
 
-def test_parts_of_one_file_stay_together_however_its_path_is_spelled(tmp_path, monkeypatch):
+def test_parts_of_one_file_stay_together_for_any_spelling_of_its_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "videos").mkdir()
     for name in "abcd":
@@ -135,7 +135,7 @@ def test_clips_of_one_youtube_video_stay_together(tmp_path):
     assert names[0] and names[1] and not names[0] & names[1]
 
 
-def test_a_class_that_cannot_be_divided_is_named():
+def test_error_names_a_class_that_cannot_be_divided():
     parts = [LabelledVideo({"path": "a.mp4", "start": n, "end": n + 1}, ("run",), f"t.csv:{n + 2}") for n in range(3)]
     with pytest.raises(AnnotationError, match=r"t\.csv:2: the class 'run' has 3 videos, which all belong together and"):
         split_videos([*parts, *grouped("j", "j")], 0.2)
@@ -151,7 +151,7 @@ def test_a_class_that_cannot_be_divided_is_named():
         split_videos([], 0.3)
 
 
-def test_videos_on_both_sides_of_a_given_split_are_found():
+def test_units_on_both_sides_of_a_given_split_are_found():
     videos = grouped("a", "b", "ab")
     assert shared_units(videos[:2], videos[2:]) == []
     assert shared_units(videos[:3], videos[2:]) == [(videos[2], videos[2]), (videos[2], videos[3])]

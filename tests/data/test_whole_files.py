@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Test that files are written completely or not at all."""
 
 import os
 import stat
@@ -9,7 +9,7 @@ import pytest
 from vivit_hf.data.whole_files import written_whole
 
 
-def test_a_file_takes_its_place_at_the_end_with_usual_rights(tmp_path):
+def test_file_is_replaced_at_the_end_with_default_permissions(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text("old")
     previous = os.umask(0o022)
@@ -23,7 +23,7 @@ def test_a_file_takes_its_place_at_the_end_with_usual_rights(tmp_path):
     assert os.listdir(tmp_path) == ["rows.json"]
 
 
-def test_a_link_stays_one_and_what_is_no_file_is_written_into(tmp_path):
+def test_links_are_kept_and_pipes_are_written_to_directly(tmp_path):
     (tmp_path / "real.json").write_text("old")
     (tmp_path / "link.json").symlink_to(tmp_path / "real.json")
     with written_whole(tmp_path / "link.json") as unfinished:
@@ -40,7 +40,7 @@ def test_a_link_stays_one_and_what_is_no_file_is_written_into(tmp_path):
     assert received == ["rows"] and stat.S_ISFIFO(pipe.stat().st_mode)
 
 
-def test_what_was_there_stays_after_an_error(tmp_path):
+def test_error_leaves_the_old_file_unchanged(tmp_path):
     path = tmp_path / "rows.json"
     for was_there in (False, True):
         with pytest.raises(ZeroDivisionError), written_whole(str(path)) as unfinished:

@@ -96,7 +96,10 @@ def test_data_sets_that_cannot_be_loaded_are_named(videos, tmp_path):
         (["--dataset_name", str(videos)], r"videos: this data set cannot be loaded: .* A file name is not UTF-8"),
         (["--dataset_name", str(tmp_path / "nowhere")], "nowhere: this data set cannot be loaded"),
         (["--dataset_name", str(demo_model_path() / "samples"), "--split", "dev"], "samples: this data set cannot"),
-        (["--dataset_name", str(demo_model_path() / "samples"), "--video_column_name", "clip"], "no column 'clip'"),
+        (
+            ["--dataset_name", str(demo_model_path() / "samples"), "--video_column_name", "clip"],
+            "no column of videos named 'clip'",
+        ),
     ):
         with pytest.raises(SystemExit, match=f"classify_dataset.py: .*{message}"):
             classify_dataset.main([*common, *arguments])
@@ -134,5 +137,5 @@ def test_json_that_no_parser_takes_is_named(tmp_path, content, message):
 def test_a_column_that_is_there_twice_is_refused(tmp_path):
     with (tmp_path / "t.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("path", "label", "label"), ("a.mp4", "run", "jump")])
-    with pytest.raises(AnnotationError, match=r"t\.csv:1: there are several columns named 'label'"):
+    with pytest.raises(AnnotationError, match=r"t\.csv:1: several columns are named 'label'"):
         read_videos(tmp_path / "t.csv")

@@ -308,7 +308,7 @@ def wrong_inputs(data, folder):
             {**table, "train_file": whole, "validation_file": few},
             r"3 of the 4 classes of the training split have no video .*few\.csv:2.*'down_right' \(.*all\.csv:6\)",
         ),
-        "no column": ({**table, "train_file": no_label}, r"column\.csv:1: there is no column any of label"),
+        "no column": ({**table, "train_file": no_label}, r"column\.csv:1: there is no column of labels named label"),
         "no such video": ({**table, "train_file": gone}, r"gone\.csv:18: there is no file .*nowhere\.mp4"),
         "no such folder": ({**table, "train_dir": folder / "nowhere"}, r"nowhere: there is no such file or folder"),
         "no data": (table, r"--train_dir, --train_file or --dataset_name; got none"),

@@ -204,5 +204,5 @@ def test_a_column_of_splits_in_a_hub_data_set_decides(tmp_path):
         load(dataset_name=source, streaming=True)
     rows[3]["split"] = "holdout"
     source = write_dataset(tmp_path / "wrong", rows)
-    with pytest.raises(AnnotationError, match=r"wrong/train\[3\]: 'holdout' in the column 'split' is no split"):
+    with pytest.raises(AnnotationError, match=r"wrong/train\[3\]: 'holdout' in the column 'split' is not a split"):
         load(dataset_name=source)

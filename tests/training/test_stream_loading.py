@@ -287,7 +287,7 @@ def test_damaged_files_of_one_name_are_told_apart(folder, tmp_path):
 def test_a_stream_that_is_split_already_is_refused():
     dataset = split_dataset_by_node(numbered_stream(4), rank=0, world_size=2)
     assert isinstance(dataset, IterableDataset)
-    with pytest.raises(AnnotationError, match="split among processes already"):
+    with pytest.raises(AnnotationError, match="already divided among processes"):
         hub_videos(dataset, "numbers")
 
 

@@ -1,4 +1,4 @@
-"""The rows of annotation files with their lines: CSV, JSON, JSON lines and lists of paths; and their split column."""
+"""Read the rows of annotation files (CSV, JSON, JSON lines, lists of paths) with line numbers, and their splits."""
 
 from __future__ import annotations
 
@@ -27,17 +27,19 @@ _VIDEO_ENDINGS = tuple(f".{extension}" for extension in VIDEO_EXTENSIONS)
 
 
 class AnnotationError(ValueError):
-    """A data set that cannot be trained on; the message names the file, the line and the way out."""
+    """Raised for a data set that cannot be used; the message names the file and the line, and says how to fix it."""
 
 
 @dataclass(frozen=True)
 class Row:
+    """One row of an annotation file; `where` is its place for error messages, such as `train.csv:17`."""
+
     values: dict[str, Any]
     where: str
 
 
 def read_rows(path: Path) -> tuple[list[Row], list[str]]:
-    """The rows of a file with the lines they are on, and the names of the columns."""
+    """Return the rows of a file and its column names. Raises AnnotationError for a file that cannot be parsed."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -54,10 +56,10 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
         rows = list(_list_rows(name, text) if is_list else _csv_rows(name, text))
     else:
         raise AnnotationError(
-            f"{path}: annotations are read from .csv, .tsv, .txt, .json and .jsonl files, or a folder."
+            f"{path}: expected a folder or a .csv, .tsv, .txt, .json, .jsonl or .ndjson file of annotations."
         )
     if not rows:
-        raise AnnotationError(f"{path}: there are no videos in this file.")
+        raise AnnotationError(f"{path}: there are no videos in this file; expected at least one row.")
     return rows, list(dict.fromkeys(name for row in rows for name in row.values))
 
 
@@ -76,7 +78,7 @@ def _checked_object(value: Any, where: str) -> dict[str, Any]:
 
 
 def _json_rows(path: str, text: str) -> Iterator[Row]:
-    """The objects of a JSON list, one by one, so that each knows its line."""
+    """Parse a JSON list object by object, to keep the line number of each."""
     decoder, place, line = json.JSONDecoder(), 0, 1
 
     def skip(characters: str) -> None:
@@ -98,7 +100,7 @@ def _json_rows(path: str, text: str) -> Iterator[Row]:
             value, place = decoder.raw_decode(text, place)
         except json.JSONDecodeError as error:
             raise AnnotationError(f"{path}:{error.lineno}: this is not JSON ({error.msg}).") from None
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists in lists in lists
+        except (ValueError, RecursionError) as error:  # numbers with thousands of digits, deeply nested lists
             raise AnnotationError(f"{path}:{line}: this JSON cannot be read ({error}).") from None
         yield Row(_checked_object(value, f"{path}:{line}"), f"{path}:{line}")
 
@@ -110,14 +112,14 @@ def _csv_rows(path: str, text: str) -> Iterator[Row]:
     try:
         names = [name.strip() for name in next(reader, [])]
         if twice := [name for name, count in Counter(names).items() if count > 1]:
-            raise AnnotationError(f"{path}:1: there are several columns named {twice[0]!r}: rename all but one.")
+            raise AnnotationError(f"{path}:1: several columns are named {twice[0]!r}: rename all but one.")
         for cells in reader:
             if not any(cell.strip() for cell in cells):
                 continue
             if len(cells) != len(names):
                 raise AnnotationError(
-                    f"{path}:{reader.line_num}: {len(cells)} cells, but the header has {len(names)} columns: "
-                    f"{', '.join(names)}."
+                    f"{path}:{reader.line_num}: the row has {len(cells)} cells, but the header has {len(names)} "
+                    f"columns: {', '.join(names)}."
                 )
             yield Row(dict(zip(names, cells, strict=True)), f"{path}:{reader.line_num}")
     except csv.Error as error:
@@ -125,7 +127,7 @@ def _csv_rows(path: str, text: str) -> Iterator[Row]:
 
 
 def _listed_path(line: str) -> tuple[str, str] | None:
-    """The path and the class number ("" where there is none) of a line such as `Class/file.mp4 3`, else None."""
+    """Parse a line such as `Class/file.mp4 3` into path and class number ("" if absent); None for any other line."""
     line = line.strip()
     if line.lower().endswith(_VIDEO_ENDINGS):
         return line, ""
@@ -134,7 +136,7 @@ def _listed_path(line: str) -> tuple[str, str] | None:
 
 
 def _list_rows(path: str, text: str) -> Iterator[Row]:
-    """Paths whose folder is the class; class numbers, where there are any, must belong to the folders one to one."""
+    """Read paths with the folder as the class. Class numbers, if present, must match the folders one to one."""
     by_folder: dict[str, tuple[str, int]] = {}
     by_number: dict[str, tuple[str, int]] = {}
     for line, content in enumerate(text.split("\n"), 1):
@@ -143,32 +145,36 @@ def _list_rows(path: str, text: str) -> Iterator[Row]:
         listed = _listed_path(content)
         folder = PurePath(listed[0]).parent.name if listed else ""
         if listed is None or not folder:
-            raise AnnotationError(f"{path}:{line}: expected a path as Class/file.mp4, got {content.strip()!r:.80}.")
+            raise AnnotationError(f"{path}:{line}: expected a path like Class/file.mp4, got {content.strip()!r:.80}.")
         number = listed[1]
         for seen, key, value in ((by_folder, folder, number), (by_number, number, folder)):
             there, first = seen.setdefault(key, (value, line))
             if there != value and key:
                 raise AnnotationError(
-                    f"{path}:{line}: the folder {folder!r} with class number {number or 'left out'} contradicts line "
-                    f"{first}, so the folders are not the classes: write a CSV with the columns path and label."
+                    f"{path}:{line}: the folder {folder!r} with class number {number or '(none)'} contradicts line "
+                    f"{first}, so the folders are not the classes: write a CSV with the columns path and label instead."
                 )
         yield Row({"path": listed[0], "label": folder}, f"{path}:{line}")
 
 
-def find_column(path: Path, columns: list[str], given: str | None, candidates: Iterable[str], what: str) -> str:
-    candidates = [given] if given is not None else list(candidates)
+def find_column(where: str, columns: Sequence[str], given: str | None, candidates: Sequence[str], content: str) -> str:
+    """Return the column `given`, or by default the first of `candidates` that exists. Raises AnnotationError."""
+    candidates = candidates if given is None else [given]
     found = [name for name in candidates if name in columns]
     if not found:
-        expected = f"{candidates[0]!r}" if given is not None else f"any of {', '.join(candidates)}"
-        raise AnnotationError(f"{path}:1: there is no column {expected} ({what}); there are: {', '.join(columns)}.")
+        expected = "named " + (" or ".join(candidates) if given is None else repr(given))
+        raise AnnotationError(
+            f"{where}: there is no column of {content} {expected}; the columns are: {', '.join(columns)}."
+        )
     return found[0]
 
 
 def filled_cell(row: Row, name: str) -> Any:
+    """Return the value of a cell, stripped. Raises AnnotationError if it is empty."""
     value = row.values.get(name)
     value = value.strip() if isinstance(value, str) else value
     if value is None or value == "" or value == []:
-        raise AnnotationError(f"{row.where}: {name!r} is empty.")
+        raise AnnotationError(f"{row.where}: {name!r} is empty; expected a value.")
     return value
 
 
@@ -179,15 +185,15 @@ def find_split_column(
     source: str | Path, columns: Sequence[str], given: str, taken: Collection[str | None], rows: Sequence[Row] = ()
 ) -> str | None:
     """
-    The column of splits: `given`, or for "auto" the first of `SPLIT_COLUMNS` that is not `taken`, or None.
+    Return the split column: `given`, or with "auto" the first column named in `SPLIT_COLUMNS` and not `taken`, or None.
 
-    Raises AnnotationError for a column that is not there, and with "auto" for one of another name in `rows` whose
-    values are those of a split.
+    Raises AnnotationError for a missing column, and with "auto" for a column of another name that holds only split
+    names in `rows`.
     """
     if given == "none":
         return None
     if given != "auto":
-        return find_column(Path(source), list(columns), given, (), "of splits")
+        return find_column(f"{source}:1", columns, given, (), "splits")
     free = [name for name in columns if name not in taken]
     if named := [name for name in free if name.lower() in SPLIT_COLUMNS]:
         return named[0]
@@ -195,25 +201,25 @@ def find_split_column(
         values = {str(row.values.get(name)).strip().lower() for row in rows}
         if len(values) > 1 and values <= SPLIT_NAMES.keys():
             raise AnnotationError(
-                f"{source}:1: the column {name!r} has the names of splits ({', '.join(sorted(values))}): set "
+                f"{source}:1: the column {name!r} holds split names ({', '.join(sorted(values))}): set "
                 f"split_column to {name} to split by it, or to none to ignore it."
             )
     return None
 
 
 def split_name(value: Any, name: str, where: str) -> str:
-    """ "train", "validation" or "test". Raises AnnotationError for a value that is none of `SPLIT_NAMES`."""
+    """Return "train", "validation" or "test". Raises AnnotationError for a value outside `SPLIT_NAMES`."""
     split = SPLIT_NAMES.get(str(value).strip().lower())
     if split is None:
         raise AnnotationError(
-            f"{where}: {value!r} in the column {name!r} is no split; expected one of {', '.join(SPLIT_NAMES)}. Correct "
-            "it, or set split_column to another column, or to none to ignore this one."
+            f"{where}: {value!r} in the column {name!r} is not a split; expected one of {', '.join(SPLIT_NAMES)}. "
+            "Correct it, or set split_column to another column, or to none to ignore this one."
         )
     return split
 
 
 def kept_splits(where: str, splits: Iterable[str | None], choose_splits: ChooseSplits | None) -> Collection[str | None]:
-    """Which of the rows' splits are to be read; None stands for rows without a split."""
+    """Return the splits to read, chosen from those of the rows; None stands for rows without a split."""
     counts = Counter(split for split in splits if split is not None)
     if not counts:
         return (None,)

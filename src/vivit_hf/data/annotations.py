@@ -1,14 +1,13 @@
-"""Which videos there are and what they show: folders of classes, CSV and JSON files, the files of the big data sets.
+"""Read labelled videos from folders of classes, CSV and JSON files, and the annotation files of large data sets.
 
-Everything that cannot work is an `AnnotationError` that names file and line, before a model is loaded or a video is
-opened.
+Every mistake raises an `AnnotationError` with file and line before any model is loaded or video is opened.
 
-The annotation files that are read as their authors publish them:
+These annotation files are read as published:
 
-| data set | file | what is read of it | a video file, in any folder |
+| data set | file | columns used | video file, in any folder |
 | --- | --- | --- | --- |
 | Kinetics | CSV | label, youtube_id, time_start, time_end | id_000010_000020.mp4, or id.mp4 |
-| Something-Something v2 | JSON list | id, template without its brackets | id.webm |
+| Something-Something v2 | JSON list | id, template without brackets | id.webm |
 | EPIC-Kitchens-100 | CSV | video_id, start_ and stop_timestamp, noun_ and verb_class | P01_01.MP4 |
 """
 
@@ -54,13 +53,13 @@ ONE_GROUP = ""
 class LabelledVideo:
     """One video of a data set.
 
-    `video`: what the processor takes, a path or a dictionary, there also with "start" and "end" in seconds; or a
-    function without arguments that gives it, for what is not to be held in memory.
-    `labels`: names; one, or one per group in the order of the groups, or any number with several labels per video.
-    `where`: the place that it was read from, as `train.csv:17`.
-    `keep_together`: what it shares with videos that must be on the same side of a split, as `patient=7`.
-    `split`: "train", "validation" or "test", if the annotations say so.
-    `file`: the path, or something else that tells the file apart, where `video` is a function.
+    `video`: a path, or a dictionary with a "path" and optionally "start" and "end" in seconds, as the video processor
+    takes them; or a function without arguments that returns one of these, to avoid holding the video in memory.
+    `labels`: label names: one; or one per group, in the order of the groups; or any number in multi-label data.
+    `where`: the place of the annotation, such as `train.csv:17`.
+    `keep_together`: keys such as `patient=7`; videos with a common key are never divided between splits.
+    `split`: "train", "validation" or "test", if annotated.
+    `file`: the path or another identifier of the file, if `video` is a function.
     """
 
     video: Any
@@ -71,11 +70,11 @@ class LabelledVideo:
     file: str | None = None
 
     def source(self) -> Any:
-        """What the processor takes."""
+        """Return the video in the form that the video processor takes."""
         return self.video() if callable(self.video) else self.video
 
     def unit_keys(self) -> list[Hashable]:
-        """What tells the file apart, however its path is spelled, and `keep_together`. No file is opened."""
+        """Return a key of the file that does not depend on the spelling of its path, and `keep_together`."""
         path = self.file if callable(self.video) else self.video
         path = path.get("path") if isinstance(path, dict) else path
         if not isinstance(path, (str, os.PathLike)):
@@ -87,14 +86,14 @@ class LabelledVideo:
             status = os.stat(path)
         except (OSError, ValueError):
             status = None
-        # Some file systems number no files.
+        # Some file systems have no inode numbers.
         file = (status.st_dev, status.st_ino) if status is not None and status.st_ino else os.path.realpath(path)
         return [file, *self.keep_together]
 
 
 @dataclass(frozen=True)
 class Annotations:
-    """The videos of a data set, and the names of the groups that their labels are of: ("",) where there is one."""
+    """The videos of a data set and the names of their label groups; a single group is ("",)."""
 
     videos: list[LabelledVideo]
     groups: tuple[str, ...] = (ONE_GROUP,)
@@ -114,27 +113,28 @@ def read_videos(
     choose_splits: ChooseSplits | None = None,
 ) -> Annotations:
     """
-    The videos of a folder of class folders (or with a `metadata.csv` or `.jsonl` in it), or of an annotation file.
+    Read the videos of a folder or an annotation file.
 
     Args:
-        source: the folder, or a `.csv`, `.tsv`, `.json` (a list of objects) or `.jsonl` file, or a text file with one
-            path per line as `Class/file.mp4`, where the folder is the class; a class number may follow.
-        video_root: what paths in the file start from; by default the folder that the file is in.
-        annotation_format: one of `FORMATS`; "auto" tells the data sets' own files by their columns.
-        video_column, label_columns: names of columns; by default the first of `VIDEO_COLUMNS` and `LABEL_COLUMNS`
-            that there is. Several label columns are groups of labels: one label of each.
-        label_separator: what stands between several labels of a video in one cell. None: a cell is one label. In JSON
-            a list is several labels, too.
-        missing_videos: "error", or "skip" for files that are not there, as is usual with Kinetics.
-        split_column: the column that says training, validation or test (see `SPLIT_NAMES`); "auto" takes the first of
-            `SPLIT_COLUMNS` that there is, "none" none.
-        group_column: the column of what a split must not divide, such as a patient, tape or speaker.
-        choose_splits: which splits to read, given the name of the column and the number of rows of each split. By
-            default all. Rows of other splits need neither a label nor a file.
+        source: a folder of class folders; a folder with a `metadata.csv` or `metadata.jsonl`; a `.csv`, `.tsv`,
+            `.json` (a list of objects) or `.jsonl` file; or a text file with one path per line such as
+            `Class/file.mp4`, optionally followed by a class number. The folder in the path is the class.
+        video_root: the folder that relative paths in the file start from; by default the folder of the file.
+        annotation_format: one of `FORMATS`; "auto" recognises the files of the large data sets by their columns.
+        video_column, label_columns: column names; by default the first existing one of `VIDEO_COLUMNS` and of
+            `LABEL_COLUMNS`. Several label columns are label groups, with one label per group.
+        label_separator: the separator between several labels in one cell. With None, a cell is one label. A list in
+            JSON always holds several labels.
+        missing_videos: "error", or "skip" to leave out videos without a file, which are common in Kinetics.
+        split_column: the column of split names (see `SPLIT_NAMES`); "auto" takes the first of `SPLIT_COLUMNS`, if
+            any, and "none" ignores splits.
+        group_column: the column of units that a split must not divide, such as patients, tapes or speakers.
+        choose_splits: a function that returns the splits to read, given the name of the column and the number of rows
+            in each split. By default all are read. Rows of other splits need neither a label nor a file.
 
     Raises:
-        AnnotationError: a file or folder that is not there, holds no videos, lacks a column or a label, or names
-            videos that are not there; a split column with other values.
+        AnnotationError: if the source does not exist or has no videos, a column, label or video is missing, or the
+            split column has unknown values.
     """
     source = Path(source)
     if annotation_format not in FORMATS:
@@ -149,11 +149,11 @@ def read_videos(
     rows, columns = read_rows(source)
     root = Path(source.parent if video_root is None else video_root)
     if not root.is_dir():
-        raise AnnotationError(f"{root}: there is no such folder to look for the videos of {source} in.")
+        raise AnnotationError(f"{root}: there is no such folder, but the videos of {source} are expected in it.")
     kind, video_column, label_columns = _layout(source, columns, annotation_format, video_column, label_columns)
     used = (group_column, video_column, *label_columns, *_COLUMNS_OF_FORMAT.get(kind, ()))
     if group_column is not None:
-        find_column(source, columns, group_column, (), "of groups")
+        find_column(f"{source}:1", columns, group_column, (), "groups")
     column = find_split_column(source, columns, split_column, used, rows)
     files = None if kind == "plain" else _FileFinder(root)
     found = []
@@ -171,7 +171,7 @@ def read_videos(
 def _rows_to_read(
     rows: list[Row], column: str | None, where: str, choose_splits: ChooseSplits | None
 ) -> list[tuple[Row, str | None]]:
-    """The rows of the splits that are wanted, each with its split, which is in a column if there is one."""
+    """Return the rows of the chosen splits, each with its split; without a split column, all rows with None."""
     splits = [None if column is None else split_name(row.values.get(column), column, row.where) for row in rows]
     kept = kept_splits(where, splits, choose_splits)
     return [(row, split) for row, split in zip(rows, splits, strict=True) if split in kept]
@@ -184,19 +184,19 @@ def _layout(
     video_column: str | None,
     label_columns: Sequence[str] | None,
 ) -> tuple[str, str, Sequence[str]]:
-    """The format of a file, and its columns of videos and labels: "" and none in the data sets' own formats."""
+    """Return the format of a file and its video and label columns ("" and () for the formats of large data sets)."""
     kind = annotation_format
     if kind == "auto":
         kinds = [name for name, needed in _COLUMNS_OF_FORMAT.items() if set(needed) <= set(columns)]
         kind = "plain" if video_column or label_columns or not kinds else kinds[0]
     for name in _COLUMNS_OF_FORMAT.get(kind, ()):
-        find_column(source, columns, name, (), f"of {kind}")
+        find_column(f"{source}:1", columns, name, (), f"{kind} annotations")
     if kind != "plain":
         return kind, "", ()
-    video_column = find_column(source, columns, video_column, VIDEO_COLUMNS, "of paths")
-    label_columns = label_columns or [find_column(source, columns, None, LABEL_COLUMNS, "of labels")]
+    video_column = find_column(f"{source}:1", columns, video_column, VIDEO_COLUMNS, "paths")
+    label_columns = label_columns or [find_column(f"{source}:1", columns, None, LABEL_COLUMNS, "labels")]
     for name in label_columns:
-        find_column(source, columns, name, (), "of labels")
+        find_column(f"{source}:1", columns, name, (), "labels")
     return kind, video_column, label_columns
 
 
@@ -210,17 +210,17 @@ def _class_folders(folder: Path, split_column: str, group_column: str | None) ->
             continue
         files = find_videos(entry)
         if not files:
-            raise AnnotationError(f"{entry}: the folder of this class holds no video.")
+            raise AnnotationError(f"{entry}: this class folder holds no video: add one, or remove the folder.")
         videos += [LabelledVideo(str(path), (as_utf8(entry.name),), as_utf8(path)) for path in files]
     if not videos:
         raise AnnotationError(
-            f"{folder}: there are no class folders with videos in it; expected {folder.name}/CLASS/VIDEO, or give an "
-            "annotation file."
+            f"{folder}: there are no class folders with videos; expected {folder.name}/CLASS/VIDEO. Otherwise give "
+            "an annotation file."
         )
     return videos
 
 
-# A CSV or JSON of one's own
+# Plain tables
 
 
 def _plain(
@@ -233,7 +233,7 @@ def _plain(
         if label_separator is not None and isinstance(value, str):
             several = value.split(label_separator)
         if len(several) > 1 and len(label_columns) > 1:
-            raise AnnotationError(f"{row.where}: {name!r} is one of several groups of labels and has {len(several)}.")
+            raise AnnotationError(f"{row.where}: {name!r} has {len(several)} labels; expected 1, as for every group.")
         labels += [as_utf8(str(label).strip()) for label in several]
     path = str(filled_cell(row, video_column))
     video: Any = path if "://" in path else str(root / path)
@@ -241,11 +241,11 @@ def _plain(
     return LabelledVideo({"path": video, **part} if part else video, tuple(labels), row.where)
 
 
-# The big data sets
+# Large public data sets
 
 
 class _FileFinder:
-    """Finds a video by the name of its file without ending, anywhere under a folder that is listed once."""
+    """Find videos anywhere under a folder by their file names without extension; list the folder only once."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -254,7 +254,7 @@ class _FileFinder:
             self.paths.setdefault(path.stem, str(path))
 
     def __call__(self, *stems: str) -> str:
-        """The path of the first that is there, else where the first would be."""
+        """Return the path of the first existing file name, or the path expected for the first name."""
         found = [self.paths[stem] for stem in stems if stem in self.paths]
         return found[0] if found else str(self.root / stems[0])
 
@@ -277,7 +277,7 @@ def _ssv2(row: Row, files: _FileFinder) -> LabelledVideo:
 def _epic(row: Row, files: _FileFinder) -> LabelledVideo:
     part = {"start": _seconds(row, "start_timestamp"), "end": _seconds(row, "stop_timestamp")}
     if part["end"] <= part["start"]:
-        raise AnnotationError(f"{row.where}: the action ends at {part['end']} s and begins at {part['start']} s.")
+        raise AnnotationError(f"{row.where}: the action ends at {part['end']} s, but begins at {part['start']} s.")
     labels = []
     for group, size in EPIC_GROUPS.items():
         number = str(filled_cell(row, f"{group}_class"))
@@ -291,18 +291,19 @@ _READERS: dict[str, Callable[[Row, _FileFinder], LabelledVideo]] = {"kinetics": 
 
 
 def _seconds(row: Row, name: str) -> float:
-    """12.5, or hours, minutes and seconds as 00:01:02.50."""
+    """Parse seconds such as 12.5, or hours, minutes and seconds such as 00:01:02.50."""
     value = filled_cell(row, name)
     try:
         seconds = 0.0
         for part in str(value).split(":"):
             seconds = 60 * seconds + float(part)
     except ValueError:
-        raise AnnotationError(f"{row.where}: {name!r} is {value!r}; expected seconds, or hh:mm:ss.") from None
+        raise AnnotationError(f"{row.where}: {name!r} is {value!r}; expected seconds or hh:mm:ss.") from None
     return seconds
 
 
 def _present(videos: list[LabelledVideo], source: Path, missing_videos: str) -> list[LabelledVideo]:
+    """Return the videos with an existing file or an address; raise AnnotationError for the others, or skip them."""
     if missing_videos not in ("error", "skip"):
         raise AnnotationError(f"`missing_videos` must be 'error' or 'skip', got {missing_videos!r}.")
     there: dict[str, bool] = {}
@@ -312,14 +313,12 @@ def _present(videos: list[LabelledVideo], source: Path, missing_videos: str) -> 
         if path not in there:
             there[path] = path.lower().startswith(_ADDRESSES) or os.path.isfile(path)
         if not there[path]:
-            reason = "; of addresses, only http:// and https:// are read" if "://" in path else ""
+            reason = "; only http:// and https:// addresses are supported" if "://" in path else ""
             missing.append(f"{one.where}: there is no file {source_name(path)}{reason}")
     if missing and (missing_videos == "error" or len(missing) == len(videos)):
         more = f"\n... and {len(missing) - _MAX_SHOWN} more" if len(missing) > _MAX_SHOWN else ""
         raise AnnotationError(
-            "\n".join(missing[:_MAX_SHOWN])
-            + more
-            + f"\n{len(missing)} of the {len(videos)} videos of {source} are not "
-            "there. Give the folder that they are in, or leave them out on purpose (missing_videos='skip')."
+            "\n".join(missing[:_MAX_SHOWN]) + more + f"\n{len(missing)} of the {len(videos)} videos of {source} are "
+            "missing. Set video_root to their folder, or skip them with missing_videos='skip'."
         )
     return [one for one in videos if there[one.video["path"] if isinstance(one.video, dict) else one.video]]

@@ -1,4 +1,4 @@
-"""Labelled videos of a data set on the Hub, or of any folder that `datasets` loads: whole, or as a stream."""
+"""Read labelled videos from a data set on the Hub or any folder that `datasets` loads, as a whole or as a stream."""
 
 from __future__ import annotations
 
@@ -14,17 +14,25 @@ import pyarrow  # type: ignore[import-untyped]
 import pyarrow.compute  # type: ignore[import-untyped]
 
 from ..video_sources import VideoDecodingError
-from .annotation_rows import SPLIT_COLUMNS, AnnotationError, ChooseSplits, find_split_column, kept_splits, split_name
+from .annotation_rows import (
+    SPLIT_COLUMNS,
+    AnnotationError,
+    ChooseSplits,
+    find_column,
+    find_split_column,
+    kept_splits,
+    split_name,
+)
 from .annotations import LABEL_COLUMNS, VIDEO_COLUMNS, LabelledVideo
 from .whole_files import as_utf8
 
 
-# A file of a data set that is streamed, or a file in an archive of one; nothing else that fsspec could open.
+# Matches a file of a streamed data set, also inside an archive, and none of the other addresses that fsspec opens.
 _ON_THE_HUB = re.compile(r"((zip|tar)://[^:]*::)?hf://[^:]+$")
 
 
 def load_hub_dataset(name: str, config_name: str | None = None, **settings: Any) -> Any:
-    """`datasets.load_dataset`. Raises AnnotationError with the cause if the data set cannot be loaded."""
+    """Call `datasets.load_dataset`. Raises AnnotationError with the cause if the data set cannot be loaded."""
     try:
         return datasets.load_dataset(name, config_name, **settings)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
@@ -33,21 +41,21 @@ def load_hub_dataset(name: str, config_name: str | None = None, **settings: Any)
             cause = cause.__cause__
         hint = ""
         if isinstance(cause, UnicodeEncodeError):
-            hint = " A file name is not UTF-8: rename the file, or give the folder itself instead of a data set."
+            hint = " A file name is not UTF-8: rename the file, or pass the folder as a folder of videos."
         raise AnnotationError(as_utf8(f"{name}: this data set cannot be loaded: {cause}{hint}")) from error
 
 
 def label_columns_of(dataset: Any, name: str, given: Sequence[str] | None = None) -> list[str]:
-    """The columns of labels: those that are given, or the first of `LABEL_COLUMNS`, or the only `ClassLabel`.
+    """Return the label columns: `given`, or else the first of `LABEL_COLUMNS`, or else the only `ClassLabel` column.
 
-    Raises AnnotationError if a column is not there.
+    Raises AnnotationError for a missing column.
     """
     columns = _columns(dataset)
     if not given and not set(columns) & set(LABEL_COLUMNS):
         listing = [column for column in columns if class_names(dataset, column) is not None]
         listing = [column for column in listing if column.lower() not in SPLIT_COLUMNS]
         given = listing if len(listing) == 1 else None
-    return [_column(name, columns, one, LABEL_COLUMNS, "of labels") for one in (given or (None,))]
+    return [find_column(name, columns, one, LABEL_COLUMNS, "labels") for one in (given or (None,))]
 
 
 def hub_videos(
@@ -61,32 +69,33 @@ def hub_videos(
     choose_splits: ChooseSplits | None = None,
 ) -> list[LabelledVideo] | StreamedVideos:
     """
-    The videos of one split.
+    Read the videos of one split of a data set.
 
     Args:
-        dataset: a `datasets.Dataset`, or an `IterableDataset` for a stream. The column of videos is of type `Video`
-            (which is not decoded by `datasets`), or has paths or URLs.
-        name: what error messages call it.
-        video_column, label_columns: by default the first of `VIDEO_COLUMNS`, and see `label_columns_of`.
-        group_column, split_column, choose_splits: as for `read_videos`; not for streams.
+        dataset: a `datasets.Dataset`, or an `IterableDataset` for a stream. Its video column has the type `Video`
+            (decoded by this package, not by `datasets`) or holds paths or URLs.
+        name: the name of the data set in error messages.
+        video_column: by default the first of `VIDEO_COLUMNS`.
+        label_columns: see `label_columns_of`.
+        group_column, split_column, choose_splits: as for `read_videos`; not supported for streams.
 
     Raises:
-        AnnotationError: if a column is not there or a label is missing; for streams with a column of splits or groups,
-            and for those that are split among processes already.
+        AnnotationError: if a column or label is missing; for a stream with a split or group column, or one that is
+            already divided among processes.
     """
     if getattr(dataset, "_distributed", None) is not None:
         raise AnnotationError(
-            f"{name}: the stream is split among processes already (split_dataset_by_node), and training splits it "
-            "again: give the whole of it."
+            f"{name}: the stream is already divided among processes (split_dataset_by_node), and training would "
+            "divide it again: pass the whole stream."
         )
     columns = _columns(dataset)
-    video_column = _column(name, columns, video_column, ("video", *VIDEO_COLUMNS), "of videos")
+    video_column = find_column(name, columns, video_column, ("video", *VIDEO_COLUMNS), "videos")
     label_columns = label_columns_of(dataset, name, label_columns)
     if split_column not in ("auto", "none"):
-        _column(name, columns, split_column, (), "of splits")
+        find_column(name, columns, split_column, (), "splits")
     splits_from = find_split_column(name, columns, split_column, (video_column, *label_columns, group_column))
     if group_column is not None:
-        _column(name, columns, group_column, (), "of groups")
+        find_column(name, columns, group_column, (), "groups")
     features = dataset.features or {}
     if isinstance(features.get(video_column), datasets.Video):
         dataset = dataset.cast_column(video_column, datasets.Video(decode=False))
@@ -94,8 +103,8 @@ def hub_videos(
     if isinstance(dataset, datasets.IterableDataset):
         if divides := [column for column in (group_column, splits_from) if column is not None]:
             raise AnnotationError(
-                f"{name}: a stream cannot be divided by its column {divides[0]!r}: leave --streaming out, or set "
-                f"{'split_column to none' if divides[0] == splits_from else 'no group_column'} to ignore the column."
+                f"{name}: a stream cannot be divided by its column {divides[0]!r}: leave --streaming out, or "
+                f"{'set split_column to none' if divides[0] == splits_from else 'leave group_column out'} to ignore it."
             )
         return StreamedVideos(dataset, name, video_column, read)
     splits: Sequence[str | None] = [None] * len(dataset)
@@ -115,18 +124,18 @@ def hub_videos(
 
 
 def _group_keys(dataset: datasets.Dataset, name: str, column: str | None) -> list[tuple[str, ...]]:
-    """`LabelledVideo.keep_together` of each row. Raises AnnotationError for a cell that is empty."""
+    """Return `LabelledVideo.keep_together` for each row. Raises AnnotationError for an empty cell."""
     if column is None:
         return [()] * len(dataset)
     values = _texts(dataset, column)
     for index, value in enumerate(values):
         if value in (None, ""):
-            raise AnnotationError(f"{name}[{index}]: {column!r} is empty.")
+            raise AnnotationError(f"{name}[{index}]: {column!r} is empty; expected a value.")
     return [(f"{column}={value}",) for value in values]
 
 
 def _texts(dataset: datasets.Dataset, column: str) -> list[Any]:
-    """The values of a column, those of a `ClassLabel` by their names."""
+    """Return the values of a column; those of a `ClassLabel` as names."""
     feature = dataset.features[column]
     values = dataset[column][:]
     if not isinstance(feature, datasets.ClassLabel):
@@ -135,9 +144,9 @@ def _texts(dataset: datasets.Dataset, column: str) -> list[Any]:
 
 
 def _files(dataset: datasets.Dataset, column: str) -> list[str | None]:
-    """What tells the file of each row apart: its path, or for videos inside of the data set a digest of their bytes.
+    """Return an identifier of each row's file: its path, or for an embedded video the digest of its bytes.
 
-    The digest is only made where several rows have as many bytes; the others are files of their own, None.
+    A digest is only computed for rows of equal size in bytes; for a video of unique size it is None.
     """
     files: list[str | None] = []
     rows_by_size: dict[int, list[int]] = {}
@@ -162,24 +171,25 @@ def _files(dataset: datasets.Dataset, column: str) -> list[str | None]:
 def unlabelled_videos(
     dataset: datasets.Dataset, name: str, *, video_column: str | None = None
 ) -> list[tuple[str, partial]]:
-    """What each video of a split is called, as `name[3]`, and a function that gives it to the processor."""
-    column = _column(name, list(dataset.features), video_column, ("video", *VIDEO_COLUMNS), "of videos")
+    """Return, for each video of a split, a name such as `name[3]` and a function that loads it for the processor."""
+    column = find_column(name, list(dataset.features), video_column, ("video", *VIDEO_COLUMNS), "videos")
     if isinstance(dataset.features[column], datasets.Video):
         dataset = dataset.cast_column(column, datasets.Video(decode=False))
     return [(f"{name}[{index}]", partial(_video, dataset, index, column)) for index in range(len(dataset))]
 
 
 class StreamedVideos:
-    """An iterable of `LabelledVideo`: the whole stream, in whichever process and worker it is read."""
+    """An iterable of `LabelledVideo` over the whole stream, in every process and data loader worker."""
 
     def __init__(self, dataset: datasets.IterableDataset, name: str, video_column: str, read: Any):
         self.dataset, self.name, self.video_column, self._read = dataset, name, video_column, read
 
     def set_epoch(self, epoch: int) -> None:
+        """Choose the shuffling of the stream, as `IterableDataset.set_epoch` does."""
         self.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[LabelledVideo]:
-        # Iterated plainly, in a worker it would give that worker's shards alone.
+        # Plain iteration in a data loader worker would only yield the shards of that worker.
         for index, batch in enumerate(self.dataset.iter(batch_size=1)):
             row = {column: values[0] for column, values in batch.items()}
             where = f"{self.name}[{index}]"
@@ -191,7 +201,7 @@ class StreamedVideos:
 
 
 def class_names(dataset: Any, column: str) -> list[str] | None:
-    """The names of a column of type `ClassLabel`, or of a list of them; None for other types."""
+    """Return the class names of a `ClassLabel` column, or of a column of `ClassLabel` lists; None for other types."""
     feature = (dataset.features or {}).get(column)
     feature = getattr(feature, "feature", feature)
     return list(feature.names) if isinstance(feature, datasets.ClassLabel) else None
@@ -199,15 +209,6 @@ def class_names(dataset: Any, column: str) -> list[str] | None:
 
 def _columns(dataset: Any) -> list[str]:
     return list(dataset.features or dataset.column_names or next(iter(dataset)))
-
-
-def _column(name: str, columns: list[str], given: str | None, candidates: Sequence[str], what: str) -> str:
-    candidates = candidates if given is None else [given]
-    found = [candidate for candidate in candidates if candidate in columns]
-    if not found:
-        expected = f"any of {', '.join(candidates)}" if given is None else repr(given)
-        raise AnnotationError(f"{name}: there is no column {expected} ({what}); there are: {', '.join(columns)}.")
-    return found[0]
 
 
 def _labels(row: dict[str, Any], where: str, *, features: Any, columns: Sequence[str]) -> tuple[str, ...]:
@@ -218,10 +219,10 @@ def _labels(row: dict[str, Any], where: str, *, features: Any, columns: Sequence
         feature = getattr(feature, "feature", feature)
         for value in values:
             if value is None or value == "" or (isinstance(feature, datasets.ClassLabel) and value == -1):
-                raise AnnotationError(f"{where}: {column!r} is empty.")
+                raise AnnotationError(f"{where}: {column!r} is empty; expected a label.")
             labels.append(feature.int2str(value) if isinstance(feature, datasets.ClassLabel) else str(value))
     if not labels:
-        raise AnnotationError(f"{where}: {', '.join(columns)} is empty.")
+        raise AnnotationError(f"{where}: {', '.join(columns)} is empty; expected at least one label.")
     return tuple(labels)
 
 
@@ -229,7 +230,7 @@ def _from_the_hub(address: str) -> dict[str, Any]:
     try:
         with fsspec.open(address, "rb") as file:
             return {"path": address, "bytes": file.read()}
-    except Exception as error:  # of the network, the Hub or an archive, none of which has a common class
+    except Exception as error:  # network, Hub and archive errors share no base class
         reason = f"it cannot be downloaded ({type(error).__name__}: {error})"
         raise VideoDecodingError(f"Cannot read {address}: {reason}.", source=address, reason=reason) from error
 

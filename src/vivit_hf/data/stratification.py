@@ -1,8 +1,8 @@
-"""Divides units of videos between two sides: every class on both, and near a wanted share of each class.
+"""Divide units of videos between two sides, with every class on both sides and a given share of each class.
 
-A unit is what must not be divided, such as a file with its parts or all videos of a patient. It may hold several
-classes, so finding two complete sides is a search: the units that put every class on both sides are chosen first, by
-backtracking, then the others by the share they bring.
+A unit must not be divided; examples are the parts of one file or all videos of one patient. Since a unit may hold
+several classes, a backtracking search first assigns units until both sides have every class. The remaining units are
+then placed to approach the given shares.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 
-ClassKey = tuple[int, str]  # number of the group of labels, and label
+ClassKey = tuple[int, str]  # (index of the label group, label)
 _MAX_CONFLICTS = 20_000
 _MAX_PASSES = 20
 
@@ -24,13 +24,13 @@ def choose_units(
     generator: np.random.Generator,
 ) -> set[int] | None:
     """
-    Return the indices of the units for the smaller side, or None if there is no choice.
+    Return the indices of the units for the smaller side, or None if the search finds no division.
 
     Args:
-        units: how many videos of each class a unit holds.
-        targets: how many videos of each class are wanted on the smaller side.
-        both: the classes that either side must have. The larger side must have all classes.
-        generator: breaks ties.
+        units: the number of videos of each class, for each unit.
+        targets: the number of videos of each class to place on the smaller side.
+        both: the classes required on both sides. The larger side needs every class.
+        generator: the source of randomness for ties.
     """
     members: dict[ClassKey, list[int]] = {name: [] for name in targets}
     order = generator.permutation(len(units)).tolist()
@@ -42,7 +42,7 @@ def choose_units(
 
 
 class _Search:
-    """Decides, by backtracking, as many units as it takes to give every class the sides that it needs."""
+    """Assign units by backtracking until every class is on all the sides where it is required."""
 
     def __init__(
         self, units: Sequence[Mapping[ClassKey, int]], members: Mapping[ClassKey, list[int]], both: set[ClassKey]
@@ -55,7 +55,7 @@ class _Search:
         self.present = {name: [0, 0] for name in members}
 
     def run(self) -> bool:
-        """Whether there are such sides; they are in `sides`."""
+        """Search for an assignment and store it in `sides`; return whether one was found."""
         if not self._assign([forced for name in self.members for forced in self._forced(name)]):
             return False
         decisions: list[tuple[int, bool, int]] = []
@@ -69,22 +69,22 @@ class _Search:
                     return False
                 index, side, length = decisions.pop()
                 self._undo(length)
-                is_consistent = self._assign([(index, not side)])  # what is left once `side` has failed
+                is_consistent = self._assign([(index, not side)])  # the only option left after `side` failed
         return True
 
     def _lacking(self, name: ClassKey) -> list[bool]:
-        """The sides that a class still needs."""
+        """Return the sides where a class is still missing."""
         present = self.present[name]
         return [side for side in (False, True) if not present[side] and (name in self.both or not side)]
 
     def _forced(self, name: ClassKey) -> list[tuple[int, bool]]:
-        """The last open unit of a class, with the side that needs it."""
+        """Return the last open unit of a class with the side that needs it, as a list; [] if the choice is free."""
         if self.num_open[name] != 1 or not (lacking := self._lacking(name)):
             return []
         return [(next(index for index in self.members[name] if index not in self.sides), lacking[0])]
 
     def _assign(self, pending: list[tuple[int, bool]]) -> bool:
-        """Assign units and all that follows; False if too few are left for the needs of a class."""
+        """Assign units and all units that this forces; return False if too few units are left for a class."""
         while pending:
             index, side = pending.pop()
             if index in self.sides:
@@ -103,6 +103,7 @@ class _Search:
         return True
 
     def _undo(self, length: int) -> None:
+        """Undo the latest assignments until `length` of them are left."""
         while len(self.trail) > length:
             index = self.trail.pop()
             side = self.sides.pop(index)
@@ -111,7 +112,7 @@ class _Search:
                 self.present[name][side] -= 1
 
     def _next(self) -> tuple[int, bool] | None:
-        """A unit of the tightest class that lacks a side, and that side; None if no class lacks one."""
+        """Return a unit and side for the incomplete class with the fewest open units; None if all are complete."""
         lacking = [name for name in self.members if self._lacking(name)]
         if not lacking:
             return None
@@ -129,14 +130,14 @@ def _balance(
     order: Sequence[int],
     decided: Mapping[int, bool],
 ) -> set[int]:
-    """Place the other units, the largest first, then move units while that brings counts nearer to their targets."""
+    """Place the undecided units, largest first, then move units as long as this brings counts closer to the targets."""
     totals = {name: sum(units[index][name] for index in indices) for name, indices in members.items()}
     held = dict.fromkeys(targets, 0)  # videos on the smaller side
     present = dict.fromkeys(targets, 0)  # units on the smaller side
     chosen: set[int] = set()
 
     def gain(index: int, sign: int) -> float:
-        """How much nearer the counts come to their targets, squared and relative to the size of each class."""
+        """Return the decrease in squared distance to the targets, relative to the size of each class."""
         change = 0.0
         for name, count in units[index].items():
             off = held[name] - targets[name]
@@ -150,7 +151,7 @@ def _balance(
             present[name] += sign
 
     def is_needed(index: int, sign: int) -> bool:
-        """Whether moving the unit takes a class from the side that it leaves."""
+        """Return whether moving the unit would leave its current side without one of the classes."""
         return any((present[name] if sign < 0 else len(members[name]) - present[name]) == 1 for name in units[index])
 
     for index, side in decided.items():

@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all, and text that UTF-8 can hold."""
+"""Write files completely or not at all, and make text encodable as UTF-8."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 @contextmanager
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     """
-    A file to write instead of `path`, whose place it takes at the end; after an error `path` is what it was.
+    Yield a temporary path to write to, and move it to `path` at the end; an error leaves `path` unchanged.
 
-    It lies in the same folder, since files are not moved in one step from one disk to another. A link stays one, and
-    what is no regular file (a pipe, a device) is written into.
+    The temporary file is in the same folder, because a move between disks is not atomic. Symbolic links are kept:
+    their target is replaced. Pipes and devices are written to directly.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -30,5 +30,5 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def as_utf8(text: str | os.PathLike[str]) -> str:
-    """The text with what UTF-8 cannot hold, such as the bytes of file names in other encodings, as `\\udce9`."""
+    """Return the text with characters that UTF-8 cannot encode, such as undecodable file name bytes, as `\\udce9`."""
     return os.fspath(text).encode("utf-8", "backslashreplace").decode("utf-8")
