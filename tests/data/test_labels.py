@@ -1,4 +1,4 @@
-"""Label maps, splits and weights."""
+"""Test label maps, splits and weights."""
 
 import json
 from collections import Counter
@@ -24,14 +24,14 @@ def videos(*labels):
 GROUPED = LabelMap({"noun": ("pan", "lid", "tap"), "verb": ("open", "wash")})
 
 
-def test_labels_are_numbered_in_the_order_of_their_names():
+def test_labels_are_numbered_alphabetically():
     label_map = LabelMap.of(videos("run", "jump", "run"))
     assert label_map.names == ["jump", "run"]
     assert [label_map.encode(one).item() for one in videos("run", "jump")] == [1, 0]
     assert label_map.config_fields()["id2label"] == {0: "jump", 1: "run"}
 
 
-def test_groups_and_several_labels():
+def test_label_groups_and_multiple_labels_are_encoded():
     label_map = LabelMap.of(videos(("pan", "open"), ("lid", "wash")), groups=("noun", "verb"))
     assert label_map.names == ["noun: lid", "noun: pan", "verb: open", "verb: wash"]
     assert label_map.encode(videos(("pan", "wash"))[0]).tolist() == [1, 1]
@@ -41,20 +41,20 @@ def test_groups_and_several_labels():
 
 
 @pytest.mark.parametrize("label_map", [GROUPED, LabelMap({"": ("a", "b", "c")}), LabelMap({"": ("a", "b")}, True)])
-def test_a_config_takes_the_labels_and_gives_them_back(tmp_path, label_map):
+def test_labels_survive_a_round_trip_through_the_config(tmp_path, label_map):
     config = tiny_config("factorised_encoder", **label_map.config_fields())
     config.save_pretrained(tmp_path)
     again = LabelMap.from_config(ViViTConfig.from_pretrained(tmp_path))
     assert again.groups == label_map.groups and again.has_several == label_map.has_several
 
 
-def test_a_number_is_a_place_in_its_group():
+def test_labels_may_be_indices_into_their_group():
     assert GROUPED.encode(videos(("2", "0"))[0]).tolist() == [2, 0]
     with pytest.raises(AnnotationError, match=r"t\.csv:2: the label '3' is not among the 3"):
         GROUPED.encode(videos(("3", "0"))[0])
 
 
-def test_a_number_is_no_place_where_names_are_numbers():
+def test_indices_are_refused_if_names_are_numbers():
     label_map = LabelMap({"": ("1", "3", "5")})
     assert label_map.encode(videos("3")[0]).item() == 1
     for label in ("0", "2", "01", "²"):
@@ -71,7 +71,7 @@ def test_a_number_is_no_place_where_names_are_numbers():
         mixed.encode(videos(("0", "open"))[0])
 
 
-def test_a_number_is_no_place_among_names_that_come_from_the_videos():
+def test_indices_are_refused_for_names_collected_from_videos():
     for has_several in (False, True):
         label_map = LabelMap.of(videos("run", "jump"), has_several=has_several)
         with pytest.raises(AnnotationError, match=r"t\.csv:2: the label '0' is not among the 2"):
@@ -79,7 +79,7 @@ def test_a_number_is_no_place_among_names_that_come_from_the_videos():
 
 
 @pytest.mark.parametrize("label", ["0", "2", "1"])
-def test_a_number_is_a_label_of_a_model_or_a_place_in_it_but_never_another_class(label):
+def test_numbers_are_never_mistaken_for_another_class(label):
     numbered = ViViTConfig.from_preset("vivit-tiny", id2label={0: "1", 1: "3", 2: "5"})
     named = ViViTConfig.from_preset("vivit-tiny", id2label={0: "a", 1: "b", 2: "c"})
     assert LabelMap.from_config(named).encode(videos(label)[0]).item() == int(label)
@@ -90,24 +90,24 @@ def test_a_number_is_a_label_of_a_model_or_a_place_in_it_but_never_another_class
         LabelMap.from_config(numbered).encode(videos(label)[0])
 
 
-def test_a_name_that_a_model_has_twice_is_no_label():
+def test_duplicate_label_names_are_refused():
     label_map = LabelMap({"": ("up", "down", "up")})
     assert label_map.encode(videos("down")[0]).item() == 1
     with pytest.raises(AnnotationError, match="the model has several labels 'up'"):
         label_map.encode(videos("up")[0])
 
 
-def test_labels_of_one_group_are_no_validation_for_another():
+def test_missing_classes_are_checked_per_group():
     label_map = LabelMap({"noun": ("1", "2"), "verb": ("1", "2")})
     train, validation = videos(("1", "1"), ("2", "2")), videos(("1", "2"), ("2", "2"))
     with pytest.raises(AnnotationError, match=r"1 of the 4 classes .*: 'verb: 1' \(t\.csv:2\)"):
         check_splits(train, validation, label_map)
-    # A class is the same by its name and by its number.
+    # A name and its index are the same class.
     named = LabelMap({"": ("a", "b")})
     assert check_splits(videos("a", "b"), videos("0", "1"), named) == []
 
 
-def test_files_of_labels(tmp_path):
+def test_label_files_are_read_or_refused(tmp_path):
     files = {
         "a.txt": "run\njump\n",
         "b.json": '["run", "jump"]',
@@ -121,26 +121,26 @@ def test_files_of_labels(tmp_path):
     (tmp_path / "g.json").write_text(json.dumps({"noun": ["pan", "lid"], "verb": ["open", "wash"]}))
     assert LabelMap.from_file(tmp_path / "g.json").groups == {"noun": ("pan", "lid"), "verb": ("open", "wash")}
     wrong = {
-        "a.txt": ("run\nrun\n", "run stands there twice"),
-        "b.json": ('{"run": 3, "jump": 5}', "numbers from 0 on"),
+        "a.txt": ("run\nrun\n", "each only once; repeated: run"),
+        "b.json": ('{"run": 3, "jump": 5}', "indices starting at 0"),
         "c.json": ("[", r"c\.json:1: this is not JSON"),
         "d.csv": ("id\n1\n", "no column 'key' or 'name'"),
-        "e.txt": ("run\n", "there are 1"),
+        "e.txt": ("run\n", "got 1"),
     }
     for name, (text, message) in wrong.items():
         (tmp_path / name).write_text(text)
         with pytest.raises(AnnotationError, match=message):
             LabelMap.from_file(tmp_path / name)
-    with pytest.raises(AnnotationError, match="no such file of labels"):
+    with pytest.raises(AnnotationError, match="no such label file"):
         LabelMap.from_file(tmp_path / "nowhere.txt")
 
 
-def test_too_few_classes_are_errors():
+def test_too_few_classes_or_too_many_labels_are_refused():
     with pytest.raises(AnnotationError, match="have 1 class: run; at least 2"):
         LabelMap.of(videos("run", "run"))
     with pytest.raises(AnnotationError, match="have 1 class of 'verb': open"):
         LabelMap.of(videos(("pan", "open"), ("lid", "open")), groups=("noun", "verb"))
-    with pytest.raises(AnnotationError, match=r"t\.csv:3: 2 labels \(a, b\) where 1 is expected"):
+    with pytest.raises(AnnotationError, match=r"t\.csv:3: got 2 labels \(a, b\), expected 1"):
         LabelMap.of(videos("a", ("a", "b")))
 
 
@@ -150,7 +150,7 @@ def test_too_few_classes_are_errors():
     fraction=st.floats(0.05, 0.95),
     seed=st.integers(0, 5),
 )
-def test_a_split_is_stratified_complete_and_repeatable(counts, fraction, seed):
+def test_split_is_stratified_complete_and_repeatable(counts, fraction, seed):
     data = videos(*(f"class {number}" for number, count in enumerate(counts) for _ in range(count)))
     train, validation = split_videos(data, fraction, seed)
     assert sorted(one.video for one in train + validation) == sorted(one.video for one in data)
@@ -162,7 +162,7 @@ def test_a_split_is_stratified_complete_and_repeatable(counts, fraction, seed):
     assert split_videos(data, fraction, seed) == (train, validation)
 
 
-def test_splits_that_cannot_work():
+def test_incomplete_splits_are_refused():
     with pytest.raises(AnnotationError, match=r"t\.csv:4: the class 'jump' has a single video"):
         split_videos(videos("run", "run", "jump"), 0.2)
     with pytest.raises(AnnotationError, match="between 0 and 1, got 1"):
@@ -177,7 +177,7 @@ def test_splits_that_cannot_work():
     assert check_splits(videos("run", "jump"), videos("run"), label_map, allow_missing_labels=True) == ["jump"]
 
 
-def test_weights_even_the_classes_out():
+def test_weights_balance_the_classes():
     data = videos(*["run"] * 6, *["jump"] * 2)
     label_map = LabelMap.of(data)
     targets = [label_map.encode(one) for one in data]
@@ -188,7 +188,7 @@ def test_weights_even_the_classes_out():
     assert drawn[:6].sum() == pytest.approx(drawn[6:].sum())
 
 
-def test_weights_of_groups_and_of_classes_that_do_not_occur():
+def test_weights_support_groups_and_missing_classes():
     targets = [
         GROUPED.encode(one) for one in videos(("pan", "open"), ("pan", "wash"), ("lid", "open"), ("pan", "open"))
     ]

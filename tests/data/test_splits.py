@@ -47,7 +47,7 @@ def is_possible(units):
 def test_both_sides_have_every_class_if_possible(units, fraction, seed):
     videos = grouped(*units)
     if not is_possible([set(unit) for unit in units]):
-        with pytest.raises(AnnotationError, match=r"No division of the|has a single video|all belong together"):
+        with pytest.raises(AnnotationError, match=r"No split of the|has a single video|must stay together"):
             split_videos(videos, fraction, seed)
         return
     train, validation = split_videos(videos, fraction, seed)
@@ -80,7 +80,7 @@ def test_missing_labels_put_rare_classes_into_training(units):
     videos = grouped(*units)
     classes = set().union(*units)
     if all(set().union(*units[:left], *units[left + 1 :]) < classes for left in range(len(units))):
-        with pytest.raises(AnnotationError, match="No division of the"):  # training needs every unit
+        with pytest.raises(AnnotationError, match="No split of the"):  # training needs every unit
             split_videos(videos, 0.3, allow_missing_labels=True)
         return
     train, validation = split_videos(videos, 0.3, allow_missing_labels=True)
@@ -137,14 +137,14 @@ def test_clips_of_one_youtube_video_stay_together(tmp_path):
 
 def test_error_names_a_class_that_cannot_be_divided():
     parts = [LabelledVideo({"path": "a.mp4", "start": n, "end": n + 1}, ("run",), f"t.csv:{n + 2}") for n in range(3)]
-    with pytest.raises(AnnotationError, match=r"t\.csv:2: the class 'run' has 3 videos, which all belong together and"):
+    with pytest.raises(AnnotationError, match=r"t\.csv:2: the class 'run' has 3 videos, which must stay together and"):
         split_videos([*parts, *grouped("j", "j")], 0.2)
-    with pytest.raises(AnnotationError, match=r"the class 'a' has 2 videos, which all belong together \(patient=0\)"):
+    with pytest.raises(AnnotationError, match=r"the class 'a' has 2 videos, which must stay together \(patient=0\)"):
         split_videos(grouped("aab", "b"), 0.2)
     with pytest.raises(AnnotationError, match=r"t\.csv:3: the verb 'wash' has a single video"):
         split_videos(grouped([("a", "open")], [("a", "wash")], [("a", "open")]), 0.2, groups=("noun", "verb"))
     with pytest.raises(
-        AnnotationError, match=r"No division of the 6 videos was found that gives .* all 3 classes: .* 3 files"
+        AnnotationError, match=r"No split of the 6 videos was found with all 3 classes .*: the 3 files or groups"
     ):
         split_videos(grouped("ab", "bc", "ca"), 0.3)
     with pytest.raises(AnnotationError, match="no videos to split"):

@@ -1,4 +1,4 @@
-"""From the names of labels to numbers and back, the split into training and validation, and weights for uneven data."""
+"""Encode label names, split videos into training and validation, and compute weights for imbalanced data."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?")
 class LabelMap:
     """The labels of a data set, in the order of a model's output.
 
-    `groups`: names by group, such as {"noun": (...), "verb": (...)}; one classification is the group "".
-    `has_several`: whether a video has any number of the labels instead of one per group.
-    `is_regression`: whether the outputs are values themselves and no scores of labels.
-    `has_positions`: whether a number that is no name stands for the label at that place of its group, as
-    EPIC-Kitchens has it. Never so where a name of the group is a number, or where the order is that of sorted names.
+    `groups`: label names by group, such as {"noun": (...), "verb": (...)}; a single classification has the group "".
+    `has_several`: True if a video has any number of labels (multi-label) instead of one per group.
+    `is_regression`: True if the outputs are values rather than class scores.
+    `has_positions`: True if labels may also be given as indices into their group, as in EPIC-Kitchens. This does not
+    apply to groups with a number among the names, and is False for names collected from videos.
     """
 
     groups: Mapping[str, Sequence[str]]
@@ -46,7 +46,7 @@ class LabelMap:
     def of(
         cls, videos: Iterable[LabelledVideo], groups: Sequence[str] = (ONE_GROUP,), has_several: bool = False
     ) -> LabelMap:
-        """The labels that the videos have, sorted. Raises AnnotationError if there are fewer than two."""
+        """Collect the labels of the videos, sorted. Raises AnnotationError if a group has fewer than two."""
         names: dict[str, set[str]] = {group: set() for group in groups}
         for one in videos:
             if has_several:
@@ -54,8 +54,8 @@ class LabelMap:
                 continue
             if len(one.labels) != len(groups):
                 raise AnnotationError(
-                    f"{one.where}: {len(one.labels)} labels ({', '.join(one.labels)}) where {len(groups)} is expected; "
-                    "for any number of labels per video set problem_type to 'multi_label_classification'."
+                    f"{one.where}: got {len(one.labels)} labels ({', '.join(one.labels)}), expected {len(groups)}. For "
+                    "any number of labels per video, set problem_type to 'multi_label_classification'."
                 )
             for group, label in zip(groups, one.labels, strict=True):
                 names[group].add(label)
@@ -66,13 +66,13 @@ class LabelMap:
                 of = f" of {group!r}" if group else ""
                 raise AnnotationError(
                     f"The training data have {len(found)} class{'es' * (len(found) != 1)}{of}"
-                    f"{': ' + found[0] if found else ''}; at least 2 are needed."
+                    f"{': ' + found[0] if found else ''}; at least 2 are needed. Add videos of another class."
                 )
         return label_map
 
     @classmethod
     def from_config(cls, config: Any) -> LabelMap:
-        """The labels of a model. Raises ValueError for a model without a classifier."""
+        """Read the labels of a model. Raises ValueError for a model without a classifier."""
         if not config.num_labels:
             raise ValueError("The model has no classifier (num_labels is 0): choose one that was trained on labels.")
         names = [str(config.id2label[index]) for index in range(config.num_labels)]
@@ -88,11 +88,16 @@ class LabelMap:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike, has_several: bool = False) -> LabelMap:
-        """Names from a file: one per line, a CSV with a column `key` or `name`, a JSON list, a JSON map of names to
-        numbers (Something-Something's) or of numbers to names, or a JSON map of groups to lists."""
+        """
+        Read label names from a file.
+
+        Supported are one name per line; a CSV with a column `key` or `name`; a JSON list; a JSON map from names to
+        indices (as in Something-Something) or from indices to names; and a JSON map from groups to lists of names.
+        Raises AnnotationError for any other content.
+        """
         path = Path(path)
         if not path.is_file():
-            raise AnnotationError(f"{path}: there is no such file of labels.")
+            raise AnnotationError(f"{path}: there is no such label file.")
         try:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
@@ -112,16 +117,18 @@ class LabelMap:
             rows = list(csv.DictReader(text.splitlines()))
             column = next((name for name in ("key", "name") if rows and name in rows[0]), None)
             if column is None:
-                raise AnnotationError(f"{path}:1: there is no column 'key' or 'name' with the labels.")
+                raise AnnotationError(
+                    f"{path}:1: there is no column 'key' or 'name'; one of them must hold the labels."
+                )
             groups = {ONE_GROUP: tuple(row[column] for row in rows)}
         else:
             groups = {ONE_GROUP: tuple(line.strip() for line in text.splitlines() if line.strip())}
         for group, names in groups.items():
             if len(names) < 2 or len(set(names)) < len(names):
                 twice = [name for name, count in Counter(names).items() if count > 1]
-                reason = f"{', '.join(twice)} stands there twice" if twice else f"there are {len(names)}"
+                reason = f"repeated: {', '.join(twice)}" if twice else f"got {len(names)}"
                 raise AnnotationError(
-                    f"{path}: at least 2 different labels are needed{f' of {group}' * bool(group)}: {reason}."
+                    f"{path}: at least 2 labels{f' of {group}' * bool(group)} are needed, each only once; {reason}."
                 )
         return cls(groups, has_several)
 
@@ -135,7 +142,7 @@ class LabelMap:
 
     @property
     def names(self) -> list[str]:
-        """All names in the order of the output; with several groups as `noun: pan`."""
+        """All names in the order of the output; with several groups in the form `noun: pan`."""
         return [f"{group}: {name}" if group else name for group, names in self.groups.items() for name in names]
 
     @property
@@ -143,27 +150,28 @@ class LabelMap:
         return [len(names) for names in self.groups.values()]
 
     def config_fields(self) -> dict[str, Any]:
-        """The fields of `ViViTConfig` that say the same."""
+        """Return the equivalent fields of `ViViTConfig`."""
         groups = {group: len(names) for group, names in self.groups.items()} if self.is_grouped else None
         problem = "multi_label_classification" if self.has_several else "single_label_classification"
         return {"id2label": dict(enumerate(self.names)), "label_groups": groups, "problem_type": problem}
 
     def encode(self, one: LabelledVideo) -> torch.Tensor:
-        """int64 () for one label, (groups,) for groups, float32 (num_labels,) of 0 and 1 for several labels.
+        """Encode the labels of a video as a model's `labels`.
 
-        Raises AnnotationError for a label that is not among the names; see `has_positions` for numbers.
+        Returns int64 () for a single label, int64 (groups,) for label groups, or float32 (num_labels,) of 0 and 1 for
+        multi-label data. Raises AnnotationError for an unknown label; see `has_positions` for indices.
         """
         if self.has_several:
             target = torch.zeros(len(self.names))
             target[[self._index(0, label, one.where) for label in one.labels]] = 1.0
             return target
         if len(one.labels) != len(self.groups):
-            raise AnnotationError(f"{one.where}: {len(one.labels)} labels where {len(self.groups)} is expected.")
+            raise AnnotationError(f"{one.where}: got {len(one.labels)} labels, expected {len(self.groups)}.")
         indices = [self._index(group, label, one.where) for group, label in enumerate(one.labels)]
         return torch.tensor(indices if self.is_grouped else indices[0])
 
     def numbers(self, one: LabelledVideo) -> list[int]:
-        """The places of a video's labels in the whole output. Raises AnnotationError as `encode` does."""
+        """Return the indices of a video's labels in the whole output. Raises AnnotationError as `encode` does."""
         encoded = self.encode(one)
         if self.has_several:
             return encoded.nonzero().flatten().tolist()
@@ -171,13 +179,13 @@ class LabelMap:
         return [start + index for start, index in zip(starts, encoded.reshape(-1).tolist(), strict=True)]
 
     def ignored(self) -> torch.Tensor:
-        """The labels, as `encode` gives them, of a video that is not to count."""
+        """Return labels in the form of `encode` that the loss ignores."""
         if self.has_several:
             return torch.full((len(self.names),), float(IGNORED))
         return torch.tensor([IGNORED] * len(self.groups) if self.is_grouped else IGNORED)
 
     def best(self, probabilities: np.ndarray | None, top_k: int = 1, *, with_scores: bool = False) -> Any:
-        """The `top_k` names of each group, the likeliest first, with their probabilities if wanted; None for None."""
+        """Return the `top_k` likeliest names of each group, optionally with probabilities; None for None."""
         if probabilities is None:
             return None
         start, found = 0, []
@@ -191,7 +199,7 @@ class LabelMap:
 
     @cached_property
     def _positions(self) -> list[dict[str, int]]:
-        """Per group: the numbers that stand for places."""
+        """The valid indices of each group, as text, with their values."""
         return [
             {}
             if not self.has_positions or any(_NUMBER.fullmatch(name) for name in names)
@@ -203,15 +211,14 @@ class LabelMap:
         indices = self._indices[group]
         if label in indices:
             if len(indices) < self.sizes[group] and list(self.groups.values())[group].count(label) > 1:
-                raise AnnotationError(f"{where}: the model has several labels {label!r}: give each a name of its own.")
+                raise AnnotationError(f"{where}: the model has several labels {label!r}: give each a unique name.")
             return indices[label]
         if label in self._positions[group]:
             return self._positions[group][label]
         kind = f" {list(self.groups)[group]}s" if self.is_grouped else ""
         raise AnnotationError(
             f"{where}: the label {label!r} is not among the {len(indices)}{kind} of the model: "
-            f"{', '.join(list(indices)[:5])}"
-            f"{', ...' * (len(indices) > 5)}."
+            f"{', '.join(list(indices)[:5])}{', ...' * (len(indices) > 5)}."
         )
 
 
@@ -237,7 +244,7 @@ def _ordered_names(stored: Any, path: Path) -> tuple[str, ...]:
             by_index = {index: str(name) for index, name in stored.items()}
         if set(by_index) == {str(index) for index in range(len(stored))}:
             return tuple(by_index[str(index)] for index in range(len(stored)))
-    raise AnnotationError(f"{path}: expected a list of names, or a map between names and the numbers from 0 on.")
+    raise AnnotationError(f"{path}: expected a list of names, or a map between names and indices starting at 0.")
 
 
 def split_videos(
@@ -249,22 +256,23 @@ def split_videos(
     allow_missing_labels: bool = False,
 ) -> tuple[list[LabelledVideo], list[LabelledVideo]]:
     """
-    Return training and validation videos, the same for the same seed.
+    Split videos into training and validation; equal seeds give equal splits.
 
-    Videos of one file, such as its parts, stay together, and so do videos that share a value of `keep_together`. Within
-    that, validation has about `fraction` of the videos of every class, and both sides have every class.
+    Parts of the same file stay together, as do videos with a common key in `keep_together`. Within these limits,
+    validation has about `fraction` of the videos of every class, and both sides have every class.
 
     Args:
-        videos: what to split.
-        fraction: the share for validation, between 0 and 1.
-        seed: of the choice.
-        groups: the groups of labels, where a video has one label of each.
-        allow_missing_labels: keep a class that cannot be on both sides in training.
+        videos: the videos to split.
+        fraction: the share of the videos for validation, between 0 and 1.
+        seed: the random seed.
+        groups: the label groups; each video has one label per group.
+        allow_missing_labels: put a class that cannot be on both sides into training only, instead of raising.
 
-    Raises AnnotationError for a class that cannot be on both sides.
+    Raises:
+        AnnotationError: if a class cannot be on both sides.
     """
     if not 0 < fraction < 1:
-        raise AnnotationError(f"The share of the validation split must be between 0 and 1, got {fraction}.")
+        raise AnnotationError(f"The validation share must be between 0 and 1, got {fraction}.")
     if not videos:
         raise AnnotationError("There are no videos to split into training and validation.")
     units = _units(videos)
@@ -286,12 +294,12 @@ def split_videos(
 
     chosen = choose(0)
     if not chosen and allow_missing_labels:
-        # As few as possible of the rarest classes in training only: the more of them, the easier.
+        # Find the smallest number of rarest classes to have in training only: a larger number is easier to satisfy.
         chosen = choose(bisect.bisect_left(range(len(names)), True, key=lambda num_missing: bool(choose(num_missing))))
     if not chosen:
         raise AnnotationError(
-            f"No division of the {len(videos)} videos was found that gives training and validation all {len(names)} "
-            f"classes: they belong to {len(units)} files or groups that each stay together. Group by something else, "
+            f"No split of the {len(videos)} videos was found with all {len(names)} classes in both training and "
+            f"validation: the {len(units)} files or groups of videos cannot be divided. Group by another column, "
             "leave rare classes out, or give a validation set."
         )
     validation = {index for unit in chosen for index in units[unit]}
@@ -302,12 +310,12 @@ def split_videos(
 
 
 def _positioned(one: LabelledVideo, is_grouped: bool) -> set[tuple[int, str]]:
-    """The labels of a video, each with the number of its group."""
+    """Return the labels of a video, each with the index of its group."""
     return {(place if is_grouped else 0, label) for place, label in enumerate(one.labels)}
 
 
 def _units(videos: Sequence[LabelledVideo]) -> list[list[int]]:
-    """The indices of the videos that stay together, in the order of the first of each."""
+    """Return lists of indices of videos that must stay together, ordered by their first index."""
     parents = list(range(len(videos)))
 
     def root(index: int) -> int:
@@ -329,7 +337,7 @@ def _units(videos: Sequence[LabelledVideo]) -> list[list[int]]:
 def _undivided(
     videos: Sequence[LabelledVideo], units: list[list[int]], name: tuple[int, str], groups: Sequence[str]
 ) -> str:
-    """Why a class of a single unit cannot be on both sides."""
+    """Return the error message for a class that cannot be on both sides because it has a single unit."""
     place, label = name
     is_grouped = len(groups) > 1
     unit = next(unit for unit in units if any(name in _positioned(videos[index], is_grouped) for index in unit))
@@ -339,7 +347,7 @@ def _undivided(
     if len(holding) > 1:
         shared = sorted(set.intersection(*(set(one.keep_together) for one in holding)))
         of = f" ({', '.join(shared)})" if shared else ""
-        what = f"{len(holding)} videos, which all belong together{of} and cannot be divided"
+        what = f"{len(holding)} videos, which must stay together{of} and cannot be divided"
     return (
         f"{holding[0].where}: {kind} {label!r} has {what}: add videos, leave the class out, give a validation "
         "set, or set allow_missing_labels."
@@ -349,7 +357,7 @@ def _undivided(
 def shared_units(
     train: Sequence[LabelledVideo], validation: Sequence[LabelledVideo]
 ) -> list[tuple[LabelledVideo, LabelledVideo]]:
-    """The validation videos that are of a file or group of the training videos, each after the first such video."""
+    """Return pairs of a training and a validation video from the same file or group, one per such validation video."""
     first: dict[Hashable, LabelledVideo] = {}
     for one in train:
         for key in one.unit_keys():
@@ -365,14 +373,16 @@ def check_splits(
     allow_missing_labels: bool = False,
 ) -> list[str]:
     """
-    Raises AnnotationError if a split is empty, a label is unknown, or a class of the training set has no validation
-    video (with `allow_missing_labels` their names are returned instead).
+    Check that both splits have videos, that every label is known, and that validation has every training class.
+
+    Returns the names of the classes without a validation video, with `allow_missing_labels`. Raises AnnotationError
+    if a check fails.
     """
     for name, videos in (("training", train), ("validation", validation)):
         if videos is None:
             continue
         if not videos:
-            raise AnnotationError(f"The {name} split is empty.")
+            raise AnnotationError(f"The {name} split is empty: give at least one video.")
         for one in videos:
             label_map.encode(one)
     if validation is None:
@@ -388,19 +398,20 @@ def check_splits(
         shown = ", ".join(f"{label!r} ({where})" for label, where in list(missing.items())[:5])
         raise AnnotationError(
             f"{len(missing)} of the {len(places)} classes of the training split have no video in the validation split "
-            f"({validation[0].where} and on): {shown}{', ...' * (len(missing) > 5)}. Their accuracy could not be "
-            "measured; add videos, or set allow_missing_labels."
+            f"(from {validation[0].where}): {shown}{', ...' * (len(missing) > 5)}. Their accuracy could not be "
+            "measured: add videos, or set allow_missing_labels."
         )
     return list(missing)
 
 
 def class_weights(targets: Sequence[torch.Tensor], label_map: LabelMap) -> torch.Tensor:
-    """One weight per label, float32 (num_labels,): inverse to how often it occurs, and 1 on average over the videos.
+    """Return class weights, float32 (num_labels,): inverse to the class frequency, and 1 on average over the videos.
 
-    A label that never occurs has weight 1. `targets` are what `LabelMap.encode` gives.
+    A label that never occurs has weight 1. `targets` are the results of `LabelMap.encode`. Raises ValueError for
+    multi-label data.
     """
     if label_map.has_several:
-        raise ValueError("Class weights are for one label per video; leave them out with several labels per video.")
+        raise ValueError("Class weights require one label per video; leave them out for multi-label data.")
     stacked = torch.stack(list(targets)).reshape(len(targets), -1)
     weights = []
     for group, size in enumerate(label_map.sizes):
@@ -411,8 +422,10 @@ def class_weights(targets: Sequence[torch.Tensor], label_map: LabelMap) -> torch
 
 
 def balanced_weights(targets: Sequence[torch.Tensor], label_map: LabelMap) -> torch.Tensor:
-    """How often each video is to be drawn, float64 (videos,), so that labels come up equally often; with groups by the
-    rarer of a video's labels."""
+    """Return sampling weights, float64 (videos,), that draw all labels equally often; see `class_weights`.
+
+    With label groups, the rarest label of a video decides.
+    """
     weights = class_weights(targets, label_map).double()
     starts = torch.tensor([0, *label_map.sizes]).cumsum(0)[:-1]
     stacked = torch.stack(list(targets)).reshape(len(targets), -1)
