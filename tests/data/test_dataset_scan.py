@@ -1,4 +1,4 @@
-"""Scanning data sets: what is found in real files, and workers that crash or hang."""
+"""Test scanning of data sets: results for real files, and workers that crash or hang."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ def video(tmp_path_factory):
     return write_video(tmp_path_factory.mktemp("scan") / "video.mp4", num_frames=60, gop=20, options=options)
 
 
-def test_a_sound_file_is_described(video):
+def test_sound_file_is_described(video):
     assert scan_file(video, min_frames=60) == VideoScan(
         path=str(video),
         status="ok",
@@ -53,13 +53,13 @@ def test_a_sound_file_is_described(video):
         ("hevc_10_bit", {"codec": "hevc", "pixel_format": "yuv420p10le", "is_variable_rate": False}),
     ],
 )
-def test_what_is_special_is_found(kind, expected, tmp_path):
+def test_rotation_rate_length_and_codec_are_reported(kind, expected, tmp_path):
     scan = scan_file(write_kind(tmp_path, kind), min_frames=2)
     assert scan.status == "ok"
     assert {name: getattr(scan, name) for name in expected} == expected
 
 
-def test_damage_is_found_by_decoding_and_not_by_the_packets(video, tmp_path):
+def test_damage_is_found_by_decoding_but_not_from_packets(video, tmp_path):
     path = tmp_path / "damaged.mp4"
     path.write_bytes(video.read_bytes())
     number = next(n for n, (_, _, _, is_key) in enumerate(packet_places(video)) if is_key and n > 0)
@@ -71,7 +71,7 @@ def test_damage_is_found_by_decoding_and_not_by_the_packets(video, tmp_path):
 
 
 def plain_outcome(path) -> tuple[int, bool]:
-    """The frames of a plain decode that goes on past errors, and whether it saw any damage."""
+    """Decode a file past all errors; return the number of frames, and whether there was any damage."""
     num_frames, is_damaged = 0, False
     with av.open(str(path)) as container:
         try:
@@ -89,7 +89,7 @@ def plain_outcome(path) -> tuple[int, bool]:
 
 
 @pytest.mark.parametrize("kind", ["h264_avi", "h264_raw", "h264_mkv", "h264_ts_late_start", "mpeg4_avi", "apng"])
-def test_the_picture_in_which_a_file_was_cut_off_is_read_and_counted(kind, tmp_path):
+def test_last_frame_of_a_truncated_file_is_counted(kind, tmp_path):
     path = write_kind(tmp_path, kind)
     _, position, size, _ = packet_places(path)[20]
     path.write_bytes(path.read_bytes()[: position + size // 2])
@@ -99,8 +99,8 @@ def test_the_picture_in_which_a_file_was_cut_off_is_read_and_counted(kind, tmp_p
     assert scan.status == ("damaged" if is_damaged else "ok")
 
 
-def test_a_scan_knows_no_headers_that_come_later(tmp_path):
-    """Transport streams repeat the headers of the codec with each keyframe; here the first are gone."""
+def test_later_headers_do_not_hide_missing_ones(tmp_path):
+    """Transport streams repeat the codec headers with each keyframe; this test erases the first ones."""
     path = write_kind(tmp_path, "h264_ts_late_start")
     data = bytearray(path.read_bytes())
     place, length = data.index(b"\0\0\1\x67") + 4, 20  # the sequence parameters
@@ -112,8 +112,8 @@ def test_a_scan_knows_no_headers_that_come_later(tmp_path):
     assert (scan.status, scan.num_frames - scan.num_lost_frames) == ("damaged", num_frames)
 
 
-def test_a_damaged_packet_that_is_never_shown_is_found(tmp_path):
-    """The first packet of a VP9 file is zeros; as a header, these say that it only updates a reference."""
+def test_damaged_packet_without_a_visible_frame_is_found(tmp_path):
+    """Zero the first packet of a VP9 file; its header then means an update of a reference frame only."""
     path = write_video(tmp_path / "video.webm", codec="libvpx-vp9", options={"deadline": "realtime"}, gop=1)
     data = bytearray(path.read_bytes())
     place, length = data.index(b"\x49\x83\x42") - 2, 16  # before the sync code of the first keyframe
@@ -123,8 +123,8 @@ def test_a_damaged_packet_that_is_never_shown_is_found(tmp_path):
     assert scan_file(path).status == "damaged"
 
 
-def test_what_the_container_refuses_is_damage(tmp_path):
-    """The checksum of a chunk of an animated PNG is wrong: no packet of it reaches the decoder."""
+def test_packets_refused_by_the_container_count_as_damage(tmp_path):
+    """Break the checksum of an animated PNG chunk, so that none of its packets reaches the decoder."""
     path = write_kind(tmp_path, "apng")
     data = path.read_bytes()
     place = data.rindex(b"fcTL")
@@ -134,7 +134,7 @@ def test_what_the_container_refuses_is_damage(tmp_path):
 
 
 @pytest.mark.parametrize(("content", "reason"), [(b"", "it is empty"), (b"not a video " * 99, "Invalid data")])
-def test_what_cannot_be_read_is_unusable(content, reason, tmp_path):
+def test_unreadable_files_are_unusable(content, reason, tmp_path):
     path = tmp_path / "broken.mp4"
     path.write_bytes(content)
     scan = scan_file(path)
@@ -157,7 +157,7 @@ def test_videos_are_found_in_folders(tmp_path):
 
 
 def waiting_for(pipe: Path) -> list[psutil.Process]:
-    """The workers that have opened a pipe."""
+    """Return the worker processes that have opened a pipe."""
     return [process for process in psutil.Process().children(recursive=True) if _has_opened(process, pipe)]
 
 
@@ -168,8 +168,8 @@ def _has_opened(process: psutil.Process, path: Path) -> bool:
         return False
 
 
-def test_a_worker_that_hangs_or_is_killed_costs_its_file_only(video, tmp_path):
-    # A pipe that nobody writes to is waited for.
+def test_hanging_or_killed_worker_only_loses_its_file(video, tmp_path):
+    # Reading a pipe without a writer blocks.
     os.mkfifo(tmp_path / "pipe.mp4")
     start = time.monotonic()
     paths = [video, tmp_path / "pipe.mp4", video, video]
@@ -193,7 +193,7 @@ def test_a_worker_that_hangs_or_is_killed_costs_its_file_only(video, tmp_path):
     assert scans[1].reason == "the decoder crashed (exit code -9)"
 
 
-def test_no_worker_is_left_when_a_scan_is_given_up(video):
+def test_closing_a_scan_ends_all_workers(video):
     found = scan_files([video] * 50, num_workers=2)
     next(found)
     found.close()

@@ -1,4 +1,4 @@
-"""Labelled videos: annotations, labels, splits, data sets of the Hub, and scans for damage."""
+"""Read labelled videos, labels, splits and Hub data sets, and scan videos for damage."""
 
 from typing import TYPE_CHECKING
 
