@@ -181,18 +181,35 @@ def test_what_cannot_be_evaluated_is_named(data, arguments, message, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"frame_sampling": "uniform"}, "spreads one clip over the whole video, got num_clips=4"),
-        ({"num_frames": 4}, "but the model expects (8, 32, 32)"),
-    ],
-)
-def test_a_processor_that_does_not_fit_is_named(data, settings, message, tmp_path):
+@pytest.fixture
+def uniform(data, tmp_path):
+    """The model with a processor that spreads the frames of one clip over the whole video."""
+    return with_processor(data, tmp_path, frame_sampling="uniform")
+
+
+def with_processor(data, tmp_path, **settings):
     shutil.copytree(data / "model", tmp_path / "model")
     given = {**ViViTVideoProcessor.from_pretrained(data / "model").to_dict(), **settings}
     ViViTVideoProcessor.from_dict(given).save_pretrained(tmp_path / "model")
-    check_refusal(["evaluate", *options(data, tmp_path / "out"), "--model", tmp_path / "model"], 2, message)
+    return tmp_path / "model"
+
+
+def test_uniform_frames_make_one_clip_of_each_video(data, uniform, tmp_path):
+    result = invoke("evaluate", *options(data, tmp_path / "out"), "--model", uniform)
+    assert result.exit_code == 0 and "1 clip x " in result.stdout, result.stderr
+
+
+def test_more_clips_of_uniform_frames_are_refused(data, uniform, tmp_path):
+    arguments = [*options(data, tmp_path / "out"), "--model", uniform, "--num-clips", 4]
+    check_refusal(["evaluate", *arguments], 2, "spreads one clip over the whole video, got num_clips=4")
+    check_refusal(["classify", data / "videos" / "up_left", "--model", uniform, "--num-clips", 4], 2, "got num_clips=4")
+
+
+def test_a_processor_that_does_not_fit_is_named(data, tmp_path):
+    model = with_processor(data, tmp_path, num_frames=4)
+    check_refusal(
+        ["evaluate", *options(data, tmp_path / "out"), "--model", model], 2, "but the model expects (8, 32, 32)"
+    )
     assert not (tmp_path / "out").exists()
 
 

@@ -40,7 +40,7 @@ def classify(
     videos: VideosArgument,
     model: ModelOption = None,
     top_k: Annotated[int, typer.Option(min=1, help="Labels to show per video.")] = 5,
-    num_clips: ClipsOption = 4,
+    num_clips: ClipsOption = None,
     num_crops: CropsOption = None,
     batch_size: BatchSizeOption = 16,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode; 0 decodes in this one.")] = 0,
@@ -76,8 +76,6 @@ def classify(
     sources: list[Any] = [{"bytes": standard_input(), "path": "-"} if file == "-" else file for file in files]
     classifier, processor = load(model, device, dtype, allow_private_addresses=allow_private_addresses)
     processor.on_error = "repeat_last" if on_error == "warn" else "raise"
-    if processor.frame_sampling == "uniform":
-        num_clips = 1  # one clip is spread over the whole video
     label_map = LabelMap.from_config(classifier.config)
     views = views_of(processor, num_clips, num_crops)
     found = predict_each(classifier, processor, sources, **views, batch_size=batch_size, num_workers=workers)

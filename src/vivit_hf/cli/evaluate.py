@@ -76,7 +76,7 @@ def evaluate(
     split: SplitOption = None,
     missing_videos: MissingOption = "error",
     allow_private_addresses: PrivateAddressesOption = False,
-    num_clips: ClipsOption = 4,
+    num_clips: ClipsOption = None,
     num_crops: CropsOption = None,
     averaging: AveragingOption = "probabilities",
     batch_size: BatchSizeOption = 16,
@@ -90,7 +90,7 @@ def evaluate(
     The output folder gets results.json with the scores and their views, predictions.parquet with every probability,
     and for one label per video per_class.csv and confusion_matrix.png. Names may have underscores: --num_clips.
     Started with `torchrun --nproc_per_node 8 -m vivit_hf evaluate ...`, any number of processes gives the same scores.
-    Exit code 0, 1 if no video can be read, or 2 for wrong usage, data or models.
+    Exit code 0, or 2 for wrong usage, data or models, and if no video can be read.
 
     Example: vivit-hf evaluate --model my_vivit --data videos/test --output-dir scores
     """

@@ -39,7 +39,10 @@ OnErrorOption = Annotated[
         "which ends the command."
     ),
 ]
-ClipsOption = Annotated[int, typer.Option(min=1, help="Clips per video, spread over it.")]
+ClipsOption = Annotated[
+    int | None,
+    typer.Option(min=1, help="Clips per video, spread over it.", show_default="4, or 1 with frame_sampling 'uniform'"),
+]
 CropsOption = Annotated[
     int | None,
     typer.Option(min=1, max=3, help="Crops per clip: 1 or 3.", show_default="3, or 1 if the processor does not crop"),
@@ -57,8 +60,10 @@ def check_crops(num_crops: int | None) -> None:
         raise typer.BadParameter(f"expected 1 or 3, got {num_crops}", param_hint="--num-crops")
 
 
-def views_of(processor: Any, num_clips: int, num_crops: int | None) -> dict[str, int]:
-    """Return the views per video; without a number of crops, those that the processor can make."""
+def views_of(processor: Any, num_clips: int | None, num_crops: int | None) -> dict[str, int]:
+    """Return the views per video; for a number that is None, as many as the paper takes and the processor can make."""
+    if num_clips is None:
+        num_clips = 1 if processor.frame_sampling == "uniform" else 4  # uniform frames cover the whole video
     if num_crops is None:
         num_crops = 3 if processor.do_center_crop else 1
     return {"num_clips": num_clips, "num_crops": num_crops}
