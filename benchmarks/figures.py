@@ -33,7 +33,7 @@ def _matching(rows: Sequence[Row], pattern: str) -> list[tuple[re.Match[str], Ro
 
 
 def _shares(rows: Sequence[Row], ax: Axes | None) -> bool:
-    found = _matching(rows, r"(\w+), batch 1: (Model \d), share of the limit")
+    found = _matching(rows, r"(\w+), batch 1: (Model \d) optimised, share of the limit")
     if ax is not None:
         dtypes = list(dict.fromkeys(match[1] for match, _ in found))
         for number, dtype in enumerate(dtypes):
@@ -51,7 +51,7 @@ def _shares(rows: Sequence[Row], ax: Axes | None) -> bool:
 
 
 def _speeds(rows: Sequence[Row], ax: Axes | None) -> bool:
-    found = _matching(rows, r"(\w+), batch 1: (Model \d), speed over (.+)")
+    found = _matching(rows, r"(\w+), batch 1: (Model \d) optimised, speed over (.+)")
     if ax is not None:
         labels = [f"{match[2]}, {match[1]}\nover {match[3]}" for match, _ in found]
         values = [row.value for _, row in found]
