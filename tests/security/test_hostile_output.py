@@ -15,7 +15,8 @@ from video_files import damage_packet, write_video
 
 from vivit_hf import ViViTVideoProcessor, demo_model_path
 from vivit_hf.cli.app import app
-from vivit_hf.cli.output import echo_json, printable
+from vivit_hf.cli.output import echo_json
+from vivit_hf.data.escaping import printable
 
 
 SAMPLE = demo_model_path() / "samples" / "up_left.mp4"

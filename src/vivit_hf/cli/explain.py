@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..data.escaping import one_line
 from .options import (
     DeviceOption,
     DtypeOption,
@@ -18,7 +19,7 @@ from .options import (
     load,
     standard_input,
 )
-from .output import echo, fail, one_line, video_errors
+from .output import echo, fail, video_errors
 
 
 def explain(

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import typer
 
-from .output import printable, say
+from ..data.escaping import printable
+from .output import say
 
 
 def finetune(context: typer.Context) -> None:

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
+from ..data.escaping import one_line
 from .options import JsonOption, find_model
-from .output import as_cell, echo_json, fail, one_line, output_console, quiet_libraries
+from .output import as_cell, echo_json, fail, output_console, quiet_libraries
 
 
 def inspect(

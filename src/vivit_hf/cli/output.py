@@ -14,24 +14,10 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperGroup
 
+from ..data.escaping import one_line, printable
+
 
 _ClickException: Any = next(one for one in typer.BadParameter.__mro__ if one.__name__ == "ClickException")
-
-
-def printable(text: str) -> str:
-    """
-    Escape everything that a terminal could take for a command, such as ESC as `\\x1b`.
-
-    Line feeds stay, for messages of several lines.
-    """
-    return "".join(
-        one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in str(text)
-    )
-
-
-def one_line(text: str) -> str:
-    """Like `printable`, but escape line feeds too, so that a label cannot look like another line of output."""
-    return printable(text).replace("\n", r"\n")
 
 
 def as_cell(text: str, style: str = "") -> Text:

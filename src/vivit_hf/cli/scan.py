@@ -14,8 +14,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..data.escaping import printable
 from ..data.whole_files import written_whole
-from .output import as_cell, fail, output_console, printable, say
+from .output import as_cell, fail, output_console, say
 
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from .results import HTTPError, printable, push
+from ..data import escaping
+from .results import HTTPError, push
 from .weight_files import ConversionError
 
 
@@ -94,7 +95,7 @@ def run(
 
 def one_line(error: BaseException) -> str:
     """Return an error's message on one line, without control characters, shortened if it is very long."""
-    text = printable(" ".join((str(error) or type(error).__name__).split()))
+    text = escaping.one_line(" ".join((str(error) or type(error).__name__).split()))
     return text if len(text) <= _MAX_ERROR_LENGTH else f"{text[:_MAX_ERROR_LENGTH]} ..."
 
 
@@ -108,7 +109,7 @@ def needs_extra(extra: str) -> Iterator[None]:
 
 
 def warn(message: str) -> None:
-    print(f"warning: {printable(message)}", file=sys.stderr)
+    print(f"warning: {escaping.one_line(message)}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -125,7 +126,7 @@ def progress(steps: int) -> Iterator[Callable[[str], None]]:
 
         def begin(description: str) -> None:
             nonlocal started
-            bar.update(task, description=printable(description), completed=started)
+            bar.update(task, description=escaping.one_line(description), completed=started)
             started += 1
 
         yield begin

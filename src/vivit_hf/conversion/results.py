@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 import vivit_hf
 
 from ..configuration_vivit import ViViTConfig
+from ..data.escaping import one_line
 from ..hub.model_card import write_model_card
 from ..video_processing_vivit import ViViTVideoProcessor
 from .weight_files import ConversionError, read_json
@@ -123,17 +124,12 @@ def print_table(*rows: tuple[str, str]) -> None:
     """Print rows of a heading and a text; names from files cannot add markup or control characters."""
     table = Table("", "", show_header=False)
     for heading, text in rows:
-        table.add_row(heading, Text(printable(text)))
+        table.add_row(heading, Text(one_line(text)))
     Console().print(table)
 
 
 def print_line(text: str) -> None:
-    Console().print(Text(printable(text)))
-
-
-def printable(text: str) -> str:
-    """Return the text with control characters, which could be commands to a terminal, as escapes such as `\\x1b`."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    Console().print(Text(one_line(text)))
 
 
 def shortened(names: Iterable[str], limit: int = 8) -> str:
