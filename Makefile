@@ -23,10 +23,11 @@ endef
 INSTALL_TORCH = python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help test demo app bench readme lint format test-oldest clean
+.PHONY: help test test-benchmarks demo app bench readme lint format test-oldest clean
 
 help:
 	@echo 'make test          run the tests'
+	@echo 'make test-benchmarks  run the benchmark scripts on tiny sizes (five minutes)'
 	@echo 'make demo          train a small ViViT on videos of moving shapes and classify held-out ones (two minutes)'
 	@echo 'make demo VIDEO=x  the same, and then classify the video file x'
 	@echo 'make app           open a page to try a model on videos'
@@ -59,7 +60,10 @@ $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 	@touch $@
 
 test: .venv/ready
-	.venv/bin/$(PYTEST)
+	.venv/bin/$(PYTEST) -m "not benchmarks"
+
+test-benchmarks: .venv/ready
+	.venv/bin/$(PYTEST) -m benchmarks
 
 # What the demo needs alone, without the tools of `make test`, which sees that its own stamp is missing and adds them.
 .venv/ready-demo: pyproject.toml constraints.txt
@@ -92,7 +96,7 @@ format: .venv/ready
 
 test-oldest: $(OLDEST_READY)
 	.venv-oldest/bin/python -m pip freeze
-	.venv-oldest/bin/$(PYTEST)
+	.venv-oldest/bin/$(PYTEST) -m "not benchmarks"
 
 clean:
 	rm -rf .venv .venv-oldest build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -20,6 +20,9 @@ from paths import ROOT
 import vivit_hf
 
 
+pytestmark = pytest.mark.slow
+
+
 ARCHIVE = f"vivit_hf-{vivit_hf.__version__}"
 VIDEO_EXTRAS = ("torchvision", "torchcodec", "torchaudio", "decord", "cv2")
 

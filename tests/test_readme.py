@@ -17,6 +17,9 @@ from transformers import ViTConfig, ViTModel, VivitConfig, VivitForVideoClassifi
 from vivit_hf import ViViTConfig, ViViTVideoProcessor
 
 
+pytestmark = pytest.mark.slow
+
+
 README = ROOT / "README.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
 

@@ -6,6 +6,9 @@ import pytest
 from command_line import MOTIONS, SAMPLES, check_refusal, invoke, start
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "with space"

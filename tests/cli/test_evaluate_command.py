@@ -20,6 +20,9 @@ from tiny_models import make_model
 from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_labelled_videos(tmp_path_factory.mktemp("data"))

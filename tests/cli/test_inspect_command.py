@@ -12,6 +12,9 @@ from vivit_hf import ViViTConfig
 from vivit_hf.initialisation.inspection import describe_model, inspect_parts
 
 
+pytestmark = pytest.mark.slow
+
+
 def run(*arguments):
     command = [sys.executable, "-m", "vivit_hf", "inspect", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)

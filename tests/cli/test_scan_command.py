@@ -73,7 +73,7 @@ def test_scan_of_everything_with_unusable_files(folder, tmp_path):
     ("arguments", "message"),
     [
         (["nowhere"], "there is no folder 'nowhere'"),
-        (["."], "holds no video"),
+        (["."], "contains no video"),
         ([".", "--extension", "xyz"], "looked for: xyz"),
         ([".", "--num-frames", "0"], "--num-frames"),
         ([".", "--json", "nowhere/rows.jsonl"], "no folder for 'nowhere/rows.jsonl'"),

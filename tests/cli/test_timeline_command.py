@@ -10,6 +10,9 @@ from command_line import MOTIONS, SAMPLES, check_refusal, invoke, rows, start
 from video_files import http_server
 
 
+pytestmark = pytest.mark.slow
+
+
 VIDEO = SAMPLES / "all.mp4"
 
 

@@ -11,6 +11,9 @@ import pytest
 from command_line import MOTIONS, SAMPLES, check_refusal, invoke, rows, start
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def stream(tmp_path_factory):
     """The packets of a sample in a container that can be read from any place."""

@@ -21,6 +21,9 @@ from vivit_hf.conversion import convert_scenic, convert_transformers, convert_vi
 from vivit_hf.conversion.results import Result, shortened
 
 
+pytestmark = pytest.mark.slow
+
+
 SCRIPTS = {
     "convert vit": "convert_vit_checkpoint.py",
     "convert scenic": "convert_scenic_checkpoint.py",

@@ -35,6 +35,9 @@ from video_files import write_video as write_any_video
 from vivit_hf import NonFiniteError, ViViTForVideoClassification, ViViTVideoProcessor, demo_model_path
 
 
+pytestmark = pytest.mark.slow
+
+
 SPACE = ROOT / "examples" / "space"
 FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
 --disable-component-update --disable-sync --window-size=1280,1400""".split()

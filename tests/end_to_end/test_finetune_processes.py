@@ -13,6 +13,9 @@ from paths import TESTS
 from safetensors.torch import load_file
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data"))

@@ -37,6 +37,9 @@ from vivit_hf.cli.app import app
 from vivit_hf.conversion import convert_vit
 
 
+pytestmark = pytest.mark.slow
+
+
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}

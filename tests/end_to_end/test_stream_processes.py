@@ -13,6 +13,9 @@ from stream_runs import run, write_videos
 from vivit_hf.data.labels import IGNORED
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_videos(tmp_path_factory.mktemp("streams") / "videos")

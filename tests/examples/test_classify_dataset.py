@@ -16,6 +16,9 @@ from paths import EXAMPLES
 from vivit_hf import ViViTVideoProcessor
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_labelled_videos(tmp_path_factory.mktemp("data"))

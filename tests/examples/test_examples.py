@@ -14,6 +14,9 @@ from video_files import write_video
 from vivit_hf import ViViTForVideoClassification, demo_model_path
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
     """Runs the demo in a folder of its own with 2 files per class to train on and 1 to test on; what it printed."""

@@ -12,6 +12,9 @@ import pytest
 from paths import EXAMPLES
 
 
+pytestmark = pytest.mark.slow
+
+
 SCRIPT = EXAMPLES / "moving_shapes.py"
 NUM_FRAMES, HEIGHT, WIDTH, CLIPS_PER_CLASS = 24, 80, 96, 40
 

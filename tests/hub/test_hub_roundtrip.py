@@ -21,6 +21,9 @@ from video_files import write_video
 import vivit_hf
 
 
+pytestmark = pytest.mark.slow
+
+
 NAME = "tester/vivit-tiny"
 SOURCE = Path(vivit_hf.__file__).parent
 CODE = {path.name for path in SOURCE.glob("*.py")} - {"__init__.py", "__main__.py"}

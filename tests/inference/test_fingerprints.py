@@ -16,6 +16,9 @@ from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor, demo_mode
 from vivit_hf.inference.fingerprints import model_fingerprint
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture
 def model(tmp_path):
     """A folder with the demo model, as it is saved."""

@@ -13,6 +13,9 @@ from tiny_models import ATTENTION_TYPES
 from vivit_hf import ViViTForVideoClassification
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     output = tmp_path_factory.mktemp("fsdp") / "results.pt"

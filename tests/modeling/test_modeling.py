@@ -147,6 +147,7 @@ COMPILED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "backend", "dtype", "tolerance"), COMPILED)
 def test_compiles_as_one_graph_with_the_same_output_and_gradients(case, backend, dtype, tolerance):
     torch.compiler.reset()

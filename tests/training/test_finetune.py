@@ -24,6 +24,9 @@ from vivit_hf.training.finetuning_parser import parse_arguments
 from vivit_hf.training.recipes import RECIPES
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data"))

@@ -87,8 +87,9 @@ def test_what_would_fail_after_training_is_refused_before_it(data, tmp_path, mon
     processor = ViViTVideoProcessor.from_pretrained(tmp_path / "first", frame_sampling="uniform")
     processor.save_pretrained(tmp_path / "first")
     monkeypatch.setattr(ClipTrainer, "train", lambda *_, **__: pytest.fail("it trains"))
-    given = {"model_name_or_path": tmp_path / "first", "num_frames": None}
+    given = {"model_name_or_path": tmp_path / "first", "num_frames": None, "frame_stride": None}
     for changes, message in (
+        ({"frame_stride": 2}, "`frame_stride=2` has no effect with frame_sampling='uniform'"),
         ({"num_clips": 4}, "frame_sampling='uniform' spreads one clip over the whole video, got num_clips=4"),
         ({"num_crops": 2}, "`num_crops` must be 1 or 3, got 2"),
         ({"averaging": "votes"}, "--averaging votes: expected one of probabilities, logits"),

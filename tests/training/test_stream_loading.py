@@ -18,6 +18,9 @@ from vivit_hf.training.stream_loading import StreamBatches
 from vivit_hf.video_sources import VideoDecodingError
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_videos(tmp_path_factory.mktemp("streams") / "videos")

@@ -14,6 +14,9 @@ from transformers import Trainer, TrainingArguments, VivitConfig, VivitForVideoC
 from vivit_hf import ViViTForVideoClassification
 
 
+pytestmark = pytest.mark.slow
+
+
 WORKER = TESTS / "train_worker.py"
 BATCH = 8
 

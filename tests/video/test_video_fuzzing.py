@@ -25,6 +25,9 @@ from vivit_hf.video_decoding import VideoReader
 from vivit_hf.video_sources import FramesChangedError, VideoDecodingError
 
 
+pytestmark = pytest.mark.slow
+
+
 SOURCES = (
     *("h264_b_frames", "h264_open_gop", "h264_mkv", "h264_mov", "h264_avi", "h264_ts_late_start", "h264_fragmented"),
     *("h264_variable_rate", "hevc", "hevc_10_bit", "av1", "vp9", "mpeg4_avi", "gif", "apng", "alpha"),
