@@ -96,7 +96,7 @@ def test_what_would_fail_after_training_is_refused_before_it(data, tmp_path, mon
         ({"save_batch_picture": tmp_path / "no" / "p.png"}, r"--save_batch_picture .*p\.png: there is no such folder"),
     ):
         with pytest.raises(SystemExit, match=message):
-            run(data, tmp_path / "out", **given, **changes)
+            run(data, tmp_path / "out", **{**given, **changes})
 
 
 @pytest.mark.parametrize("extra", [{}, {"lora_rank": 2}])
