@@ -88,6 +88,10 @@ def main():
         }
     if arguments.process_index == 0:
         torch.save(results, args.output)
+    if torch.distributed.is_initialized():
+        # A process that ends before the other one is done can abort: gloo's threads are still running.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
