@@ -480,13 +480,15 @@ def test_a_laid_out_weight_says_so():
 
 
 @pytest.mark.skipif(not ONEDNN_HAS_BFLOAT16, reason="oneDNN has no bfloat16 products on this CPU")
+@pytest.mark.parametrize(("has_amx", "attention"), [(False, "blockwise"), (True, "sdpa")])
 @torch.no_grad()
-def test_bfloat16_units_get_laid_out_weights_and_blockwise_attention(monkeypatch):
+def test_bfloat16_units_get_laid_out_weights_and_the_faster_attention(monkeypatch, has_amx, attention):
     monkeypatch.setattr(optimization, "has_avx512", lambda: True)
     monkeypatch.setattr(optimization, "has_bfloat16_units", lambda: True)
+    monkeypatch.setattr(optimization, "has_amx", lambda: has_amx)
     plain, twin = (make_model(tiny_config("factorised_encoder")).to(torch.bfloat16) for _ in range(2))
     text = str(optimize(twin))
-    assert "laid out for oneDNN (24 modules)" in text and twin.config._attn_implementation == "blockwise"
+    assert "laid out for oneDNN (24 modules)" in text and twin.config._attn_implementation == attention
     clips = make_clips(plain.config)
     assert_close(twin(clips).logits, plain(clips).logits)
     restore(twin)
