@@ -160,7 +160,8 @@ def test_steps_that_a_stream_keeps_are_those_of_the_plain_model(machine):
 
 
 @pytest.mark.parametrize("case", WITH_CLASS_TOKEN)
-def test_tokens_that_are_not_pooled_are_left_out(case):
+def test_tokens_that_are_not_pooled_are_left_out(case, monkeypatch):
+    monkeypatch.setattr(optimization, "has_avx512", lambda: False)  # the counter does not count oneDNN's operations
     model = make_model(case_config(case, attn_implementation="eager"))
     clips = make_clips(model.config)
 
