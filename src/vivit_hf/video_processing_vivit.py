@@ -65,19 +65,23 @@ class VideoFeatures(BatchFeature):
     `reports`: for each video its `DecodingReport`, or None if its frames were given.
     `kept`: input positions of the videos in the batch; on_error="skip" leaves out unreadable ones.
     `frame_ids`: int64 (rows, frames) like `pixel_values`; equal numbers within a video mark equal frames.
+    `frame_times`: float64 (rows, frames), seconds from the first frame of the video; NaN for frames in memory without
+        `video_fps`.
     """
 
     num_views: int = 1
     reports: Sequence[DecodingReport | None] = ()
     kept: Sequence[int] = ()
     frame_ids: np.ndarray | None = None
+    frame_times: np.ndarray | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"data": self.data, "views": (self.num_views, self.reports, self.kept, self.frame_ids)}
+        return {"data": self.data, "views": {name: getattr(self, name) for name in VideoFeatures.__annotations__}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.data = state["data"]
-        self.num_views, self.reports, self.kept, self.frame_ids = state["views"]
+        for name, value in state["views"].items():
+            setattr(self, name, value)
 
 
 class ViViTVideoProcessor(AutoClassMixin, ProcessorFilesMixin, BaseImageProcessor):
@@ -165,12 +169,13 @@ class ViViTVideoProcessor(AutoClassMixin, ProcessorFilesMixin, BaseImageProcesso
         reports: list[DecodingReport | None] = []
         kept: list[int] = []
         frame_ids: list[np.ndarray] = []
+        frame_times: list[np.ndarray] = []
         for place, video in enumerate(as_batch(videos)):
             try:
                 if is_video_source(video):
-                    clips, indices, report = _clips_of_file(video, settings, draw)
+                    clips, indices, times, report = _clips_of_file(video, settings, draw)
                 else:
-                    clips, indices = _clips_of_frames(video, settings, draw, input_data_format, video_fps)
+                    clips, indices, times = _clips_of_frames(video, settings, draw, input_data_format, video_fps)
                     report = None
             except VideoDecodingError as error:
                 if settings.on_error != "skip":
@@ -180,6 +185,7 @@ class ViViTVideoProcessor(AutoClassMixin, ProcessorFilesMixin, BaseImageProcesso
                 continue
             views += [view for clip in clips for view in _crops(clip, settings, draw)]
             frame_ids += _frame_ids(indices, settings)
+            frame_times += [row for row in times for _ in range(_num_crops(settings))]
             reports.append(report)
             kept.append(place)
         if not views:
@@ -189,7 +195,7 @@ class ViViTVideoProcessor(AutoClassMixin, ProcessorFilesMixin, BaseImageProcesso
         features = VideoFeatures({"pixel_values": _to_batch(views, settings, return_tensors, dtype, device)})
         features.num_views, features.reports, features.kept = len(views) // len(kept), reports, kept
         if len({ids.shape for ids in frame_ids}) == 1:
-            features.frame_ids = np.stack(frame_ids)
+            features.frame_ids, features.frame_times = np.stack(frame_ids), np.stack(frame_times)
         return features
 
     def preprocess(self, videos: Any, **kwargs: Any) -> VideoFeatures:
@@ -243,9 +249,9 @@ def _clips_of_frames(
     generator: np.random.Generator | None,
     layout: str | None,
     frames_per_second: float | None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the resized clips of a video in memory, (clips, frames, height, width, channels), uint8 or float32, and
-    the indices of their frames, (clips, frames)."""
+    the indices and the times of their frames, (clips, frames) each."""
     total = num_frames_of(video)
     is_sampled = settings.do_sample_frames
     if is_sampled is None:
@@ -257,14 +263,15 @@ def _clips_of_frames(
     frames = _resized(select_frames(video, indices.reshape(-1), layout, settings.do_convert_rgb), settings)
     if settings.do_rescale and frames.dtype == np.float32:
         frames = frames * np.float32(255)  # `rescale_factor` is for values from 0 to 255
-    return frames.reshape(indices.shape + frames.shape[1:]), indices
+    shown_at = times[indices] if frames_per_second is not None else np.full(indices.shape, np.nan)
+    return frames.reshape(indices.shape + frames.shape[1:]), indices, shown_at
 
 
 def _clips_of_file(
     source: Any, settings: ProcessorSettings, generator: np.random.Generator | None
-) -> tuple[np.ndarray, np.ndarray, DecodingReport]:
-    """Return the resized clips of a file, uint8 (clips, frames, height, width, channels), the indices of their frames,
-    (clips, frames), and the report of the reader."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, DecodingReport]:
+    """Return the resized clips of a file, uint8 (clips, frames, height, width, channels), the indices and the times of
+    their frames, (clips, frames) each, and the report of the reader."""
     size = reader_size(settings)
     window = None
     if settings.do_center_crop and not _is_random_crop(settings) and (size is not None or not settings.do_resize):
@@ -281,10 +288,11 @@ def _clips_of_file(
         except FramesChangedError:
             indices = _choose_frames(reader.timestamps, source, settings, generator)
             clips = reader.frames_at(indices, size=size, window=window, on_lost=on_lost)
+        times = reader.timestamps[indices] - reader.timestamps[0]
     if size is None:
         frames = _resized(clips.reshape(-1, *clips.shape[2:]), settings)
         clips = frames.reshape(indices.shape + frames.shape[1:])
-    return clips, indices, reader.report
+    return clips, indices, times, reader.report
 
 
 def _choose_frames(
@@ -324,6 +332,10 @@ def _crop_size(settings: ProcessorSettings) -> tuple[int, int]:
     return settings.crop_size["height"], settings.crop_size["width"]
 
 
+def _num_crops(settings: ProcessorSettings) -> int:
+    return settings.num_crops if settings.do_center_crop else 1
+
+
 def _is_random_crop(settings: ProcessorSettings) -> bool:
     return settings.crop_position == "random" and settings.num_crops == 1
 
@@ -344,7 +356,7 @@ def _frame_ids(indices: np.ndarray, settings: ProcessorSettings) -> list[np.ndar
     """Return the `frame_ids` of each view of a video, in the order of `_crops`."""
     if _is_random_crop(settings):  # differs between clips
         return [row * len(indices) + clip for clip, row in enumerate(indices)]
-    num_crops = settings.num_crops if settings.do_center_crop else 1
+    num_crops = _num_crops(settings)
     return [row * num_crops + crop for row in indices for crop in range(num_crops)]
 
 

@@ -1,4 +1,4 @@
-"""What a user does with a trained model: faster inference, predictions, streams, timelines, scores."""
+"""What a user does with a trained model: faster inference, predictions, features, streams, scores."""
 
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,11 @@ if TYPE_CHECKING:
     from .demo_model import demo_model_path as demo_model_path
     from .evaluation import Evaluation as Evaluation
     from .evaluation import evaluate_videos as evaluate_videos
+    from .feature_files import Features as Features
+    from .feature_files import read_features as read_features
+    from .feature_files import write_features as write_features
+    from .features import VideoEmbedding as VideoEmbedding
+    from .features import embed_videos as embed_videos
     from .fingerprints import hub_commit as hub_commit
     from .fingerprints import model_fingerprint as model_fingerprint
     from .finite_outputs import NonFiniteError as NonFiniteError
@@ -37,6 +42,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "clips": "predict_clips",
         "demo_model": "demo_model_path",
         "evaluation": "Evaluation evaluate_videos",
+        "feature_files": "Features read_features write_features",
+        "features": "VideoEmbedding embed_videos",
         "fingerprints": "hub_commit model_fingerprint",
         "finite_outputs": "NonFiniteError",
         "live_video": "LiveVideo",

@@ -41,16 +41,30 @@ def predict_clips(
         ValueError: if the clips do not have the model's number of frames and size.
     """
     check_pixel_values(clips, model.config, any_size=False)
+    steps = shared_steps(model, clips, frame_ids, max_clips)
+    if steps is not None:
+        return torch.cat([model.classify_steps(part) for part in steps.split(max_clips)])
+    return torch.cat([model(pixel_values=part, return_dict=True).logits for part in clips.split(max_clips)])
+
+
+def shared_steps(
+    model: Any, clips: torch.Tensor, frame_ids: np.ndarray | None, max_clips: int = BATCH
+) -> torch.Tensor | None:
+    """
+    Encode every distinct tubelet of the clips once: one token per time step, (clips, time, hidden).
+
+    None if there is nothing to share. For the arguments see `predict_clips`.
+    """
+    if frame_ids is None or not reuses_tubelets(model.config):
+        return None
     tubelet = model.config.tubelet_size[0]
     time = clips.shape[1] // tubelet
-    if frame_ids is not None and reuses_tubelets(model.config):
-        ids = np.asarray(frame_ids)[:, : time * tubelet].reshape(-1, tubelet)
-        _, firsts, places = np.unique(ids, axis=0, return_index=True, return_inverse=True)
-        if len(firsts) < len(ids):
-            # (clips, frames, ...) -> (clips * time, tubelet, ...)
-            tubelets = clips[:, : time * tubelet].unflatten(1, (time, tubelet)).flatten(0, 1)
-            groups = torch.from_numpy(firsts).split(max_clips * time)
-            encoded = torch.cat([model.vivit.encode_steps(tubelets[group])[:, 0] for group in groups])
-            steps = encoded[torch.from_numpy(places.reshape(-1, time)).to(encoded.device)]  # (clips, time, hidden)
-            return torch.cat([model.classify_steps(part) for part in steps.split(max_clips)])
-    return torch.cat([model(pixel_values=part, return_dict=True).logits for part in clips.split(max_clips)])
+    ids = np.asarray(frame_ids)[:, : time * tubelet].reshape(-1, tubelet)
+    _, firsts, places = np.unique(ids, axis=0, return_index=True, return_inverse=True)
+    if len(firsts) == len(ids):
+        return None
+    # (clips, frames, ...) -> (clips * time, tubelet, ...)
+    tubelets = clips[:, : time * tubelet].unflatten(1, (time, tubelet)).flatten(0, 1)
+    groups = torch.from_numpy(firsts).split(max_clips * time)
+    encoded = torch.cat([model.base_model.encode_steps(tubelets[group])[:, 0] for group in groups])
+    return encoded[torch.from_numpy(places.reshape(-1, time)).to(encoded.device)]  # (clips, time, hidden)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from ..data.labels import LabelMap, to_probabilities
 from ..video_processing_vivit import ViViTVideoProcessor
-from ..video_sources import VideoDecodingError
-from .finite_outputs import NonFiniteError, check_finite
-from .optimization import optimized
+from .finite_outputs import check_finite
+from .view_batches import each_or_error, run_on_views
 from .views import average_views, predict_views
 
 
@@ -32,24 +30,6 @@ class VideoPrediction:
     logits: np.ndarray | None = None
     probabilities: np.ndarray | None = None
     error: str | None = None
-
-
-class _Views(Dataset):
-    def __init__(self, videos: Sequence[Any], processor: ViViTVideoProcessor, num_clips: int, num_crops: int):
-        self.videos, self.processor = videos, processor
-        self.views: dict[str, Any] = {"num_clips": num_clips, "num_crops": num_crops}
-
-    def __len__(self) -> int:
-        return len(self.videos)
-
-    def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, np.ndarray | None, str | None]:
-        """Return the index, the `pixel_values` of the views and their `frame_ids`, and the error message, if any."""
-        video = self.videos[index]
-        try:
-            features = self.processor(video() if callable(video) else video, **self.views)
-            return index, features["pixel_values"], features.frame_ids, None
-        except (VideoDecodingError, OSError, ValueError) as error:
-            return index, None, None, str(error)
 
 
 def predict_videos(
@@ -80,35 +60,19 @@ def predict_videos(
         ValueError: if the processor cannot make these views, or the model does not accept its clips.
         NonFiniteError: if scores are NaN or infinite.
     """
-    processor.settings_with({"num_clips": num_clips, "num_crops": num_crops})
     label_map = LabelMap.from_config(model.config)
-    loader = DataLoader(
-        _Views(videos, processor, num_clips, num_crops),
-        batch_size=max(1, batch_size // (num_clips * num_crops)),
-        num_workers=num_workers,
-        collate_fn=list,
-    )
-    with optimized(model):
-        for items in loader:
-            good = [(views, ids) for _, views, ids, _ in items if views is not None]
-            # Without a crop, videos can differ in size.
-            is_one_size = len({views.shape for views, _ in good}) == 1
-            alike = [good] if is_one_size else [[one] for one in good]
-            rows: list[torch.Tensor] = []
-            with torch.inference_mode():
-                for group in alike:
-                    pixel_values = torch.stack([views for views, _ in group]).to(model.device, model.dtype)
-                    ids = np.stack([ids for _, ids in group])
-                    logits = predict_views(model, pixel_values, batch_size, ids)
-                    check_finite(logits, model, pixel_values)
-                    rows += average_views(logits, label_map, averaging).cpu()
-            remaining = iter(rows)
-            for index, views, _, error in items:
-                if views is None:
-                    yield VideoPrediction(index, error=error)
-                else:
-                    row = next(remaining)
-                    yield VideoPrediction(index, row.numpy(), to_probabilities(row, label_map).numpy())
+
+    def compute(pixel_values: torch.Tensor, frame_ids: np.ndarray) -> torch.Tensor:
+        logits = predict_views(model, pixel_values, batch_size, frame_ids)
+        check_finite(logits, model, pixel_values)
+        return average_views(logits, label_map, averaging)
+
+    settings = {"num_clips": num_clips, "num_crops": num_crops, "batch_size": batch_size, "num_workers": num_workers}
+    for views, row in run_on_views(model, processor, videos, compute, **settings):
+        if row is None:
+            yield VideoPrediction(views.index, error=views.error)
+        else:
+            yield VideoPrediction(views.index, row.numpy(), to_probabilities(row, label_map).numpy())
 
 
 def predict_each(
@@ -120,16 +84,4 @@ def predict_each(
     Args:
         settings: as for `predict_videos`.
     """
-    num_done = 0
-    try:
-        for prediction in predict_videos(model, processor, videos, **settings):
-            yield prediction
-            num_done += 1
-    except NonFiniteError:  # somewhere in a batch: classify the remaining videos one by one
-        for index in range(num_done, len(videos)):
-            try:
-                yield replace(
-                    next(predict_videos(model, processor, videos[index : index + 1], **settings)), index=index
-                )
-            except NonFiniteError as error:
-                yield VideoPrediction(index, error=str(error))
+    return each_or_error(lambda part: predict_videos(model, processor, part, **settings), videos, VideoPrediction)

@@ -1,0 +1,115 @@
+"""Decode the views of videos in worker processes, and run a model on some videos at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..video_processing_vivit import ViViTVideoProcessor
+from ..video_sources import VideoDecodingError
+from .finite_outputs import NonFiniteError
+from .optimization import optimized
+
+
+Result = TypeVar("Result", bound=Any)  # a dataclass with the fields `index` and `error`
+
+
+@dataclass(frozen=True)
+class Views:
+    """
+    The views of one video, or the reason why it has none.
+
+    `index`: of the video in the input.
+    `pixel_values`: float32 (views, frames, channels, height, width), None after an error.
+    `frame_ids`, `frame_times`: (views, frames), see `VideoFeatures`.
+    """
+
+    index: int
+    pixel_values: torch.Tensor | None = None
+    frame_ids: np.ndarray | None = None
+    frame_times: np.ndarray | None = None
+    error: str | None = None
+
+
+class _Videos(Dataset):
+    def __init__(self, videos: Sequence[Any], processor: ViViTVideoProcessor, views: dict[str, Any]):
+        self.videos, self.processor, self.views = videos, processor, views
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, index: int) -> Views:
+        video = self.videos[index]
+        try:
+            features = self.processor(video() if callable(video) else video, **self.views)
+        except (VideoDecodingError, OSError, ValueError) as error:
+            return Views(index, error=str(error))
+        return Views(index, features["pixel_values"], features.frame_ids, features.frame_times)
+
+
+def run_on_views(
+    model: Any,
+    processor: ViViTVideoProcessor,
+    videos: Sequence[Any],
+    compute: Callable[[torch.Tensor, np.ndarray], torch.Tensor],
+    *,
+    num_clips: int,
+    num_crops: int,
+    batch_size: int,
+    num_workers: int,
+) -> Iterator[tuple[Views, torch.Tensor | None]]:
+    """
+    Yield the views of each video, in the given order, and what `compute` returns for it; None after an error.
+
+    Args:
+        model: in eval mode; it is optimised for the time of the iteration.
+        compute: is given `pixel_values` (videos, views, frames, channels, height, width) and `frame_ids` (videos,
+            views, frames), and returns (videos, ...).
+        batch_size: clips that the model sees at a time.
+
+    Raises:
+        ValueError: if the processor cannot make these views.
+    """
+    views: dict[str, Any] = {"num_clips": num_clips, "num_crops": num_crops}
+    processor.settings_with(views)
+    loader = DataLoader(
+        _Videos(videos, processor, views),
+        batch_size=max(1, batch_size // (num_clips * num_crops)),
+        num_workers=num_workers,
+        collate_fn=list,
+    )
+    with optimized(model):
+        for items in loader:
+            good = [one for one in items if one.pixel_values is not None]
+            # Without a crop, videos can differ in size.
+            is_one_size = len({one.pixel_values.shape for one in good}) == 1
+            rows: list[torch.Tensor] = []
+            with torch.inference_mode():
+                for group in [good] if is_one_size else [[one] for one in good]:
+                    pixel_values = torch.stack([one.pixel_values for one in group]).to(model.device, model.dtype)
+                    rows += compute(pixel_values, np.stack([one.frame_ids for one in group])).cpu()
+            remaining = iter(rows)
+            for one in items:
+                yield one, None if one.pixel_values is None else next(remaining)
+
+
+def each_or_error(
+    run: Callable[[Sequence[Any]], Iterator[Result]], videos: Sequence[Any], result_class: type[Result]
+) -> Iterator[Result]:
+    """Yield the results of `run(videos)`; a video with NaN or infinite outputs has an error, and the others go on."""
+    num_done = 0
+    try:
+        for result in run(videos):
+            yield result
+            num_done += 1
+    except NonFiniteError:  # somewhere in a batch: the remaining videos one by one
+        for index in range(num_done, len(videos)):
+            try:
+                yield replace(next(run(videos[index : index + 1])), index=index)
+            except NonFiniteError as error:
+                yield result_class(index=index, error=str(error))
