@@ -76,7 +76,8 @@ def check_weights(folder: Path) -> None:
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
         with named_json_errors(folder, adapter.name):
-            _ = dict(json.loads(adapter.read_text(encoding="utf-8")))["peft_type"]
+            kind = dict(json.loads(adapter.read_text(encoding="utf-8")))["peft_type"]
+        _check_peft_type(kind, adapter)
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt"):
@@ -97,6 +98,20 @@ def check_weights(folder: Path) -> None:
             ) from error
         if not isinstance(weights, dict) or not all(isinstance(one, torch.Tensor) for one in weights.values()):
             raise ValueError(f"{path} does not hold a state dict: names and their tensors.")
+
+
+def _check_peft_type(kind: object, adapter: Path) -> None:
+    """Raise a ValueError for a kind of adapter that the installed peft does not know; it would raise a KeyError."""
+    try:
+        from peft import PeftType
+    except ImportError:
+        return  # `from_pretrained` asks for peft
+    known = [one.value for one in PeftType]
+    if kind not in known:
+        raise ValueError(
+            f"{adapter} has the peft_type {kind!r}; expected one of {', '.join(known)}. Correct it, update peft if the "
+            "kind is newer, or delete the adapter to load the weights without it."
+        )
 
 
 def stale_weights(there: Iterable[str], written: Iterable[str]) -> list[str]:

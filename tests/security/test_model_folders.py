@@ -233,6 +233,15 @@ def test_a_damaged_adapter_configuration_is_named(folder, text):
     )
 
 
+def test_an_adapter_of_an_unknown_kind_is_named(folder):
+    pytest.importorskip("peft")
+    (folder / "adapter_config.json").write_text('{"peft_type": "MAGIC"}')
+    refused_at_once(
+        lambda: ViViTForVideoClassification.from_pretrained(folder),
+        r"adapter_config\.json has the peft_type 'MAGIC'; expected one of .*LORA",
+    )
+
+
 # Processors
 
 
