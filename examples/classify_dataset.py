@@ -1,14 +1,13 @@
-"""
-Classifies any number of videos in shards: killed and started again, it goes on, and nothing is lost or done twice.
+"""Classify any number of videos in shards. After an interruption, the same command continues with the next shard.
 
     python examples/classify_dataset.py --model my_vivit --videos folder_or_list --output_dir labels
-    accelerate launch --num_processes 8 examples/classify_dataset.py ...     the shards are shared out
+    accelerate launch --num_processes 8 examples/classify_dataset.py ...     each process takes a share of the shards
 
 --videos is a folder, or a text file with a path or URL per line. The output folder gets part-00000.parquet and so on,
-with the columns index, video, labels and scores (the best first) and error; each part is written whole or not at all.
-Addresses are written without secrets, and bytes of names that are not UTF-8 as \\udcXX. run.json holds the settings of
-the run. If the model (even trained on in place), the settings or the videos have changed, the run is refused: choose
-another folder, or --overwrite to delete the old answers and start anew.
+with the columns index, video, labels and scores (best first) and error. Each part is written completely or not at all.
+URLs are written without their secrets, and bytes of names that are not UTF-8 as \\udcXX. run.json holds the settings of
+the run. A run with another model (or the same folder with new weights), other settings or other videos is refused:
+choose another folder, or pass --overwrite to delete the old results and start anew.
 """
 
 import argparse
@@ -29,26 +28,26 @@ from vivit_hf.inference.shards import check_run, shard_starts, start_run, write_
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a fine-tuned ViViT, folder or Hub id")
+    parser.add_argument("--model", required=True, help="folder or Hub id of a fine-tuned ViViT")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--videos", type=Path, help="a folder, or a file with one path or URL per line")
-    source.add_argument("--dataset_name", help="a data set on the Hub, or a folder of one")
-    parser.add_argument("--dataset_config_name", help="its configuration")
-    parser.add_argument("--split", default="train", help="of the data set")
-    parser.add_argument("--video_column_name", help="of the data set (default: video, path, ...)")
+    source.add_argument("--dataset_name", help="Hub id or folder of a data set")
+    parser.add_argument("--dataset_config_name", help="configuration of the data set")
+    parser.add_argument("--split", default="train", help="split of the data set")
+    parser.add_argument("--video_column_name", help="column of the data set (default: video, path, ...)")
     parser.add_argument(
-        "--allow_private_addresses", action="store_true", help="also download from this machine and the local network"
+        "--allow_private_addresses", action="store_true", help="allow downloads from this machine and the local network"
     )
     parser.add_argument("--output_dir", required=True, type=Path)
-    parser.add_argument("--overwrite", action="store_true", help="delete the parts of another run in --output_dir")
-    parser.add_argument("--shard_size", type=int, default=256, help="videos per part: what is lost at most")
-    parser.add_argument("--top_k", type=int, default=5, help="labels per video (and per group of labels)")
+    parser.add_argument("--overwrite", action="store_true", help="delete the results of another run in --output_dir")
+    parser.add_argument("--shard_size", type=int, default=256, help="videos per part; an interruption costs one part")
+    parser.add_argument("--top_k", type=int, default=5, help="labels per video, and per group of labels")
     parser.add_argument("--num_clips", type=int, default=1)
     parser.add_argument("--num_crops", type=int, default=1, choices=[1, 3])
-    parser.add_argument("--batch_size", type=int, default=16, help="clips that the model sees at a time")
-    parser.add_argument("--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that decode")
+    parser.add_argument("--batch_size", type=int, default=16, help="clips per forward pass")
+    parser.add_argument("--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="decoding processes")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--use_cpu", action="store_true", help="even if there is a GPU")
+    parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
     return parser.parse_args(argv)
 
 
@@ -86,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     names, videos, digest = list_videos(args)
     state = process_group(args.use_cpu)
     commit = hub_commit(args.model)
-    revision = {} if commit is None else {"revision": commit}  # one for the whole run, whatever is pushed meanwhile
+    revision = {} if commit is None else {"revision": commit}  # the same in the whole run, whoever pushes
     config = ViViTForVideoClassification.config_class.from_pretrained(args.model, **revision)
     label_map = LabelMap.from_config(config)
     limits = {"allow_private_addresses": args.allow_private_addresses}
@@ -95,14 +94,14 @@ def run(args: argparse.Namespace) -> None:
     settings = {name: getattr(args, name) for name in fixed} | {"num_videos": len(videos), "videos_digest": digest}
     settings |= model_fingerprint(args.model, config, processor, commit)
     is_new = check_run(args.output_dir, settings, args.overwrite)
-    state.wait_for_everyone()  # until all have checked, nothing is deleted or written
+    state.wait_for_everyone()  # nothing is deleted or written before all have checked
     if is_new and state.is_main_process:
         start_run(args.output_dir, settings)
     state.wait_for_everyone()
 
     shards = shard_starts(args.output_dir, len(videos), args.shard_size)
     waiting = [path for path in shards if not path.exists()]
-    state.wait_for_everyone()  # until all have looked, no shard is written
+    state.wait_for_everyone()  # no shard is written before all have looked
     mine = waiting[state.process_index :: state.num_processes]
     if state.is_main_process:
         print(f"{len(videos)} videos in {len(shards)} parts, {len(shards) - len(waiting)} of them finished", flush=True)

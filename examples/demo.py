@@ -1,9 +1,7 @@
-"""
-Turn an image ViT into a ViViT, fine-tune it on video files, save it, reload it with the Auto classes, and classify
-held-out files.
+"""Turn an image ViT into a ViViT, fine-tune it on video files, reload it with the Auto classes, and classify files.
 
-    python examples/demo.py                        less than two minutes of CPU time
-    python examples/demo.py --small                about a minute, with less data
+    python examples/demo.py                        takes less than two minutes of CPU time
+    python examples/demo.py --small                takes about a minute, with less data
     python examples/demo.py --video my_video.mp4   also classifies that file
     python examples/demo.py --source google/vit-base-patch16-224-in21k   starts from a real image ViT (needs a GPU)
 
@@ -39,6 +37,7 @@ from vivit_hf import (
     config_from_vit,
     initialise_from_vit,
 )
+from vivit_hf.initialisation import processor_for
 
 
 # Files per class for training and testing, epochs, and the required accuracy (chance is 0.25).
@@ -66,7 +65,7 @@ class TrainingClips(torch.utils.data.Dataset):
 
 
 def build_image_vit(folder: Path) -> None:
-    """Save a small image ViT with random weights and the sizes of `vivit-tiny`."""
+    """Save a small image ViT with random weights and the sizes of the preset `vivit-tiny`."""
     tiny = ViViTConfig.from_preset("vivit-tiny")
     names = "hidden_size num_hidden_layers num_attention_heads intermediate_size image_size initializer_range".split()
     ViTModel(ViTConfig(**{name: getattr(tiny, name) for name in names})).save_pretrained(folder)
@@ -85,12 +84,7 @@ def finetune(
         num_temporal_layers=2,
         id2label=dict(enumerate(labels)),
     )
-    processor = ViViTVideoProcessor(
-        num_frames=config.num_frames,
-        frame_stride=1,
-        size={"shortest_edge": config.image_size},
-        crop_size={"height": config.image_size, "width": config.image_size},
-    )
+    processor = processor_for(config, resize=config.image_size, frame_stride=1)
     model = ViViTForVideoClassification(config)
     report = initialise_from_vit(model, vit)
     arguments = TrainingArguments(
@@ -162,7 +156,7 @@ def main() -> None:
     if source is None:
         source = arguments.output / "image_vit"
         build_image_vit(source)
-        torch.set_num_threads(1)  # for so small a model, several threads only cost time
+        torch.set_num_threads(1)  # several threads slow down such a small model
     report = finetune(model_folder, source, train_files, epochs, arguments.seed)
     console.print(f"{model_folder}: model and processor; from {source}: {report} parameters")
 

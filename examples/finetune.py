@@ -1,5 +1,4 @@
-"""
-Fine-tune a ViViT on your videos: the command `vivit-hf finetune` as a script, with the same arguments.
+"""Fine-tune a ViViT on your videos: the command `vivit-hf finetune` as a script, with the same arguments.
 
     python examples/finetune.py --train_dir videos/train --validation_dir videos/test \\
         --model_name_or_path google/vit-base-patch16-224-in21k --recipe small-data --output_dir my_vivit

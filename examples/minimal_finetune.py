@@ -1,5 +1,4 @@
-"""
-Fine-tune an image ViT on video files with transformers' `Trainer`, in as few lines as possible.
+"""Fine-tune an image ViT on video files with transformers' `Trainer`, in as few lines as possible.
 
     python examples/minimal_finetune.py videos/train my_vivit --source google/vit-base-patch16-224-in21k
 

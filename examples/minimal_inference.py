@@ -1,5 +1,4 @@
-"""
-Classifies a video file: decode it, make one clip, run the model, print the most likely labels.
+"""Classify a video file: decode it, make one clip, run the model, print the most likely labels.
 
     python examples/minimal_inference.py my.mp4 --model my_vivit
 
@@ -14,7 +13,7 @@ from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor, demo_mode
 
 
 parser = argparse.ArgumentParser(description="Classify a video file.")
-parser.add_argument("video", help="a file")
+parser.add_argument("video", help="a video file")
 parser.add_argument("--model", default=demo_model_path(), help="folder or Hub id (default: the demo model)")
 arguments = parser.parse_args()
 

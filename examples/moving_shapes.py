@@ -1,14 +1,13 @@
-"""
-Writes a small data set of video files in which the class is the motion: a shape drifts along one of four diagonals.
+"""Write a small data set of video files whose class is the motion: a shape drifts along one of four diagonals.
 
     python examples/moving_shapes.py moving_shapes --clips-per-class 100
 
     moving_shapes/train/down_left/000.mp4     H.264, yuv420p, 24 frames of 96x80 at 12 frames per second
     moving_shapes/test/up_right/000.mp4
 
-No single frame tells the class. The shape leaves at one edge and comes back at the opposite one, so that it is equally
-likely to be anywhere at any moment, and clips of the same number share everything but the direction: shape, colours,
-background, starting point and speed. A clip played backwards is a clip of the opposite class.
+No single frame shows the class. The shape leaves at one edge and comes back at the opposite one, so its position is
+uniformly distributed at any time. Clips with the same number differ only in the direction: they share shape, colours,
+background, starting point and speed. A clip played backwards belongs to the opposite class.
 """
 
 import argparse
@@ -26,7 +25,7 @@ BACKGROUNDS = ("flat", "gradient", "noise")
 
 
 def _polygon(sides: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """Signed distance to the regular polygon whose edges touch the circle of radius 1, negative inside."""
+    """Return the signed distance to the regular polygon whose edges touch the circle of radius 1, negative inside."""
     angles = 2 * np.pi * np.arange(sides) / sides
     return lambda y, x: np.max([y * np.sin(angle) + x * np.cos(angle) for angle in angles], axis=0) - 1
 
@@ -56,7 +55,7 @@ class Scene:
 
     @classmethod
     def draw(cls, rng: np.random.Generator, num_frames: int, height: int, width: int) -> "Scene":
-        """A random scene. In `num_frames` frames the shape crosses 0.5 to 1.5 times the frame along either axis."""
+        """Draw a random scene. In `num_frames` frames, the shape crosses each side 0.5 to 1.5 times."""
         size = np.array([height, width])
         colour, first, second = rng.uniform(150, 255, 3), rng.uniform(0, 110, 3), rng.uniform(0, 110, 3)
         if rng.uniform() < 0.5:  # dark on bright instead of bright on dark
@@ -72,7 +71,7 @@ class Scene:
         )
 
     def render(self, motion: str, num_frames: int) -> np.ndarray:
-        """The clip in which the shape moves as `motion` says: uint8, (frames, height, width, 3), RGB."""
+        """Return the clip with this motion, uint8 RGB (frames, height, width, 3)."""
         height, width = self.background.shape[:2]
         frames = []
         for time in range(num_frames):
@@ -88,22 +87,20 @@ class Scene:
 
 
 def _background(rng: np.random.Generator, first: np.ndarray, second: np.ndarray, height: int, width: int) -> np.ndarray:
-    """A flat colour, a gradient or a mosaic of 8x8 tiles, from colours `first` to `second`: (height, width, 3)."""
-    kind = rng.choice(BACKGROUNDS)
-    if kind == "flat":
-        mixture = np.zeros((height, width))
-    elif kind == "gradient":
+    """Return a flat colour, gradient or mosaic of 8x8 tiles between two colours, (height, width, 3)."""
+    kind, mixture = rng.choice(BACKGROUNDS), np.zeros((height, width))
+    if kind == "gradient":
         angle = rng.uniform(0, 2 * np.pi)
         mixture = np.sin(angle) * np.linspace(-1, 1, height)[:, None] + np.cos(angle) * np.linspace(-1, 1, width)
         mixture = (mixture - mixture.min()) / np.ptp(mixture)
-    else:
+    elif kind == "noise":
         tiles = rng.uniform(0, 1, (-(-height // 8), -(-width // 8)))
         mixture = np.kron(tiles, np.ones((8, 8)))[:height, :width]
     return first + mixture[..., None] * (second - first)
 
 
 def write_video(path: str | Path, frames: np.ndarray, fps: int = 12) -> None:
-    """Writes uint8 RGB `frames` (frames, height, width, 3), of even height and width, as H.264 (yuv420p) in mp4."""
+    """Write uint8 RGB `frames` (frames, height, width, 3), of even height and width, as H.264 (yuv420p) in mp4."""
     with av.open(str(path), "w") as container:
         # A low quantiser leaves no trail behind the shape. With several threads, or x264's macroblock tree, the same
         # frames can give other bytes in another run.
@@ -127,22 +124,19 @@ def write_moving_shapes(
     width: int = 96,
     fps: int = 12,
 ) -> Path:
-    """
-    Writes `folder/train/CLASS/NNN.mp4` and `folder/test/CLASS/NNN.mp4` for every class of `MOTIONS`.
+    """Write `folder/train/CLASS/NNN.mp4` and `folder/test/CLASS/NNN.mp4` for every class of `MOTIONS`.
 
     Args:
-        folder: Where to write; made if it is not there. Files of the same name are overwritten.
-        clips_per_class: Training files per class.
-        seed: The same seed gives the same files. No scene is in both splits.
-        test_clips_per_class: Test files per class, by default a quarter of `clips_per_class`.
-        num_frames, height, width, fps: Length in frames, size in pixels (even) and frames per second of every file.
+        folder: the folder to write to, created if necessary. Files of the same name are overwritten.
+        clips_per_class: training files per class.
+        seed: the same seed gives the same files. The two splits share no scene.
+        test_clips_per_class: test files per class, by default a quarter of `clips_per_class`.
+        num_frames, height, width, fps: length in frames, size in pixels (even) and frames per second of every file.
 
-    Returns:
-        `folder` as a path.
+    Returns the folder as a path.
     """
-    if test_clips_per_class is None:
-        test_clips_per_class = max(1, clips_per_class // 4)
-    for split, (name, count) in enumerate({"train": clips_per_class, "test": test_clips_per_class}.items()):
+    num_tests = max(1, clips_per_class // 4) if test_clips_per_class is None else test_clips_per_class
+    for split, (name, count) in enumerate({"train": clips_per_class, "test": num_tests}.items()):
         for number in range(count):
             scene = Scene.draw(np.random.default_rng([seed, split, number]), num_frames, height, width)
             for motion in MOTIONS:

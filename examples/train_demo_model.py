@@ -1,5 +1,4 @@
-"""
-Train the small model that ships with the package, `vivit_hf.demo_model_path()`, on videos of moving shapes.
+"""Train the small model that ships with the package, `vivit_hf.demo_model_path()`, on videos of moving shapes.
 
     python examples/train_demo_model.py        about five minutes on a CPU core
 
@@ -48,13 +47,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as temporary:
         videos, trained = Path(temporary, "videos"), Path(temporary, "model")
-        # Other videos than those of the demo and the tests, which use seed 0.
-        write_moving_shapes(
-            videos,
-            arguments.clips_per_class,
-            seed=arguments.seed + 1000,
-            test_clips_per_class=TEST_CLIPS_PER_CLASS,
-        )
+        counts = {"clips_per_class": arguments.clips_per_class, "test_clips_per_class": TEST_CLIPS_PER_CLASS}
+        write_moving_shapes(videos, **counts, seed=arguments.seed + 1000)  # the demo and the tests use seed 0
         train_files, test_files = (sorted(videos.glob(f"{split}/*/*.mp4")) for split in ("train", "test"))
         set_seed(arguments.seed)
         demo.build_image_vit(Path(temporary, "image_vit"))

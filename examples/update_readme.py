@@ -1,12 +1,10 @@
-"""
-Runs the commands whose output README.md shows, and puts what they print today in its place, pictures included.
+"""Run the commands whose output README.md shows, and replace the outputs and pictures in it.
 
     python examples/update_readme.py            rewrites README.md and examples/pictures
-    python examples/update_readme.py --check    changes nothing; exits with 1 and a diff where the README is not true
+    python examples/update_readme.py --check    prints a diff and exits with 1 if README.md is outdated
 
-A block is a line `<!-- output of: COMMAND -->` and the fenced text below it. Commands run one after the other in a
-folder of their own, where `vivit-hf demo` has left its videos. Seconds and rates differ from run to run: they do not
-count in a check.
+A block is a line `<!-- output of: COMMAND -->` and the fenced text below it. All commands run in one temporary folder,
+after `vivit-hf demo` has written its videos there. The check ignores seconds and rates, which differ from run to run.
 """
 
 import argparse
@@ -29,7 +27,7 @@ TIMES = re.compile(r"in [\d.]+ s, [\d.]+ per second")
 
 
 def run(command: str, folder: Path) -> str:
-    """What a command prints on standard output; `vivit-hf` is that of this Python."""
+    """Return the standard output of a command; `vivit-hf` runs in this Python."""
     words = shlex.split(command)
     if words[0] == "vivit-hf":
         words = [sys.executable, "-m", "vivit_hf", *words[1:]]
@@ -40,13 +38,8 @@ def run(command: str, folder: Path) -> str:
     return "\n".join(line.rstrip() for line in process.stdout.rstrip().splitlines()) + "\n"
 
 
-def updated(text: str, folder: Path) -> str:
-    """The README with what its commands print today."""
-    return BLOCK.sub(lambda match: match[1] + run(match["command"], folder) + match[4], text)
-
-
 def looks_like(path: Path, other: Path) -> bool:
-    """Whether two pictures are the same but for the roundings of another machine, and the first one is there."""
+    """Return whether a picture exists and equals another one, except for rounding on another machine."""
     if not path.exists():
         return False
     with Image.open(path) as first, Image.open(other) as second:
@@ -58,21 +51,21 @@ def looks_like(path: Path, other: Path) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Put real output into README.md.")
-    parser.add_argument("--check", action="store_true", help="change nothing; fail where the README is not true")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail if the README is outdated")
     arguments = parser.parse_args()
     readme = ROOT / "README.md"
     before = readme.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         run("vivit-hf demo --output vivit_demo", folder)
-        after = updated(before, folder)
+        after = BLOCK.sub(lambda match: match[1] + run(match["command"], folder) + match[4], before)
         pictures = [*folder.glob("*.png"), *folder.glob("*.gif")]
         if arguments.check:
             lines = [TIMES.sub("in ... s", text).splitlines(keepends=True) for text in (before, after)]
             difference = "".join(difflib.unified_diff(*lines, "README.md", "README.md as its commands print it"))
             stale = [one.name for one in pictures if not looks_like(ROOT / "examples" / "pictures" / one.name, one)]
             if difference or stale:
-                raise SystemExit(difference + "".join(f"examples/pictures/{name} is another one\n" for name in stale))
+                raise SystemExit(difference + "".join(f"examples/pictures/{name} has changed\n" for name in stale))
             return
         for picture in pictures:
             shutil.copyfile(picture, ROOT / "examples" / "pictures" / picture.name)

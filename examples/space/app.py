@@ -1,7 +1,6 @@
-"""
-A page that classifies a clip, shows what happens when, and where the model looked. See examples/app.py.
+"""A page that classifies a clip and shows its timeline and where the model looked. See examples/app.py.
 
-It works offline: the page loads nothing from other hosts and reports nothing.
+It works offline: the page loads nothing from other hosts and sends no statistics.
 """
 
 import argparse
@@ -24,10 +23,8 @@ from jobs import DEMO, TOO_LARGE, TOP_K, Job, UserError, Worker, spoken
 from vivit_hf.inference import Segment
 
 
-# A Space is started without arguments. There, these variables replace --model (names separated by spaces)
-MODELS_VARIABLE = "VIVIT_MODELS"
-# and --only-listed (1).
-ONLY_LISTED_VARIABLE = "VIVIT_ONLY_LISTED"
+# A Space starts without arguments: these variables replace --model (names separated by spaces) and --only-listed (1).
+MODELS_VARIABLE, ONLY_LISTED_VARIABLE = "VIVIT_MODELS", "VIVIT_ONLY_LISTED"
 METHODS = {"what speaks for the label": "gradient", "attention rollout": "rollout"}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 COLOURS = ("#4f46e5", "#d97706", "#059669", "#db2777", "#0284c7", "#7c3aed", "#65a30d", "#dc2626")

@@ -1,5 +1,4 @@
-"""
-The jobs of the page, run in a separate process that is killed if a job takes too long.
+"""The jobs of the page, run in a separate process that is killed if a job takes too long.
 
 Python cannot interrupt FFmpeg and torch, and killing a process frees everything that it held.
 """
@@ -118,14 +117,9 @@ def load_model(name: str) -> tuple[Any, ViViTVideoProcessor]:
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
 
-def looks_at_once(processor: ViViTVideoProcessor) -> bool:
-    """Return whether one clip is spread over the whole video, so that there is no timeline."""
-    return processor.frame_sampling == "uniform"
-
-
 def num_clips(processor: ViViTVideoProcessor) -> int:
-    """Return the number of clips whose scores are averaged."""
-    return 1 if looks_at_once(processor) else 4
+    """Return the number of clips whose scores are averaged. Uniform sampling spreads one clip over the whole video."""
+    return 1 if processor.frame_sampling == "uniform" else 4
 
 
 @dataclass
@@ -162,8 +156,8 @@ def classify(model: Any, processor: ViViTVideoProcessor, path: Path) -> Answer:
 
 
 def timeline(model: Any, processor: ViViTVideoProcessor, clip: Clip) -> list[Segment]:
-    """Return the segments of a video. In a long one, windows are farther apart."""
-    if looks_at_once(processor):
+    """Return the segments of a video; none with uniform sampling. In a long one, windows are farther apart."""
+    if processor.frame_sampling == "uniform":
         return []
     rate = processor.frames_per_second or clip.frames_per_second / processor.frame_stride
     widest = math.ceil(clip.last_frame * rate / MOST_WINDOWS)
