@@ -125,7 +125,7 @@ def test_label_files_are_read_or_refused(tmp_path):
         "b.json": ('{"run": 3, "jump": 5}', "indices starting at 0"),
         "c.json": ("[", r"c\.json:1: this is not JSON"),
         "d.csv": ("id\n1\n", "no column 'key' or 'name'"),
-        "e.txt": ("run\n", "got 1"),
+        "e.txt": ("run\n", "got run"),
     }
     for name, (text, message) in wrong.items():
         (tmp_path / name).write_text(text)
@@ -136,9 +136,9 @@ def test_label_files_are_read_or_refused(tmp_path):
 
 
 def test_too_few_classes_or_too_many_labels_are_refused():
-    with pytest.raises(AnnotationError, match="have 1 class: run; at least 2"):
+    with pytest.raises(AnnotationError, match="training data: at least 2 labels are needed, each only once; got run"):
         LabelMap.of(videos("run", "run"))
-    with pytest.raises(AnnotationError, match="have 1 class of 'verb': open"):
+    with pytest.raises(AnnotationError, match="at least 2 labels of 'verb' are needed, each only once; got open"):
         LabelMap.of(videos(("pan", "open"), ("lid", "open")), groups=("noun", "verb"))
     with pytest.raises(AnnotationError, match=r"t\.csv:3: got 2 labels \(a, b\), expected 1"):
         LabelMap.of(videos("a", ("a", "b")))

@@ -46,7 +46,7 @@ def test_kill_9_and_resume_give_the_same_loss_curve_to_the_bit(uninterrupted, tm
     process = start([sys.executable, EXAMPLES / "finetune.py", *to_argv(settings)])
     assert process.returncode == 0, process.stderr[-3000:]
     last = 2 if passed_over else 4
-    assert f"Going on from {tmp_path / f'checkpoint-{last}'}" in process.stdout
+    assert f"Resuming from {tmp_path / f'checkpoint-{last}'}" in process.stdout
     assert (f"{passed_over} is not whole" in process.stderr) == bool(passed_over)
     assert losses(tmp_path) == losses(whole) and len(losses(whole)) == 7
     ours, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path, whole))
@@ -63,7 +63,7 @@ def test_ctrl_c_waits_for_the_checkpoint_and_the_run_resumes_from_it(uninterrupt
 
     process = start([sys.executable, "-m", "vivit_hf", "finetune", *to_argv(settings)])
     assert process.returncode == 0, process.stderr[-3000:]
-    assert f"Going on from {tmp_path / 'checkpoint-4'}" in process.stdout and losses(tmp_path) == losses(whole)
+    assert f"Resuming from {tmp_path / 'checkpoint-4'}" in process.stdout and losses(tmp_path) == losses(whole)
 
 
 # Several processes
@@ -72,7 +72,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
-@pytest.mark.parametrize("extra", [{}, {"lora_rank": 2}], ids=["all weights", "LoRA"])
+@pytest.mark.parametrize(
+    "extra", [{}, {"lora_rank": 2}, {"ema_decay": 0.9}], ids=["all weights", "LoRA", "moving average"]
+)
 def test_two_processes_train_like_one_with_the_same_batch(data, tmp_path, extra):
     plain = {**extra, "max_steps": 3, "lr_scheduler_type": "constant", "optim": "sgd", "learning_rate": 0.1}
     # The processes see examples 0, 1 and 2, 3 of each batch of 4; crops are random per (seed, epoch, index), and so is
@@ -92,6 +94,7 @@ def test_two_processes_train_like_one_with_the_same_batch(data, tmp_path, extra)
         results.append(process.stdout)
     assert "Training on 1 process(es)" in results[0] and "Training on 2 process(es)" in results[1]
     assert results[1].count("Training on") == 1, "one process speaks"
+    assert "find_unused_parameters" not in process.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-4)
     ours, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
     for name, tensor in expected.items():

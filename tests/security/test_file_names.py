@@ -130,7 +130,7 @@ def test_json_that_no_parser_takes_is_named(tmp_path, content, message):
     with pytest.raises(AnnotationError, match=rf"t\.json:1: {message}"):
         read_videos(tmp_path / "t.json")
     (tmp_path / "t.jsonl").write_text(content)
-    with pytest.raises(AnnotationError, match=r"t\.jsonl:1: this is not JSON"):
+    with pytest.raises(AnnotationError, match=r"t\.jsonl:1: this JSON cannot be read"):
         read_videos(tmp_path / "t.jsonl")
 
 

@@ -7,7 +7,9 @@ from collections import namedtuple
 
 import finetune
 import pytest
+import torch
 from finetune_runs import losses, run, settings_for, to_argv, write_data
+from safetensors.torch import load_file
 
 from vivit_hf import ViViTForVideoClassification
 
@@ -79,6 +81,36 @@ def test_an_adapter_of_an_earlier_run_does_not_stay(data, tmp_path):
     (tmp_path / "mine").mkdir()
     run(data, tmp_path, max_steps=1, resume_from_checkpoint="no")
     assert not (tmp_path / "adapter").exists() and (tmp_path / "mine").exists()
+
+
+def test_a_checkpoint_with_an_adapter_of_another_kind_is_not_resumed(data, tmp_path, capsys):
+    run(data, tmp_path, lora_rank=2, max_steps=1)
+    file = tmp_path / "checkpoint-1" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "peft_type": "MAGIC"}))
+    message, _ = refusal(capsys, to_argv(settings_for(data, tmp_path, lora_rank=2, max_steps=2)))
+    assert "checkpoint-1 has an adapter of peft_type 'MAGIC', expected 'LORA'" in message
+
+
+def test_a_checkpoint_with_another_moving_average_is_not_resumed(data, trained, tmp_path, capsys):
+    message, _ = refusal(capsys, to_argv(settings_for(data, trained, ema_decay=0.9, max_steps=2)))
+    assert "checkpoint-1 was trained without --ema_decay, unlike this run" in message
+    run(data, tmp_path, ema_decay=0.9, max_steps=1)
+    message, _ = refusal(capsys, to_argv(settings_for(data, tmp_path, max_steps=2)))
+    assert "checkpoint-1 was trained with --ema_decay, unlike this run" in message
+
+
+def test_training_stops_early_with_the_best_model(data, tmp_path):
+    given = {"early_stopping_patience": 1, "learning_rate": 1.0, "optim": "sgd", "eval_strategy": "epoch"}
+    run(data, tmp_path, **given, max_steps=-1, num_train_epochs=20)
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert state["global_step"] < 80 and state["best_model_checkpoint"]
+    best = load_file(tmp_path / state["best_model_checkpoint"] / "model.safetensors")
+    assert all(torch.equal(one, best[name]) for name, one in load_file(tmp_path / "model.safetensors").items())
+
+
+def test_early_stopping_without_evaluations_is_said_to_have_no_effect(data, tmp_path, capsys):
+    run(data, tmp_path, early_stopping_patience=1, eval_strategy="no")
+    assert "no evaluations during training, so --early_stopping_patience has no effect" in capsys.readouterr().out
 
 
 # Evaluation alone
@@ -153,6 +185,8 @@ def test_options_that_count_labels_are_refused_for_streams_before_a_model_is_bui
             "--problem_type regression: expected one of single_label_classification, multi_",
         ),
         ({"lora_rank": -1}, "--lora_rank -1: expected a positive rank"),
+        ({"ema_decay": 1.0}, "--ema_decay 1.0: expected 0 for no average, or a decay below 1"),
+        ({"early_stopping_patience": -1}, "--early_stopping_patience -1: expected a number of evaluations, or 0"),
         ({"layer_decay": 0.0}, "--layer_decay 0.0: expected a factor above 0 and at most 1"),
     ],
 )

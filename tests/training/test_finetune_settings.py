@@ -13,8 +13,8 @@ from vivit_hf.training.finetuning_arguments import (
     DataArguments,
     FineTuningArguments,
     ModelArguments,
+    parse_arguments,
 )
-from vivit_hf.training.finetuning_parser import parse_arguments
 from vivit_hf.training.trainer import ClipTrainer
 
 
@@ -126,4 +126,4 @@ def test_an_evaluation_that_fails_during_training_leaves_a_checkpoint(data, tmp_
         with pytest.raises(RuntimeError, match="no score"):
             run(data, tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1)
     run(data, tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1)
-    assert f"Going on from {tmp_path / 'checkpoint-1'}" in capsys.readouterr().out
+    assert f"Resuming from {tmp_path / 'checkpoint-1'}" in capsys.readouterr().out

@@ -74,7 +74,7 @@ def test_lora_from_an_image_vit_learns_the_order_of_frames(data, tmp_path, varia
     shutil.rmtree(tmp_path / "out" / "checkpoint-3")
     (tmp_path / "out" / "model.safetensors").unlink()
     run(data, tmp_path / "out", **given, max_steps=3, save_strategy="steps", save_steps=2, layer_decay=0.7)
-    assert "Going on from" in capsys.readouterr().out
+    assert "Resuming from" in capsys.readouterr().out
     again = ViViTForVideoClassification.from_pretrained(tmp_path / "out").state_dict()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again[name]), name
@@ -143,7 +143,7 @@ def test_lora_does_not_overwrite_the_weights_that_its_checkpoints_belong_to(data
 
 
 def test_a_checkpoint_of_another_run_is_not_resumed(data, trained, tmp_path):
-    with pytest.raises(SystemExit, match="is without LoRA, unlike this run"):
+    with pytest.raises(SystemExit, match="was trained without LoRA, unlike this run"):
         run(data, trained, attention_type="spatio_temporal", max_steps=3, lora_rank=2)
     with pytest.raises(SystemExit, match=r"has num_frames 4, this run 2: give another --output_dir"):
         run(data, trained, attention_type="spatio_temporal", max_steps=3, num_frames=2)
@@ -154,5 +154,5 @@ def test_a_checkpoint_of_another_run_is_not_resumed(data, trained, tmp_path):
     with pytest.raises(SystemExit, match=r"has id2label .*zebra"):
         run(data, trained, attention_type="spatio_temporal", max_steps=3, **folders)
     run(data, tmp_path / "lora", model_name_or_path=trained, lora_rank=2, max_steps=1)
-    with pytest.raises(SystemExit, match="is of --lora_rank 2, unlike this run"):
+    with pytest.raises(SystemExit, match="was trained with --lora_rank 2, unlike this run"):
         run(data, tmp_path / "lora", model_name_or_path=trained, lora_rank=4)

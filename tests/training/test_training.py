@@ -117,6 +117,16 @@ def test_gradient_norms_per_part(attention_type):
         assert torch.allclose(norms[part], torch.cat(grads).norm(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("case", [*ATTENTION_TYPES, "average pooling"])
+def test_every_parameter_has_a_gradient(case):
+    """Several processes rely on it: `ddp_find_unused_parameters` is off."""
+    settings = {"num_temporal_layers": 0} if case == "average pooling" else {}
+    model = make("factorised_encoder" if settings else case, drop_path_rate=0.9, **settings).train()
+    config = model.config
+    model(torch.randn(2, config.num_frames, 3, *config.frame_size), labels=torch.tensor([0, -100])).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
 # The trainer
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from ..data.escaping import printable
-from .output import say
+from .output import quiet_libraries, say
 
 
 def finetune(context: typer.Context) -> None:
@@ -22,12 +22,13 @@ def finetune(context: typer.Context) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with these arguments, by default those of the process."""
-    from ..training.finetuning_parser import parse_arguments
+    from ..training.finetuning_arguments import parse_arguments
 
     run = None
     try:
         try:
             arguments = parse_arguments(sys.argv[1:] if argv is None else argv, _echo)
+            quiet_libraries()  # the Trainer's own progress bars stay
             from ..training.finetuning import prepare
 
             run = prepare(arguments, _echo)

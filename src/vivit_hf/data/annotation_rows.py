@@ -1,13 +1,12 @@
 """Read the rows of annotation files (CSV, JSON, JSON lines, lists of paths) with line numbers, and their splits."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -40,17 +39,11 @@ class Row:
 
 def read_rows(path: Path) -> tuple[list[Row], list[str]]:
     """Return the rows of a file and its column names. Raises AnnotationError for a file that cannot be parsed."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise AnnotationError(f"{path}:{line}: this is not UTF-8 text ({error.reason}).") from None
-    suffix, name = path.suffix.lower(), as_utf8(path)
+    text, suffix, name = read_text(path), path.suffix.lower(), as_utf8(path)
     if suffix == ".json":
         rows = list(_json_rows(name, text))
     elif suffix in (".jsonl", ".ndjson"):
-        lines = enumerate(text.split("\n"), 1)
-        rows = [Row(_object(name, number, line), f"{name}:{number}") for number, line in lines if line.strip()]
+        rows = list(_json_lines(name, text))
     elif suffix in (".csv", ".tsv", ".txt"):
         is_list = _listed_path(next((line for line in text.split("\n") if line.strip()), ""))
         rows = list(_list_rows(name, text) if is_list else _csv_rows(name, text))
@@ -63,46 +56,55 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
     return rows, list(dict.fromkeys(name for row in rows for name in row.values))
 
 
-def _object(path: str, line: int, text: str) -> dict[str, Any]:
+def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file. Raises AnnotationError for another encoding."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise AnnotationError(f"{path}:{line}: this is not JSON ({getattr(error, 'msg', error)}).") from None
-    return _checked_object(value, f"{path}:{line}")
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise AnnotationError(f"{path}:{line}: this is not UTF-8 text ({error.reason}).") from None
 
 
-def _checked_object(value: Any, where: str) -> dict[str, Any]:
+@contextmanager
+def json_errors(path: str | Path, line: int = 1) -> Iterator[None]:
+    """Turn errors of the JSON parser into AnnotationErrors; `line` is the first line of the text that is parsed."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        raise AnnotationError(f"{path}:{max(line, error.lineno)}: this is not JSON ({error.msg}).") from None
+    except (ValueError, RecursionError) as error:  # numbers with thousands of digits, deeply nested lists
+        raise AnnotationError(f"{path}:{line}: this JSON cannot be read ({error}).") from None
+
+
+def _json_row(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
         raise AnnotationError(f"{where}: expected an object with a path and a label, got {value!r:.80}.")
-    return value
+    return Row(value, where)
+
+
+def _json_lines(path: str, text: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            with json_errors(path, number):
+                value = json.loads(line)
+            yield _json_row(value, f"{path}:{number}")
 
 
 def _json_rows(path: str, text: str) -> Iterator[Row]:
     """Parse a JSON list object by object, to keep the line number of each."""
-    decoder, place, line = json.JSONDecoder(), 0, 1
-
-    def skip(characters: str) -> None:
-        nonlocal place
-        while place < len(text) and text[place] in characters:
-            place += 1
-
-    skip(" \t\r\n")
+    decoder, blank = json.JSONDecoder(), re.compile(r"[ \t\r\n,]*")
+    place = len(text) - len(text.lstrip(" \t\r\n"))
     if not text.startswith("[", place):
         raise AnnotationError(f"{path}:1: expected a JSON list of objects.")
-    place += 1
-    counted = 0
+    place, line, counted = place + 1, 1, 0
     while True:
-        skip(" \t\r\n,")
+        place = blank.match(text, place).end()  # type: ignore[union-attr]  # it matches an empty string, too
         line, counted = line + text.count("\n", counted, place), place
         if text.startswith("]", place):
             return
-        try:
+        with json_errors(path, line):
             value, place = decoder.raw_decode(text, place)
-        except json.JSONDecodeError as error:
-            raise AnnotationError(f"{path}:{error.lineno}: this is not JSON ({error.msg}).") from None
-        except (ValueError, RecursionError) as error:  # numbers with thousands of digits, deeply nested lists
-            raise AnnotationError(f"{path}:{line}: this JSON cannot be read ({error}).") from None
-        yield Row(_checked_object(value, f"{path}:{line}"), f"{path}:{line}")
+        yield _json_row(value, f"{path}:{line}")
 
 
 def _csv_rows(path: str, text: str) -> Iterator[Row]:
@@ -182,10 +184,9 @@ def filled_cell(row: Row, name: str) -> Any:
 
 
 def find_split_column(
-    source: str | Path, columns: Sequence[str], given: str, taken: Collection[str | None], rows: Sequence[Row] = ()
+    where: str, columns: Sequence[str], given: str, taken: Collection[str | None], rows: Sequence[Row] = ()
 ) -> str | None:
-    """
-    Return the split column: `given`, or with "auto" the first column named in `SPLIT_COLUMNS` and not `taken`, or None.
+    """Return the split column: `given`, or with "auto" the first free column of `SPLIT_COLUMNS`, or None.
 
     Raises AnnotationError for a missing column, and with "auto" for a column of another name that holds only split
     names in `rows`.
@@ -193,7 +194,7 @@ def find_split_column(
     if given == "none":
         return None
     if given != "auto":
-        return find_column(f"{source}:1", columns, given, (), "splits")
+        return find_column(where, columns, given, (), "splits")
     free = [name for name in columns if name not in taken]
     if named := [name for name in free if name.lower() in SPLIT_COLUMNS]:
         return named[0]
@@ -201,7 +202,7 @@ def find_split_column(
         values = {str(row.values.get(name)).strip().lower() for row in rows}
         if len(values) > 1 and values <= SPLIT_NAMES.keys():
             raise AnnotationError(
-                f"{source}:1: the column {name!r} holds split names ({', '.join(sorted(values))}): set "
+                f"{where}: the column {name!r} holds split names ({', '.join(sorted(values))}): set "
                 f"split_column to {name} to split by it, or to none to ignore it."
             )
     return None

@@ -11,8 +11,6 @@ These annotation files are read as published:
 | EPIC-Kitchens-100 | CSV | video_id, start_ and stop_timestamp, noun_ and verb_class | P01_01.MP4 |
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -73,15 +71,17 @@ class LabelledVideo:
         """Return the video in the form that the video processor takes."""
         return self.video() if callable(self.video) else self.video
 
-    def unit_keys(self) -> list[Hashable]:
-        """Return a key of the file that does not depend on the spelling of its path, and `keep_together`."""
+    def path(self) -> str | None:
+        """Return the path or address of the file, or None for a video in memory."""
         path = self.file if callable(self.video) else self.video
         path = path.get("path") if isinstance(path, dict) else path
-        if not isinstance(path, (str, os.PathLike)):
-            return list(self.keep_together)
-        path = os.fspath(path)
-        if path.lower().startswith(_ADDRESSES):
-            return [path, *self.keep_together]
+        return os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+
+    def unit_keys(self) -> list[Hashable]:
+        """Return a key of the file that does not depend on the spelling of its path, and `keep_together`."""
+        path = self.path()
+        if path is None or path.lower().startswith(_ADDRESSES):
+            return [*([] if path is None else [path]), *self.keep_together]
         try:
             status = os.stat(path)
         except (OSError, ValueError):
@@ -112,8 +112,7 @@ def read_videos(
     group_column: str | None = None,
     choose_splits: ChooseSplits | None = None,
 ) -> Annotations:
-    """
-    Read the videos of a folder or an annotation file.
+    """Read the videos of a folder or an annotation file.
 
     Args:
         source: a folder of class folders; a folder with a `metadata.csv` or `metadata.jsonl`; a `.csv`, `.tsv`,
@@ -154,7 +153,7 @@ def read_videos(
     used = (group_column, video_column, *label_columns, *_COLUMNS_OF_FORMAT.get(kind, ()))
     if group_column is not None:
         find_column(f"{source}:1", columns, group_column, (), "groups")
-    column = find_split_column(source, columns, split_column, used, rows)
+    column = find_split_column(f"{source}:1", columns, split_column, used, rows)
     files = None if kind == "plain" else _FileFinder(root)
     found = []
     for row, split in _rows_to_read(rows, column, f"{as_utf8(source)}, column {column!r}", choose_splits):
@@ -309,7 +308,7 @@ def _present(videos: list[LabelledVideo], source: Path, missing_videos: str) -> 
     there: dict[str, bool] = {}
     missing = []
     for one in videos:
-        path = one.video["path"] if isinstance(one.video, dict) else one.video
+        path = str(one.path())
         if path not in there:
             there[path] = path.lower().startswith(_ADDRESSES) or os.path.isfile(path)
         if not there[path]:
@@ -321,4 +320,4 @@ def _present(videos: list[LabelledVideo], source: Path, missing_videos: str) -> 
             "\n".join(missing[:_MAX_SHOWN]) + more + f"\n{len(missing)} of the {len(videos)} videos of {source} are "
             "missing. Set video_root to their folder, or skip them with missing_videos='skip'."
         )
-    return [one for one in videos if there[one.video["path"] if isinstance(one.video, dict) else one.video]]
+    return [one for one in videos if there[str(one.path())]]

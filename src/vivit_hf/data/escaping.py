@@ -1,11 +1,8 @@
 """Escape text from strangers before it is printed, such as file names, labels and replies of servers."""
 
-from __future__ import annotations
-
 
 def printable(text: str) -> str:
-    """
-    Escape everything that a terminal could take for a command, such as ESC as `\\x1b`.
+    """Escape everything that a terminal could take for a command, such as ESC as `\\x1b`.
 
     Line feeds stay, for messages of several lines.
     """

@@ -68,8 +68,7 @@ def hub_videos(
     split_column: str = "auto",
     choose_splits: ChooseSplits | None = None,
 ) -> list[LabelledVideo] | StreamedVideos:
-    """
-    Read the videos of one split of a data set.
+    """Read the videos of one split of a data set.
 
     Args:
         dataset: a `datasets.Dataset`, or an `IterableDataset` for a stream. Its video column has the type `Video`
@@ -91,8 +90,6 @@ def hub_videos(
     columns = _columns(dataset)
     video_column = find_column(name, columns, video_column, ("video", *VIDEO_COLUMNS), "videos")
     label_columns = label_columns_of(dataset, name, label_columns)
-    if split_column not in ("auto", "none"):
-        find_column(name, columns, split_column, (), "splits")
     splits_from = find_split_column(name, columns, split_column, (video_column, *label_columns, group_column))
     if group_column is not None:
         find_column(name, columns, group_column, (), "groups")
@@ -101,16 +98,17 @@ def hub_videos(
         dataset = dataset.cast_column(video_column, datasets.Video(decode=False))
     read = partial(_labels, features=features, columns=label_columns)
     if isinstance(dataset, datasets.IterableDataset):
-        if divides := [column for column in (group_column, splits_from) if column is not None]:
-            raise AnnotationError(
-                f"{name}: a stream cannot be divided by its column {divides[0]!r}: leave --streaming out, or "
-                f"{'set split_column to none' if divides[0] == splits_from else 'leave group_column out'} to ignore it."
-            )
+        for column, way_out in ((group_column, "leave group_column out"), (splits_from, "set split_column to none")):
+            if column is not None:
+                raise AnnotationError(
+                    f"{name}: a stream cannot be divided by its column {column!r}: leave --streaming out, or {way_out} "
+                    "to ignore it."
+                )
         return StreamedVideos(dataset, name, video_column, read)
     splits: Sequence[str | None] = [None] * len(dataset)
     if splits_from is not None:
-        texts = enumerate(_texts(dataset, splits_from))
-        splits = [split_name(value, splits_from, f"{name}[{index}]") for index, value in texts]
+        values = enumerate(_texts(dataset, splits_from))
+        splits = [split_name(value, splits_from, f"{name}[{index}]") for index, value in values]
     kept = kept_splits(f"{name}, column {splits_from!r}", splits, choose_splits)
     units = _group_keys(dataset, name, group_column)
     files = _files(dataset, video_column)

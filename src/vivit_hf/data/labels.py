@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .annotations import ONE_GROUP, AnnotationError, LabelledVideo
+from .annotation_rows import AnnotationError, json_errors, read_text
+from .annotations import ONE_GROUP, LabelledVideo
 from .stratification import choose_units
 
 
@@ -60,15 +61,7 @@ class LabelMap:
             for group, label in zip(groups, one.labels, strict=True):
                 names[group].add(label)
         ordered = {group: tuple(sorted(group_names)) for group, group_names in names.items()}
-        label_map = cls(ordered, has_several, has_positions=False)
-        for group, found in label_map.groups.items():
-            if len(found) < 2:
-                of = f" of {group!r}" if group else ""
-                raise AnnotationError(
-                    f"The training data have {len(found)} class{'es' * (len(found) != 1)}{of}"
-                    f"{': ' + found[0] if found else ''}; at least 2 are needed. Add videos of another class."
-                )
-        return label_map
+        return cls(ordered, has_several, has_positions=False).checked("The training data")
 
     @classmethod
     def from_config(cls, config: Any) -> LabelMap:
@@ -88,8 +81,7 @@ class LabelMap:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike, has_several: bool = False) -> LabelMap:
-        """
-        Read label names from a file.
+        """Read label names from a file.
 
         Supported are one name per line; a CSV with a column `key` or `name`; a JSON list; a JSON map from names to
         indices (as in Something-Something) or from indices to names; and a JSON map from groups to lists of names.
@@ -98,17 +90,10 @@ class LabelMap:
         path = Path(path)
         if not path.is_file():
             raise AnnotationError(f"{path}: there is no such label file.")
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise AnnotationError(f"{path}: this is not UTF-8 text ({error.reason}).") from None
+        text = read_text(path)
         if path.suffix == ".json":
-            try:
+            with json_errors(path):
                 stored = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise AnnotationError(f"{path}:{error.lineno}: this is not JSON ({error.msg}).") from None
-            except (ValueError, RecursionError) as error:
-                raise AnnotationError(f"{path}: this JSON cannot be read ({error}).") from None
             if isinstance(stored, dict) and stored and all(isinstance(names, list) for names in stored.values()):
                 groups = {group: tuple(map(str, names)) for group, names in stored.items()}
             else:
@@ -117,24 +102,22 @@ class LabelMap:
             rows = list(csv.DictReader(text.splitlines()))
             column = next((name for name in ("key", "name") if rows and name in rows[0]), None)
             if column is None:
-                raise AnnotationError(
-                    f"{path}:1: there is no column 'key' or 'name'; one of them must hold the labels."
-                )
+                raise AnnotationError(f"{path}:1: there is no column 'key' or 'name' that holds the labels.")
             groups = {ONE_GROUP: tuple(row[column] for row in rows)}
         else:
             groups = {ONE_GROUP: tuple(line.strip() for line in text.splitlines() if line.strip())}
-        for group, names in groups.items():
-            if len(names) < 2 or len(set(names)) < len(names):
-                twice = [name for name, count in Counter(names).items() if count > 1]
-                reason = f"repeated: {', '.join(twice)}" if twice else f"got {len(names)}"
-                raise AnnotationError(
-                    f"{path}: at least 2 labels{f' of {group}' * bool(group)} are needed, each only once; {reason}."
-                )
-        return cls(groups, has_several)
+        return cls(groups, has_several).checked(str(path))
 
-    @cached_property
-    def _indices(self) -> list[dict[str, int]]:
-        return [{name: index for index, name in enumerate(names)} for names in self.groups.values()]
+    def checked(self, source: str) -> LabelMap:
+        """Return the label map. Raises AnnotationError if a group has fewer than two names, or one of them twice."""
+        for group, names in self.groups.items():
+            twice = [name for name, count in Counter(names).items() if count > 1]
+            if len(names) < 2 or twice:
+                found = f"repeated: {', '.join(twice)}" if twice else f"got {', '.join(names) or 'none'}"
+                raise AnnotationError(
+                    f"{source}: at least 2 labels{f' of {group!r}' * bool(group)} are needed, each only once; {found}."
+                )
+        return self
 
     @property
     def is_grouped(self) -> bool:
@@ -198,34 +181,34 @@ class LabelMap:
         return found
 
     @cached_property
-    def _positions(self) -> list[dict[str, int]]:
-        """The valid indices of each group, as text, with their values."""
-        return [
-            {}
-            if not self.has_positions or any(_NUMBER.fullmatch(name) for name in names)
-            else {str(index): index for index in range(len(names))}
-            for names in self.groups.values()
-        ]
+    def _indices(self) -> list[dict[str, int]]:
+        """For each group the index of each unique name; and of each index as text, if no name looks like a number."""
+        found = []
+        for names in self.groups.values():
+            counts = Counter(names)
+            unique = {name: index for index, name in enumerate(names) if counts[name] == 1}
+            has_positions = self.has_positions and not any(map(_NUMBER.fullmatch, names))
+            positions = {str(index): index for index in range(len(names))} if has_positions else {}
+            found.append({**positions, **unique})
+        return found
 
     def _index(self, group: int, label: str, where: str) -> int:
-        indices = self._indices[group]
-        if label in indices:
-            if len(indices) < self.sizes[group] and list(self.groups.values())[group].count(label) > 1:
-                raise AnnotationError(f"{where}: the model has several labels {label!r}: give each a unique name.")
-            return indices[label]
-        if label in self._positions[group]:
-            return self._positions[group][label]
-        kind = f" {list(self.groups)[group]}s" if self.is_grouped else ""
+        kind, names = list(self.groups.items())[group]
+        index = self._indices[group].get(label)
+        if index is not None:
+            return index
+        if label in names:
+            raise AnnotationError(f"{where}: the model has several labels {label!r}: give each a unique name.")
         raise AnnotationError(
-            f"{where}: the label {label!r} is not among the {len(indices)}{kind} of the model: "
-            f"{', '.join(list(indices)[:5])}{', ...' * (len(indices) > 5)}."
+            f"{where}: the label {label!r} is not among the {len(names)}{f' {kind}s' * self.is_grouped} of the model: "
+            f"{', '.join(names[:5])}{', ...' * (len(names) > 5)}."
         )
 
 
 def to_probabilities(logits: torch.Tensor, label_map: LabelMap) -> torch.Tensor:
-    """
-    Return probabilities (..., num_labels): the softmax within each label group, or the sigmoid with several labels per
-    video. The outputs of a regression are returned as they are.
+    """Return probabilities (..., num_labels): the softmax within each label group, or the sigmoid with several labels.
+
+    The outputs of a regression are returned as they are.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if label_map.is_regression:
@@ -255,8 +238,7 @@ def split_videos(
     groups: Sequence[str] = (ONE_GROUP,),
     allow_missing_labels: bool = False,
 ) -> tuple[list[LabelledVideo], list[LabelledVideo]]:
-    """
-    Split videos into training and validation; equal seeds give equal splits.
+    """Split videos into training and validation; equal seeds give equal splits.
 
     Parts of the same file stay together, as do videos with a common key in `keep_together`. Within these limits,
     validation has about `fraction` of the videos of every class, and both sides have every class.
@@ -275,18 +257,13 @@ def split_videos(
         raise AnnotationError(f"The validation share must be between 0 and 1, got {fraction}.")
     if not videos:
         raise AnnotationError("There are no videos to split into training and validation.")
-    units = _units(videos)
-    counts = [
-        Counter(label for index in unit for label in _positioned(videos[index], len(groups) > 1)) for unit in units
-    ]
-    totals: Counter[tuple[int, str]] = Counter()
-    num_units: Counter[tuple[int, str]] = Counter()
-    for unit_counts in counts:
-        totals.update(unit_counts)
-        num_units.update(unit_counts.keys())
+    units, is_grouped = _units(videos), len(groups) > 1
+    counts = [Counter(label for index in unit for label in _positioned(videos[index], is_grouped)) for unit in units]
+    num_units = Counter(name for unit_counts in counts for name in unit_counts)
+    totals = Counter(label for one in videos for label in _positioned(one, is_grouped))
     names = sorted(totals, key=lambda name: (num_units[name], name))
     if num_units[names[0]] == 1 and not allow_missing_labels:
-        raise AnnotationError(_undivided(videos, units, names[0], groups))
+        raise AnnotationError(_undivided(videos, names[0], groups))
     targets = {name: min(max(1, round(fraction * totals[name])), totals[name] - 1) for name in names}
 
     def choose(num_missing: int) -> set[int] | None:
@@ -334,14 +311,11 @@ def _units(videos: Sequence[LabelledVideo]) -> list[list[int]]:
     return list(units.values())
 
 
-def _undivided(
-    videos: Sequence[LabelledVideo], units: list[list[int]], name: tuple[int, str], groups: Sequence[str]
-) -> str:
-    """Return the error message for a class that cannot be on both sides because it has a single unit."""
+def _undivided(videos: Sequence[LabelledVideo], name: tuple[int, str], groups: Sequence[str]) -> str:
+    """Return the error message for a class that cannot be on both sides because all its videos stay together."""
     place, label = name
     is_grouped = len(groups) > 1
-    unit = next(unit for unit in units if any(name in _positioned(videos[index], is_grouped) for index in unit))
-    holding = [videos[index] for index in unit if name in _positioned(videos[index], is_grouped)]
+    holding = [one for one in videos if name in _positioned(one, is_grouped)]  # all of them in one unit
     kind = f"the {groups[place]}" if is_grouped else "the class"
     what = "a single video, too few for training and validation"
     if len(holding) > 1:
@@ -372,34 +346,29 @@ def check_splits(
     label_map: LabelMap,
     allow_missing_labels: bool = False,
 ) -> list[str]:
-    """
-    Check that both splits have videos, that every label is known, and that validation has every training class.
+    """Check that both splits have videos, that every label is known, and that validation has every training class.
 
     Returns the names of the classes without a validation video, with `allow_missing_labels`. Raises AnnotationError
     if a check fails.
     """
+    places: dict[str, dict[int, str]] = {}  # of the first video of each class, by split
     for name, videos in (("training", train), ("validation", validation)):
-        if videos is None:
-            continue
-        if not videos:
+        if videos is not None and not videos:
             raise AnnotationError(f"The {name} split is empty: give at least one video.")
-        for one in videos:
-            label_map.encode(one)
+        places[name] = {}
+        for one in videos or ():
+            for number in label_map.numbers(one):
+                places[name].setdefault(number, one.where)
     if validation is None:
         return []
-    places: dict[int, str] = {}
-    for one in train:
-        for number in label_map.numbers(one):
-            places.setdefault(number, one.where)
-    known = {number for one in validation for number in label_map.numbers(one)}
-    names = label_map.names
-    missing = {names[number]: where for number, where in places.items() if number not in known}
+    known, names = places["validation"], label_map.names
+    missing = {names[number]: where for number, where in places["training"].items() if number not in known}
     if missing and not allow_missing_labels:
         shown = ", ".join(f"{label!r} ({where})" for label, where in list(missing.items())[:5])
         raise AnnotationError(
-            f"{len(missing)} of the {len(places)} classes of the training split have no video in the validation split "
-            f"(from {validation[0].where}): {shown}{', ...' * (len(missing) > 5)}. Their accuracy could not be "
-            "measured: add videos, or set allow_missing_labels."
+            f"{len(missing)} of the {len(places['training'])} classes of the training split have no video in the "
+            f"validation split (from {validation[0].where}): {shown}{', ...' * (len(missing) > 5)}. Their accuracy "
+            "could not be measured: add videos, or set allow_missing_labels."
         )
     return list(missing)
 

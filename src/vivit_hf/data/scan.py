@@ -1,7 +1,5 @@
 """Scan a data set of videos before training for files that are damaged, short, rotated or of variable rate."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

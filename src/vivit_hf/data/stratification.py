@@ -5,8 +5,6 @@ several classes, a backtracking search first assigns units until both sides have
 then placed to approach the given shares.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
@@ -23,8 +21,7 @@ def choose_units(
     both: Collection[ClassKey],
     generator: np.random.Generator,
 ) -> set[int] | None:
-    """
-    Return the indices of the units for the smaller side, or None if the search finds no division.
+    """Return the indices of the units for the smaller side, or None if the search finds no division.
 
     Args:
         units: the number of videos of each class, for each unit.

@@ -1,7 +1,5 @@
 """Write files completely or not at all, and make text encodable as UTF-8."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +8,7 @@ from pathlib import Path
 
 @contextmanager
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
-    """
-    Yield a temporary path to write to, and move it to `path` at the end; an error leaves `path` unchanged.
+    """Yield a temporary path to write to, and move it to `path` at the end; an error leaves `path` unchanged.
 
     The temporary file is in the same folder, because a move between disks is not atomic. Symbolic links are kept:
     their target is replaced. Pipes and devices are written to directly.

@@ -6,14 +6,14 @@ from .. import lazy_exports
 
 
 if TYPE_CHECKING:
-    from .adaptation import add_lora as add_lora
     from .augmentation import ClipAugmentation as ClipAugmentation
     from .clips import ClipSampler as ClipSampler
     from .clips import StreamedClips as StreamedClips
     from .clips import VideoClips as VideoClips
     from .finetuning import FineTuning as FineTuning
     from .finetuning import prepare as prepare
-    from .finetuning_parser import parse_arguments as parse_arguments
+    from .finetuning_arguments import parse_arguments as parse_arguments
+    from .finetuning_model import add_lora as add_lora
     from .mixing import ClipCollator as ClipCollator
     from .mixing import cutmix as cutmix
     from .mixing import mixup as mixup
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "adaptation": "add_lora",
+        "finetuning_model": "add_lora",
         "augmentation": "ClipAugmentation",
         "clips": "ClipSampler StreamedClips VideoClips",
         "finetuning": "FineTuning prepare",
-        "finetuning_parser": "parse_arguments",
+        "finetuning_arguments": "parse_arguments",
         "mixing": "ClipCollator cutmix mixup soft_labels",
         "overfitting": "OverfitReport overfit_one_batch",
         "parameters": "freeze gradient_norms parameter_groups",

@@ -9,8 +9,6 @@ The image operations are Pillow's. Colour operations run on all frames at once, 
 the image (the extremes of AutoContrast, the histogram of Equalize) are statistics of the clip.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -155,37 +153,29 @@ def _channel_means(clip: Clip) -> np.ndarray:
 
 # RandAugment
 
-
-def _enhanced(enhancer: Any) -> Callable[[Clip, float, np.random.Generator], Clip]:
-    def operation(clip: Clip, share: float, _: np.random.Generator) -> Clip:
-        return _on_tall_image(clip, lambda image: enhancer(image).enhance(share * 1.8 + 0.1))
-
-    return operation
+Operation = Callable[[Clip, float, np.random.Generator], Clip]  # of a clip and a share of the full magnitude
 
 
-def _sharpness(clip: Clip, share: float, _: np.random.Generator) -> Clip:
-    factor = share * 1.8 + 0.1
-    return _on_each_frame(clip, lambda image: Image.blend(image.filter(ImageFilter.SMOOTH), image, factor))
+def _factor(share: float) -> float:
+    return share * 1.8 + 0.1
+
+
+def _coloured(operation: Callable[[Image.Image, float], Image.Image]) -> Operation:
+    return lambda clip, share, _: _on_tall_image(clip, lambda image: operation(image, share))
 
 
 def _contrast(clip: Clip, share: float, _: np.random.Generator) -> Clip:
     mean = round(float(_channel_means(clip) @ _GREY_WEIGHTS))
-    factor = share * 1.8 + 0.1
-    table = [round(min(max(mean + factor * (value - mean), 0), 255)) for value in range(256)] * 3
+    table = [round(min(max(mean + _factor(share) * (value - mean), 0), 255)) for value in range(256)] * 3
     return _on_tall_image(clip, lambda image: image.point(table))
 
 
-def _posterise(clip: Clip, share: float, _: np.random.Generator) -> Clip:
-    return _on_tall_image(clip, lambda image: ImageOps.posterize(image, max(1, 8 - int(share * 4))))
+def _solarise_add(image: Image.Image, share: float) -> Image.Image:
+    return image.point([min(value + int(share * 110), 255) if value < 128 else value for value in range(256)] * 3)
 
 
-def _solarise(clip: Clip, share: float, _: np.random.Generator) -> Clip:
-    return _on_tall_image(clip, lambda image: ImageOps.solarize(image, max(0, 256 - int(share * 256))))
-
-
-def _solarise_add(clip: Clip, share: float, _: np.random.Generator) -> Clip:
-    table = [min(value + int(share * 110), 255) if value < 128 else value for value in range(256)] * 3
-    return _on_tall_image(clip, lambda image: image.point(table))
+def _sharpness(clip: Clip, share: float, _: np.random.Generator) -> Clip:
+    return _on_each_frame(clip, lambda image: Image.blend(image.filter(ImageFilter.SMOOTH), image, _factor(share)))
 
 
 def _sign(generator: np.random.Generator) -> int:
@@ -197,27 +187,14 @@ def _rotate(clip: Clip, share: float, generator: np.random.Generator) -> Clip:
     return _on_each_frame(clip, lambda image: image.rotate(degrees, fillcolor=(_GREY,) * 3))
 
 
-def _affine(clip: Clip, matrix: tuple[float, float, float, float, float, float]) -> Clip:
-    def transform(image: Image.Image) -> Image.Image:
-        return image.transform(image.size, Image.Transform.AFFINE, matrix, fillcolor=(_GREY,) * 3)
+def _affine(matrix_of: Callable[[float], tuple[float, ...]]) -> Operation:
+    """Return an operation whose matrix, from output to input coordinates, depends on the share with a random sign."""
 
-    return _on_each_frame(clip, transform)
+    def operation(clip: Clip, share: float, generator: np.random.Generator) -> Clip:
+        matrix, kind = matrix_of(share * _sign(generator)), Image.Transform.AFFINE
+        return _on_each_frame(clip, lambda image: image.transform(image.size, kind, matrix, fillcolor=(_GREY,) * 3))
 
-
-def _shear_x(clip: Clip, share: float, generator: np.random.Generator) -> Clip:
-    return _affine(clip, (1, share * 0.3 * _sign(generator), 0, 0, 1, 0))
-
-
-def _shear_y(clip: Clip, share: float, generator: np.random.Generator) -> Clip:
-    return _affine(clip, (1, 0, 0, share * 0.3 * _sign(generator), 1, 0))
-
-
-def _translate_x(clip: Clip, share: float, generator: np.random.Generator) -> Clip:
-    return _affine(clip, (1, 0, share * _TRANSLATION * _sign(generator), 0, 1, 0))
-
-
-def _translate_y(clip: Clip, share: float, generator: np.random.Generator) -> Clip:
-    return _affine(clip, (1, 0, 0, 0, 1, share * _TRANSLATION * _sign(generator)))
+    return operation
 
 
 def _cutout(clip: Clip, share: float, generator: np.random.Generator) -> Clip:
@@ -229,22 +206,22 @@ def _cutout(clip: Clip, share: float, generator: np.random.Generator) -> Clip:
     return result
 
 
-RAND_AUGMENT_OPERATIONS: dict[str, Callable[[Clip, float, np.random.Generator], Clip]] = {
-    "auto_contrast": lambda clip, *_: _on_tall_image(clip, ImageOps.autocontrast),
-    "equalise": lambda clip, *_: _on_tall_image(clip, ImageOps.equalize),
+RAND_AUGMENT_OPERATIONS: dict[str, Operation] = {
+    "auto_contrast": _coloured(lambda image, _: ImageOps.autocontrast(image)),
+    "equalise": _coloured(lambda image, _: ImageOps.equalize(image)),
     "invert": lambda clip, *_: 255 - clip,
     "rotate": _rotate,
-    "posterise": _posterise,
-    "solarise": _solarise,
-    "solarise_add": _solarise_add,
-    "colour": _enhanced(ImageEnhance.Color),
+    "posterise": _coloured(lambda image, share: ImageOps.posterize(image, max(1, 8 - int(share * 4)))),
+    "solarise": _coloured(lambda image, share: ImageOps.solarize(image, max(0, 256 - int(share * 256)))),
+    "solarise_add": _coloured(_solarise_add),
+    "colour": _coloured(lambda image, share: ImageEnhance.Color(image).enhance(_factor(share))),
     "contrast": _contrast,
-    "brightness": _enhanced(ImageEnhance.Brightness),
+    "brightness": _coloured(lambda image, share: ImageEnhance.Brightness(image).enhance(_factor(share))),
     "sharpness": _sharpness,
-    "shear_x": _shear_x,
-    "shear_y": _shear_y,
-    "translate_x": _translate_x,
-    "translate_y": _translate_y,
+    "shear_x": _affine(lambda share: (1, share * 0.3, 0, 0, 1, 0)),
+    "shear_y": _affine(lambda share: (1, 0, 0, share * 0.3, 1, 0)),
+    "translate_x": _affine(lambda share: (1, 0, share * _TRANSLATION, 0, 1, 0)),
+    "translate_y": _affine(lambda share: (1, 0, 0, 0, 1, share * _TRANSLATION)),
     "cutout": _cutout,
 }
 
@@ -267,10 +244,10 @@ def rand_augment(clip: Clip, num_layers: int, magnitude: float, generator: np.ra
 
 # Flips
 
-_WORDS_OF_SIDES = {
-    *("left", "leftward", "leftwards", "leftmost", "right", "rightward", "rightwards", "rightmost"),
-    *("clockwise", "anticlockwise", "counterclockwise"),
-}
+_WORDS_OF_SIDES = set(
+    "left leftward leftwards leftmost right rightward rightwards rightmost clockwise anticlockwise "
+    "counterclockwise".split()
+)
 
 
 def names_with_sides(names: Iterable[str]) -> list[str]:

@@ -1,7 +1,5 @@
 """Checkpoints of a `Trainer`: written whole, found again, and compared with the run that resumes from them."""
 
-from __future__ import annotations
-
 import json
 import re
 import signal
@@ -41,23 +39,18 @@ def is_complete_checkpoint(folder: Path) -> bool:
         state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         weights = list(folder.glob("*.safetensors"))
         index = folder / "model.safetensors.index.json"
-        if index.exists():
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            if not named <= {path.name for path in weights}:
-                return False
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.exists() else ()
         for path in weights:
             with safe_open(path, framework="pt"):  # raises if the file is shorter than its header says
                 continue
         zipped = [*folder.glob("*.pt"), *folder.glob("*.pth")]
         names = {path.name for path in zipped}
         is_sharded = any(path.is_dir() for path in folder.glob("*_fsdp_*")) or any(folder.glob("optimizer_*"))
-        has_optimizer = is_sharded or {"optimizer.pt", "scheduler.pt"} <= names
-        has_random_state = any(name.startswith("rng_state") for name in names)
         return (
             "global_step" in state
-            and bool(weights or is_sharded)
-            and has_optimizer
-            and has_random_state
+            and {path.name for path in weights}.issuperset(named)
+            and (is_sharded or (bool(weights) and {"optimizer.pt", "scheduler.pt"} <= names))
+            and any(name.startswith("rng_state") for name in names)
             and all(zipfile.is_zipfile(path) for path in zipped)  # the directory of a zip file is at its end
         )
     except (OSError, ValueError, KeyError, SafetensorError):
@@ -66,13 +59,8 @@ def is_complete_checkpoint(folder: Path) -> bool:
 
 def last_complete_checkpoint(folder: str | Path) -> Path | None:
     """Return the latest whole `checkpoint-N` of a folder, or None; warn of later ones that are not whole."""
-    folder = Path(folder)
-    numbered = [
-        (int(match[1]), path)
-        for path in (folder.iterdir() if folder.is_dir() else ())
-        if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-    ]
-    for _, path in sorted(numbered, reverse=True):
+    found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    for path in sorted(found, key=lambda path: int(path.name.partition("-")[2]), reverse=True):
         if is_complete_checkpoint(path):
             return path
         logger.warning(f"{path} is not whole, probably because its process was killed while writing it: it is skipped.")

@@ -1,10 +1,8 @@
 """Data sets of clips from video files: deterministic per (seed, epoch, index), and tolerant of damaged files."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -22,42 +20,34 @@ _ORDER, _REPLACEMENT = 0x6F72646572, 0x7265706C  # separate these random numbers
 _BLANK_SIZE = (64, 64)  # pixels
 
 
+@dataclass(frozen=True)
 class _ClipMaker:
-    """Turns one video into the `pixel_values` of a clip or of its views."""
+    """Turns one video into the `pixel_values` of a random clip, or without an augmentation of all views."""
 
-    def __init__(
-        self, processor: ViViTVideoProcessor, augmentation: ClipAugmentation | None, num_clips: int, num_crops: int
-    ):
-        self.processor, self.augmentation = processor, augmentation
-        self.num_clips, self.num_crops = num_clips, num_crops
+    processor: ViViTVideoProcessor
+    augmentation: ClipAugmentation | None
+    num_clips: int
+    num_crops: int
 
-    def augmented(self, video: Any, generator: np.random.Generator) -> torch.Tensor:
-        """Return a random clip, float32 (frames, channels, height, width)."""
+    def __call__(self, video: Any, generator: np.random.Generator) -> torch.Tensor:
+        """Return float32 (frames, channels, height, width), or views, (views, frames, channels, height, width)."""
         if self.augmentation is None:
-            raise ValueError("A random clip needs an augmentation.")
+            return self.processor(video, num_clips=self.num_clips, num_crops=self.num_crops)["pixel_values"]
         # The whole frame as uint8: the augmentation crops it.
-        features = self.processor(
-            video,
-            clip_start="random",
-            num_clips=1,
-            num_crops=1,
-            generator=generator,
-            do_center_crop=False,
-            do_rescale=False,
-            do_normalize=False,
-            return_tensors="np",
-        )
-        frames = features["pixel_values"][0].transpose(0, 2, 3, 1)
+        raw: dict[str, Any] = {
+            "do_center_crop": False,
+            "do_rescale": False,
+            "do_normalize": False,
+            "return_tensors": "np",
+        }
+        features = self.processor(video, clip_start="random", num_clips=1, num_crops=1, generator=generator, **raw)
+        frames = features["pixel_values"][0].transpose(0, 2, 3, 1)  # (frames, height, width, channels)
         clip = self.augmentation(np.ascontiguousarray(frames), generator)
         values = torch.from_numpy(np.require(clip, requirements="W"))  # arrays from Pillow are read-only
         return self.processor.rescale_and_normalize(values.permute(0, 3, 1, 2))
 
-    def views(self, video: Any) -> torch.Tensor:
-        """Return the views of the evaluation, float32 (views, frames, channels, height, width)."""
-        return self.processor(video, num_clips=self.num_clips, num_crops=self.num_crops)["pixel_values"]
-
     def empty(self) -> torch.Tensor:
-        """Return zeros in the shape of `augmented`, or without an augmentation in the shape of `views`."""
+        """Return zeros in the shape of a clip or of the views."""
         if self.augmentation is not None:
             return torch.zeros(self.processor.num_frames, 3, *self.augmentation.crop_size)
         # Process a blank video to learn the size of a clip.
@@ -66,14 +56,14 @@ class _ClipMaker:
         return torch.zeros(self.num_clips * self.num_crops, *clip.shape[1:])
 
 
+@dataclass(eq=False)
 class VideoClips(Dataset):
-    """
-    A map-style data set of labelled videos.
+    """A map-style data set of labelled videos.
 
     With an augmentation (training), an item is a random clip: `pixel_values` (frames, channels, height, width). Without
     one (evaluation), it has all views of its video: (views, frames, channels, height, width). An item also has
-    `labels` (see `LabelMap.encode`), `index`, `epoch`, `damaged_files`, a list of (file, reason), and in training
-    `file`, the name of the video.
+    `labels` (see `LabelMap.encode`), `file`, the name of the video, `index`, `epoch`, and `damaged_files`, a list of
+    (file, reason).
 
     A file that cannot be read is replaced in training by another video, chosen by (seed, epoch, index), and in
     evaluation by zeros with ignored labels. `damaged_files` names it in both cases.
@@ -88,22 +78,19 @@ class VideoClips(Dataset):
         max_replacements: how many damaged files in a row are replaced before an error is raised.
     """
 
-    def __init__(
-        self,
-        videos: Sequence[LabelledVideo],
-        processor: ViViTVideoProcessor,
-        label_map: LabelMap,
-        *,
-        augmentation: ClipAugmentation | None = None,
-        seed: int = 0,
-        num_clips: int = 1,
-        num_crops: int = 1,
-        max_replacements: int = 10,
-    ):
-        self.videos, self.label_map, self.augmentation, self.seed = videos, label_map, augmentation, seed
-        self.targets = [label_map.encode(one) for one in videos]
-        self.max_replacements = max_replacements
-        self._make = _ClipMaker(processor, augmentation, num_clips, num_crops)
+    videos: Sequence[LabelledVideo]
+    processor: ViViTVideoProcessor
+    label_map: LabelMap
+    _: KW_ONLY
+    augmentation: ClipAugmentation | None = None
+    seed: int = 0
+    num_clips: int = 1
+    num_crops: int = 1
+    max_replacements: int = 10
+
+    def __post_init__(self) -> None:
+        self.targets = [self.label_map.encode(one) for one in self.videos]
+        self._make = _ClipMaker(self.processor, self.augmentation, self.num_clips, self.num_crops)
         # In shared memory: workers that outlive an epoch see the next one begin.
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
@@ -117,48 +104,33 @@ class VideoClips(Dataset):
         if not -len(self) <= index < len(self):
             raise IndexError(f"There is no video {index} of {len(self)}.")
         index %= len(self)
-        if self.augmentation is None:
-            return self._evaluation_item(index)
-        epoch = int(self._epoch[0])
+        epoch = 0 if self.augmentation is None else int(self._epoch[0])
         generator = clip_generator(self.seed, epoch, index)
-        chosen, damaged = index, []
-        for attempt in range(self.max_replacements + 1):
+        damaged: list[tuple[str, str]] = []
+        common = {"index": index, "epoch": epoch, "damaged_files": damaged}
+        chosen = index
+        for attempt in range(1 if self.augmentation is None else self.max_replacements + 1):
             one = self.videos[chosen]
             try:
-                clip = self._make.augmented(one.source(), generator)
+                clip = self._make(one.source(), generator)
+                return {"pixel_values": clip, "labels": self.targets[chosen], "file": _name_of(one), **common}
             except (VideoDecodingError, OSError) as error:
                 damaged.append(_damage(one, error))
                 replacement = np.random.default_rng((_REPLACEMENT, self.seed, epoch, index, attempt))
                 chosen = int(replacement.integers(len(self)))
-                continue
-            return {
-                "pixel_values": clip,
-                "labels": self.targets[chosen],
-                "file": _name_of(one),
-                "index": index,
-                "epoch": epoch,
-                "damaged_files": damaged,
-            }
+        if self.augmentation is None:
+            ignored = {"pixel_values": self._make.empty(), "labels": self.label_map.ignored()}
+            return {**ignored, "file": _name_of(self.videos[index]), **common}
         listed = "; ".join(f"{name}: {reason}" for name, reason in damaged[:3])
         raise VideoDecodingError(
             f"{len(damaged)} videos in a row cannot be read, which are too many to go on ({listed}; ...). "
             "`vivit-hf scan` lists what is wrong with a folder."
         )
 
-    def _evaluation_item(self, index: int) -> dict[str, Any]:
-        one, labels, damaged = self.videos[index], self.targets[index], []
-        try:
-            views = self._make.views(one.source())
-        except (VideoDecodingError, OSError) as error:
-            damaged, labels = [_damage(one, error)], self.label_map.ignored()
-            views = self._make.empty()
-        return {"pixel_values": views, "labels": labels, "index": index, "epoch": 0, "damaged_files": damaged}
-
 
 @dataclass(frozen=True)
 class StreamedVideo:
-    """
-    One video of one pass over a stream.
+    """One video of one pass over a stream.
 
     `place` counts the videos of the whole stream, over all processes. `video` is None if this process has none left
     while others still have one: the item is then a clip of zeros with ignored labels.
@@ -169,9 +141,9 @@ class StreamedVideo:
     video: LabelledVideo | None
 
 
+@dataclass(eq=False)
 class StreamedClips(IterableDataset):
-    """
-    Clips of a data set that is read in one pass, such as a streamed one of the Hub. Items are those of `VideoClips`.
+    """Clips of a data set that is read in one pass, such as a streamed one of the Hub. Items are those of `VideoClips`.
 
     `ClipTrainer` reads a stream through `StreamLoader`, which distributes it over processes and workers. Random numbers
     depend on (seed, epoch, place in the whole stream).
@@ -187,19 +159,17 @@ class StreamedClips(IterableDataset):
         processor, label_map, augmentation, seed, num_clips, num_crops: as for `VideoClips`.
     """
 
-    def __init__(
-        self,
-        videos: Iterable[LabelledVideo],
-        processor: ViViTVideoProcessor,
-        label_map: LabelMap,
-        *,
-        augmentation: ClipAugmentation | None = None,
-        seed: int = 0,
-        num_clips: int = 1,
-        num_crops: int = 1,
-    ):
-        self.videos, self.label_map, self.augmentation, self.seed = videos, label_map, augmentation, seed
-        self._make = _ClipMaker(processor, augmentation, num_clips, num_crops)
+    videos: Iterable[LabelledVideo]
+    processor: ViViTVideoProcessor
+    label_map: LabelMap
+    _: KW_ONLY
+    augmentation: ClipAugmentation | None = None
+    seed: int = 0
+    num_clips: int = 1
+    num_crops: int = 1
+
+    def __post_init__(self) -> None:
+        self._make = _ClipMaker(self.processor, self.augmentation, self.num_clips, self.num_crops)
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
@@ -234,9 +204,7 @@ class StreamedClips(IterableDataset):
         """Return the items of a batch, in its order."""
         items = [self._item(one) for one in batch]
         readable = [item for item in items if item["pixel_values"] is not None]
-        for item in items:
-            if item["pixel_values"] is not None:
-                continue
+        for item in (item for item in items if item["pixel_values"] is None):
             if self.augmentation is not None and readable:
                 key = (_REPLACEMENT, self.seed, item["epoch"], item["index"])
                 chosen = readable[int(np.random.default_rng(key).integers(len(readable)))]
@@ -247,17 +215,13 @@ class StreamedClips(IterableDataset):
 
     def _item(self, one: StreamedVideo) -> dict[str, Any]:
         """Return an item; `pixel_values` and `labels` are None without a video, `pixel_values` if it cannot be read."""
-        item: dict[str, Any] = {"pixel_values": None, "labels": None, "damaged_files": []}
-        item |= {"index": one.place, "epoch": one.epoch}
+        item: dict[str, Any] = {"pixel_values": None, "labels": None, "index": one.place, "epoch": one.epoch}
+        item["damaged_files"] = []
         if one.video is None:
             return item
         item["labels"], item["file"] = self.label_map.encode(one.video), _name_of(one.video)
         try:
-            if self.augmentation is None:
-                item["pixel_values"] = self._make.views(one.video.source())
-            else:
-                generator = clip_generator(self.seed, one.epoch, one.place)
-                item["pixel_values"] = self._make.augmented(one.video.source(), generator)
+            item["pixel_values"] = self._make(one.video.source(), clip_generator(self.seed, one.epoch, one.place))
         except (VideoDecodingError, OSError) as error:
             item["damaged_files"] = [_damage(one.video, error)]
         return item
@@ -278,8 +242,7 @@ def _damage(one: LabelledVideo, error: Exception) -> tuple[str, str]:
 
 
 class ClipSampler(Sampler):
-    """
-    The order of the videos in an epoch, the same in every process and for any number of workers.
+    """The order of the videos in an epoch, the same in every process and for any number of workers.
 
     Args:
         dataset: the data set; `set_epoch` also sets its epoch.

@@ -5,13 +5,13 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from transformers import TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, set_seed
 
 from ..configuration_vivit import ViViTConfig
 from ..conversion.weight_files import read_json
@@ -24,25 +24,24 @@ from ..modeling_vivit import ViViTForVideoClassification
 from .augmentation import ClipAugmentation, names_with_sides
 from .checkpoints import deferred_interrupt, is_complete_checkpoint, last_complete_checkpoint
 from .clips import StreamedClips, VideoClips
-from .finetuning_arguments import Arguments, FineTuningArguments, ModelArguments
+from .finetuning_arguments import Arguments, FineTuningArguments, ModelArguments, Say, speaker
 from .finetuning_data import Splits, load_splits
 from .finetuning_model import SIZES, STRUCTURE, Start, build_model, labels_to_score
-from .finetuning_parser import Say, speaker
 from .mixing import ClipCollator
 from .overfitting import overfit_one_batch
 from .parameters import freeze, parameter_groups
 from .recipes import RECIPES
 from .trainer import ClipTrainer
+from .weight_average import AVERAGE_FILE
 
 
-ADAPTER_FOLDER = "adapter"
+_ADAPTER_FOLDER = "adapter"
 _MEGABYTE = 1e6
 
 
 @dataclass
 class FineTuning:
-    """
-    A run that has passed its checks (see `prepare`).
+    """A run that has passed its checks (see `prepare`).
 
     `validation` has all views for the final evaluation, or is None; `checkpoint` is what to resume from, or None.
     """
@@ -96,16 +95,17 @@ class FineTuning:
         """Save model and processor; with LoRA also the adapter, and merge it into the model to evaluate."""
         trainer, folder = self.trainer, Path(self.trainer.args.output_dir)
         with deferred_interrupt():
+            adapter = folder / _ADAPTER_FOLDER
             if self.arguments.model.lora_rank:
                 if trainer.args.should_save:
-                    trainer.model.save_pretrained(folder / ADAPTER_FOLDER)
+                    trainer.model.save_pretrained(adapter)
                 trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
                 if trainer.args.should_save:
                     trainer.model.save_pretrained(folder)
             else:
                 trainer.save_model()  # in all processes: each may hold a part of it
-                if trainer.args.should_save and (folder / ADAPTER_FOLDER / "adapter_config.json").exists():
-                    shutil.rmtree(folder / ADAPTER_FOLDER)  # it belongs to an earlier model in this folder
+                if trainer.args.should_save and (adapter / "adapter_config.json").exists():
+                    shutil.rmtree(adapter)  # it belongs to an earlier model in this folder
             if trainer.args.should_save:
                 self.start.processor.save_pretrained(folder)
 
@@ -120,8 +120,7 @@ class FineTuning:
         )
         results["eval_damaged_files"] = len(self.trainer.all_damaged_files()["eval"])
         self._report("eval", results)
-        near_chance = describe_chance({name.removeprefix("eval_"): value for name, value in results.items()})
-        if near_chance is not None:
+        if near_chance := describe_chance({name.removeprefix("eval_"): value for name, value in results.items()}):
             self.say(near_chance)
         return results
 
@@ -142,10 +141,11 @@ class FineTuning:
         write_model_card(folder, model, repo_id=training.hub_model_id, **card)
         if not self.push:
             return
-        repository, private = _repository(training), bool(training.hub_private_repo)
+        repository = _repository(training)
+        settings = {"private": bool(training.hub_private_repo), "token": training.hub_token}
         try:
-            model.push_to_hub(repository, private=private, token=training.hub_token, **card)
-            self.start.processor.push_to_hub(repository, private=private, token=training.hub_token)
+            model.push_to_hub(repository, **settings, **card)
+            self.start.processor.push_to_hub(repository, **settings)
         except Exception as error:
             raise SystemExit(
                 f"finetune: the model is saved in {folder}, but it could not be pushed to {repository}: {error}"
@@ -171,16 +171,10 @@ class FineTuning:
 
 
 def prepare(arguments: Arguments, echo: Say = print) -> FineTuning:
-    """
-    Check everything that can be checked before training, and set the run up.
+    """Check everything that can be checked before training, and set the run up.
 
-    Args:
-        arguments: of the run.
-        echo: prints one text; only the first process uses it.
-
-    Raises:
-        ValueError: for arguments, data, a model, a checkpoint or an output folder that cannot be used.
-        OSError: for files that cannot be read.
+    `echo` prints one text; only the first process uses it. Raises ValueError for arguments, data, a model, a checkpoint
+    or an output folder that cannot be used, and OSError for files that cannot be read.
     """
     model_arguments, data, _, training = arguments
     say = speaker(training, echo)
@@ -196,7 +190,7 @@ def prepare(arguments: Arguments, echo: Say = print) -> FineTuning:
     checkpoint = find_checkpoint(training, say) if training.do_train else None
     start = build_model(arguments, splits.label_map, say)
     if checkpoint is not None:
-        check_checkpoint(checkpoint, start, model_arguments)
+        check_checkpoint(checkpoint, start, model_arguments, training.ema_decay)
     check_views(arguments, start, splits, say)
     frozen = [] if model_arguments.lora_rank else freeze(start.model, model_arguments.freeze)
     if training.do_train:
@@ -205,7 +199,7 @@ def prepare(arguments: Arguments, echo: Say = print) -> FineTuning:
         trained = sum(parameter.numel() for parameter in start.model.parameters() if parameter.requires_grad)
         say(f"{trained:,} parameters to train" + f", {len(frozen)} tensors frozen" * bool(frozen))
     label_map = LabelMap.from_config(start.model.config)  # in the order of a classifier that is kept
-    splits = Splits(splits.train, splits.validation, label_map)
+    splits = replace(splits, label_map=label_map)
     trainer, validation = make_trainer(arguments, splits, start.model, start.processor, say)
     return FineTuning(arguments, start, trainer, validation, checkpoint, push, say)
 
@@ -213,10 +207,15 @@ def prepare(arguments: Arguments, echo: Say = print) -> FineTuning:
 # Checks before training
 
 
-def check_processes(training: TrainingArguments, say: Say) -> None:
+def check_processes(training: FineTuningArguments, say: Say) -> None:
     """Raise ValueError for launchers that start several processes which would not train together."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and training.device.type == "cpu":
+    shards = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"]
+    if "FSDP" in shards and training.device.type == "cpu":
         raise ValueError("FSDP is set up, but on CPUs it would silently be plain data parallelism: it needs GPUs.")
+    if shards and training.ema_decay:
+        raise ValueError(
+            f"--ema_decay does not support weights that {shards[0]} divides among processes: leave it out."
+        )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != training.world_size:
         raise ValueError(
@@ -256,7 +255,7 @@ def check_fit(training: FineTuningArguments, splits: Splits) -> None:
             raise ValueError("--do_eval: there are no validation videos: give --validation_dir or --validation_file.")
         for name in ("overfit_one_batch", "save_batch_picture"):
             if getattr(training, name):
-                raise ValueError(f"--{name} takes training videos: leave it or --do_eval out.")
+                raise ValueError(f"--{name} needs training videos: leave it or --do_eval out.")
         return
     if not splits.is_streamed:
         return
@@ -288,39 +287,46 @@ def check_repository(training: FineTuningArguments) -> None:
 def find_checkpoint(training: FineTuningArguments, say: Say) -> str | None:
     """Return the checkpoint to resume from: the last whole one, unless --resume_from_checkpoint says otherwise."""
     wish = training.resume_from_checkpoint
-    if wish in (None, True, "True", "true", "last"):
-        found = last_complete_checkpoint(training.output_dir)
-        if found is not None:
-            say(f"Going on from {found}; --resume_from_checkpoint no starts anew.")
-        return None if found is None else str(found)
     if wish in (False, "False", "false", "no"):
         return None
+    if wish in (None, True, "True", "true", "last"):
+        found = last_complete_checkpoint(training.output_dir)
+        if found is None:
+            return None
+        say(f"Resuming from {found}; --resume_from_checkpoint no starts anew.")
+        return str(found)
     if not is_complete_checkpoint(Path(wish)):
-        raise ValueError(f"--resume_from_checkpoint {wish}: this is not a whole checkpoint.")
+        raise ValueError(f"--resume_from_checkpoint {wish}: there is no complete checkpoint in this folder.")
     return str(wish)
 
 
-def check_checkpoint(checkpoint: str, start: Start, arguments: ModelArguments) -> None:
-    """Raise ValueError for a checkpoint of a run with another model, other classes or other LoRA settings."""
-    way_out = "give another --output_dir, or --resume_from_checkpoint no to start anew."
+def check_checkpoint(checkpoint: str, start: Start, arguments: ModelArguments, ema_decay: float) -> None:
+    """Raise ValueError for a checkpoint of a run with another model, classes, LoRA settings or moving average."""
     folder = Path(checkpoint)
+    has_config = (folder / "config.json").exists()
     adapter = read_json(path) if (path := folder / "adapter_config.json").exists() else {}
-    rank = adapter.get("r")
-    if rank != (arguments.lora_rank or None) and (adapter or (folder / "config.json").exists()):
-        kind = "without LoRA" if rank is None else f"of --lora_rank {rank}"
-        raise ValueError(f"{checkpoint} is {kind}, unlike this run: {way_out}")
-    if adapter and adapter["lora_alpha"] != arguments.lora_alpha:
-        raise ValueError(f"{checkpoint} is of --lora_alpha {adapter['lora_alpha']}, unlike this run: {way_out}")
+    rank, alpha, kind = adapter.get("r"), adapter.get("lora_alpha"), adapter.get("peft_type", "LORA")
     base, source = adapter.get("base_model_name_or_path"), arguments.model_name_or_path
+    differences = []
+    if kind != "LORA":
+        differences.append(f"has an adapter of peft_type {kind!r}, expected 'LORA'")
+    if rank != (arguments.lora_rank or None) and (adapter or has_config):
+        differences.append(f"was trained with{'out LoRA' if rank is None else f' --lora_rank {rank}'}, unlike this run")
+    if adapter and alpha != arguments.lora_alpha:
+        differences.append(f"was trained with --lora_alpha {alpha}, unlike this run")
     if base is not None and base != source and Path(base).resolve() != Path(source).resolve():
-        raise ValueError(f"{checkpoint} was trained on top of {base}, this run on {source}: {way_out}")
-    if not (folder / "config.json").exists():
-        return
-    stored = ViViTConfig.from_pretrained(checkpoint)
-    for name in ("id2label", *STRUCTURE, *SIZES):
-        saved, wanted = getattr(stored, name), getattr(start.model.config, name)
-        if saved != wanted:
-            raise ValueError(f"{checkpoint} has {name} {saved}, this run {wanted}: {way_out}")
+        differences.append(f"was trained on top of {base}, this run on {source}")
+    if (has_average := (folder / AVERAGE_FILE).exists()) != bool(ema_decay):
+        differences.append(f"was trained with{'' if has_average else 'out'} --ema_decay, unlike this run")
+    if has_config:
+        stored, wanted = ViViTConfig.from_pretrained(checkpoint), start.model.config
+        for name in ("id2label", *STRUCTURE, *SIZES):
+            if getattr(stored, name) != getattr(wanted, name):
+                differences.append(f"has {name} {getattr(stored, name)}, this run {getattr(wanted, name)}")
+    if differences:
+        raise ValueError(
+            f"{checkpoint} {differences[0]}: give another --output_dir, or --resume_from_checkpoint no to start anew."
+        )
 
 
 def check_views(arguments: Arguments, start: Start, splits: Splits, say: Say) -> None:
@@ -329,18 +335,19 @@ def check_views(arguments: Arguments, start: Start, splits: Splits, say: Say) ->
     is_uniform = start.processor.frame_sampling == "uniform"
     if recipe and is_uniform and data.num_clips == RECIPES[recipe].arguments["num_clips"]:
         data.num_clips = 1
-        say(f"One clip is spread over a video: num_clips of the recipe {recipe} does not apply.")
+        say(f"Uniform sampling takes one clip per video: num_clips of the recipe {recipe} does not apply.")
     if splits.validation is not None:
         start.processor.settings_with({"num_clips": data.num_clips, "num_crops": data.num_crops})
 
 
-def lack_of_space(training: TrainingArguments, model: torch.nn.Module) -> str | None:
+def lack_of_space(training: FineTuningArguments, model: torch.nn.Module) -> str | None:
     """Return an error if the disk has no space for the model and one checkpoint, else None."""
     sizes = [(one.nbytes, one.requires_grad) for one in model.parameters()]
     whole, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
     needed = whole
     if training.save_strategy != "no":
         needed += (trained if hasattr(model, "peft_config") else whole) + 2 * trained  # with the state of AdamW
+        needed += 2 * trained * bool(training.ema_decay)  # the average, and the weights that training goes on with
     free = shutil.disk_usage(training.output_dir).free
     if free >= needed:
         return None
@@ -403,7 +410,13 @@ def make_trainer(
     training.dataloader_pin_memory &= training.device.type != "cpu"  # without a GPU, torch would warn
     training.dataloader_persistent_workers = training.dataloader_num_workers > 0
     if splits.validation is None:
-        training.eval_strategy, training.do_eval = "no", False
+        training.eval_strategy, training.do_eval, training.load_best_model_at_end = "no", False, False
+    callbacks = []
+    if training.do_train and training.early_stopping_patience:
+        if training.eval_strategy == "no":
+            say("There are no evaluations during training, so --early_stopping_patience has no effect.")
+        else:
+            callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
     trainer = ClipTrainer(
         model=model,
         args=training,
@@ -415,6 +428,8 @@ def make_trainer(
         layer_decay=training.layer_decay,
         is_balanced=training.balanced_sampling,
         averaging=training.averaging,
+        ema_decay=training.ema_decay,
+        callbacks=callbacks,
     )
     return trainer, clips(splits.validation, num_clips=data.num_clips, num_crops=data.num_crops)
 

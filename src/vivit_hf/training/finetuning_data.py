@@ -12,8 +12,7 @@ from ..data.annotation_rows import SPLIT_NAMES, AnnotationError, ChooseSplits
 from ..data.annotations import EPIC_GROUPS, ONE_GROUP, LabelledVideo, read_videos
 from ..data.hub_datasets import StreamedVideos, class_names, hub_videos, label_columns_of, load_hub_dataset
 from ..data.labels import LabelMap, check_splits, shared_units, split_videos
-from .finetuning_arguments import DataArguments
-from .finetuning_parser import Say
+from .finetuning_arguments import DataArguments, Say
 
 
 Videos = list[LabelledVideo] | StreamedVideos
@@ -21,10 +20,9 @@ Videos = list[LabelledVideo] | StreamedVideos
 
 @dataclass(frozen=True)
 class Splits:
-    """
-    The videos of a run and their labels.
+    """The videos of a run and their labels.
 
-    `train` is None in an evaluation on validation data of their own; `validation` is None if there is none.
+    `train` is None if only a model is evaluated, on separate validation videos. `validation` is None without any.
     """
 
     train: Videos | None
@@ -37,8 +35,7 @@ class Splits:
 
 
 def load_splits(data: DataArguments, seed: int, say: Say, own_labels: LabelMap | None = None) -> Splits:
-    """
-    Read and check the data of a run. No video is opened.
+    """Read and check the data of a run. No video is opened.
 
     Args:
         data: where the videos are, and how they are split.
@@ -58,26 +55,24 @@ def load_splits(data: DataArguments, seed: int, say: Say, own_labels: LabelMap |
     else:
         train, validation, groups = _from_files(data, say, is_evaluation)
     known = own_labels or _known_labels(data, groups, names)
-    if isinstance(train, StreamedVideos) or isinstance(validation, StreamedVideos):
-        if known is None:
-            raise AnnotationError(
-                "A stream does not list its labels: give --labels_file, because its label column is not a ClassLabel."
-            )
-        shown = "" if train is None else "A stream to train on, "
-        say(f"{shown}{'none' if validation is None else 'one'} for validation, {len(known.names)} classes")
-        return Splits(train, validation, known)
-    return _listed_splits(train, validation, known, groups, data, seed, say)
+    if not (isinstance(train, StreamedVideos) or isinstance(validation, StreamedVideos)):
+        return _listed_splits(train, validation, known, groups, data, seed, say)
+    if known is None:
+        raise AnnotationError(
+            "A stream does not list its labels: give --labels_file, because its label column is not a ClassLabel."
+        )
+    shown = "" if train is None else "A stream to train on, "
+    say(f"{shown}{'none' if validation is None else 'one'} for validation, {len(known.names)} classes")
+    return Splits(train, validation, known)
 
 
 def _check_sources(data: DataArguments, is_evaluation: bool) -> None:
     """Raise AnnotationError unless there is exactly one source of training data, or of validation data to evaluate."""
-    names = ["train_dir", "train_file", "dataset_name"]
-    given = [name for name in names if getattr(data, name) is not None]
-    if is_evaluation and not given and (data.validation_dir or data.validation_file):
-        return
-    if len(given) != 1:
-        listed = ", ".join(f"--{name}" for name in given) or "none of them"
+    given = [f"--{name}" for name in ("train_dir", "train_file", "dataset_name") if getattr(data, name) is not None]
+    is_enough = is_evaluation and (data.validation_dir or data.validation_file)
+    if len(given) > 1 or not (given or is_enough):
         only = "; for --do_eval, --validation_dir or --validation_file is enough" if is_evaluation else ""
+        listed = ", ".join(given) or "none of them"
         raise AnnotationError(f"Give one of --train_dir, --train_file or --dataset_name{only}; got {listed}.")
 
 
@@ -95,23 +90,21 @@ def _listed_splits(
         raise AnnotationError("The training split is empty.")
     label_map = known or LabelMap.of(train or (), groups, data.problem_type == "multi_label_classification")
     allow_missing = data.allow_missing_labels or known is not None
-    if train is not None and validation is None and data.train_val_split:
-        train, validation = split_videos(
-            train, data.train_val_split, seed, groups=groups, allow_missing_labels=allow_missing
-        )
-    elif train is not None and validation is not None:
-        _check_overlap(train, validation, data, say)
+    shown = ""
     if train is None:
-        missing = check_splits(validation or (), None, label_map)
+        check_splits(validation or (), None, label_map)
     else:
-        missing = check_splits(train, validation, label_map, allow_missing)
-    if missing:
-        say(f"{len(missing)} of the classes in the training data have no validation video: {', '.join(missing[:5])}")
-    if train is not None:
+        if validation is not None:
+            _check_overlap(train, validation, data, say)
+        elif data.train_val_split:
+            settings: dict[str, Any] = {"groups": groups, "allow_missing_labels": allow_missing}
+            train, validation = split_videos(train, data.train_val_split, seed, **settings)
+        if missing := check_splits(train, validation, label_map, allow_missing):
+            say(f"{len(missing)} of the training classes have no validation video: {', '.join(missing[:5])}")
         train = _some(train, data.max_train_samples, seed, label_map, say)
+        shown = f"{len(train)} videos to train on, "
     if validation is not None:
         validation = _some(validation, data.max_eval_samples, seed, label_map, say)
-    shown = "" if train is None else f"{len(train)} videos to train on, "
     count = "none" if validation is None else len(validation)
     say(f"{shown}{count} for validation, {len(label_map.names)} classes")
     return Splits(train, validation, label_map)
@@ -131,11 +124,8 @@ def _known_labels(data: DataArguments, groups: Sequence[str], names: list[Sequen
         return LabelMap({group: tuple(map(str, range(size))) for group, size in EPIC_GROUPS.items()})
     if names is None:
         return None
-    for group, listed in zip(groups, names, strict=True):
-        if len(listed) < 2:
-            of = f" of {group!r}" if group else ""
-            raise AnnotationError(f"{data.dataset_name} has {len(listed)} class{of}; at least 2 are needed.")
-    return LabelMap({group: tuple(listed) for group, listed in zip(groups, names, strict=True)}, has_several)
+    listed = {group: tuple(one) for group, one in zip(groups, names, strict=True)}
+    return LabelMap(listed, has_several).checked(str(data.dataset_name))
 
 
 def _check_overlap(train: list[LabelledVideo], validation: list[LabelledVideo], data: DataArguments, say: Say) -> None:
@@ -162,17 +152,17 @@ def _some(
         return videos
     order = np.random.default_rng(seed).permutation(len(videos)).tolist()
     totals = Counter(one.labels for one in videos)
+    numbers = [label_map.numbers(one) for one in videos]
     seen: set[int] = set()
     taken: Counter[tuple[str, ...]] = Counter()
     ranks: dict[int, tuple[bool, float]] = {}
     for index in order:
-        one = videos[index]
-        numbers = label_map.numbers(one)
-        ranks[index] = (seen.issuperset(numbers), taken[one.labels] / totals[one.labels])
-        seen.update(numbers)
-        taken[one.labels] += 1
+        labels = videos[index].labels
+        ranks[index] = (seen.issuperset(numbers[index]), taken[labels] / totals[labels])
+        seen.update(numbers[index])
+        taken[labels] += 1
     chosen = sorted(order, key=ranks.__getitem__)[:count]
-    left = {number for index in chosen for number in label_map.numbers(videos[index])}
+    left = {number for index in chosen for number in numbers[index]}
     if len(left) < len(seen):
         say(f"{count} of {len(videos)} videos leave out {len(seen) - len(left)} of the {len(seen)} classes.")
     return [videos[index] for index in sorted(chosen)]
@@ -186,11 +176,9 @@ def _training_splits(has_validation: bool, say: Say) -> ChooseSplits:
 
     def choose(where: str, counts: dict[str, int]) -> list[str]:
         listed = ", ".join(f"{count} {split}" for split, count in counts.items())
-        if "train" not in counts:
-            raise AnnotationError(
-                f"{where}: there are no training rows ({listed}). --split_column none ignores the column."
-            )
         used = ["train"]
+        if "train" not in counts:
+            raise AnnotationError(f"{where}: there are no training rows ({listed}); --split_column none uses all rows.")
         if not has_validation:
             used += [split for split in ("validation", "test") if split in counts][:1]
         left_out = [split for split in counts if split not in used]
@@ -205,14 +193,13 @@ def _training_splits(has_validation: bool, say: Say) -> ChooseSplits:
     return choose
 
 
-def _validation_splits(where: str, counts: dict[str, int]) -> list[str]:
+def _validation_splits(where: str, counts: dict[str, int]) -> Sequence[str]:
     """Choose the rows of a validation file with a split column."""
-    used = next((split for split in ("validation", "test") if split in counts), None)
-    if used is None:
-        raise AnnotationError(
-            f"{where}: there are only training rows, and this file is for validation. --split_column none uses them."
-        )
-    return [used]
+    if used := [split for split in ("validation", "test") if split in counts][:1]:
+        return used
+    raise AnnotationError(
+        f"{where}: there are only training rows, and this file is for validation. --split_column none uses them."
+    )
 
 
 def _divided(videos: list[LabelledVideo]) -> tuple[list[LabelledVideo], list[LabelledVideo] | None]:

@@ -17,9 +17,8 @@ from ..initialisation.from_image import InitialisationReport, config_from_vit, i
 from ..initialisation.model_processor import processor_for, resize_ratio_of
 from ..modeling_vivit import ViViTForVideoClassification
 from ..video_processing_vivit import ViViTVideoProcessor
-from .adaptation import add_lora, check_freezing
-from .finetuning_arguments import Arguments, ModelArguments
-from .finetuning_parser import Say
+from .finetuning_arguments import Arguments, ModelArguments, Say, without_renaming_warnings
+from .parameters import untrained_modules
 from .recipes import RECIPES
 
 
@@ -32,6 +31,7 @@ _INITS = {"tubelet_init": "central_frame", "temporal_attention_init": "zero_outp
 _LARGEST_DEFAULT_SIZE = 224  # image models of 384 and 518 pixels are common, and a clip has 16 times their tokens
 GIVEN, DEFAULT = "given", "default"
 _TUBELETS = "vivit.embeddings.patch_embeddings.projection.weight"
+_LORA_TARGETS = r".*\.(q_proj|v_proj)"
 
 
 @dataclass
@@ -83,20 +83,19 @@ class _Request:
     label_map: LabelMap
     say: Say
 
+    def config_fields(self, settings: Settings, *names: str) -> dict[str, Any]:
+        """Return the settings with these names, and the fields that depend on labels and arguments."""
+        fields = {**settings.of(*names), **self.label_map.config_fields()}
+        if self.arguments.drop_path_rate is not None:
+            fields["drop_path_rate"] = self.arguments.drop_path_rate
+        return fields
+
 
 def build_model(arguments: Arguments, label_map: LabelMap, say: Say) -> Start:
-    """
-    Load or make the model and its processor.
+    """Load or make the model and its processor.
 
-    A setting comes from the arguments, else from a ViViT, else from the recipe, else it is the default.
-
-    Args:
-        arguments: of the run.
-        label_map: the labels that the model tells apart.
-        say: prints one text.
-
-    Raises:
-        ValueError: for a source that cannot be used, or a setting that contradicts it.
+    A setting comes from the arguments, else from a ViViT, else from the recipe, else it is the default. Raises
+    ValueError for a source that cannot be used, or a setting that contradicts it.
     """
     wanted, source = arguments.model, arguments.model.model_name_or_path
     recipe = RECIPES[arguments.training.recipe] if arguments.training.recipe else None
@@ -113,7 +112,7 @@ def build_model(arguments: Arguments, label_map: LabelMap, say: Say) -> Start:
     limits = start.processor.video_limits or {}
     start.processor.video_limits = {**limits, "allow_private_addresses": arguments.data.allow_private_addresses}
     has_random_tubelets = start.report is not None and start.report.parameters[_TUBELETS] == "newly initialised"
-    check_freezing(model, wanted, has_random_tubelets)
+    _check_freezing(model, wanted, has_random_tubelets)
     if wanted.lora_rank:
         start.model = add_lora(model, wanted, has_random_tubelets, say)
     return start
@@ -171,16 +170,13 @@ def _from_vivit(request: _Request) -> Start:
         processor = ViViTVideoProcessor.from_pretrained(source)
     own = _settings_of(stored, processor)
     settings = choose_settings({GIVEN: request.given, source: own, **request.recipes})
-    fields = {**settings.of(*SIZES), **request.label_map.config_fields()}
-    if arguments.drop_path_rate is not None:
-        fields["drop_path_rate"] = arguments.drop_path_rate
     if is_preset:
-        model = ViViTForVideoClassification(ViViTConfig.from_preset(source, **{**settings.of(*STRUCTURE), **fields}))
+        fields = request.config_fields(settings, *STRUCTURE, *SIZES)
+        model = ViViTForVideoClassification(ViViTConfig.from_preset(source, **fields))
         say(f"{source}: new weights")
     else:
         _check_structure(source, stored, request.given)
-        fields["dtype"] = getattr(torch, arguments.dtype)
-        model = _load_vivit(source, stored, fields, request.label_map, say)
+        model = _load_vivit(request, stored, settings)
     start = Start(model, _processor(model.config, processor, settings, source), source)
     _say_settings(start, settings, processor is not None, say)
     _say_overridden(request, settings)
@@ -224,55 +220,50 @@ def _check_structure(source: str, stored: ViViTConfig, given: Mapping[str, Any])
             )
 
 
-def _load_vivit(
-    source: str, stored: ViViTConfig, fields: dict[str, Any], label_map: LabelMap, say: Say
-) -> ViViTForVideoClassification:
-    has_same = sorted(LabelMap.from_config(stored).names) == sorted(label_map.names) if stored.num_labels else False
-    if has_same:  # keep its classifier, in its order
-        say(f"{source}: it has the same {stored.num_labels} classes, so its classifier is kept")
-        fields = {name: value for name, value in fields.items() if name not in label_map.config_fields()}
-        fields["problem_type"] = label_map.config_fields()["problem_type"]
+def _load_vivit(request: _Request, stored: ViViTConfig, settings: Settings) -> ViViTForVideoClassification:
+    """Load a ViViT with its classifier if the classes are the same, in its order; otherwise with a new classifier."""
+    source, label_map = request.source, request.label_map
+    fields = {**request.config_fields(settings, *SIZES), "dtype": getattr(torch, request.arguments.dtype)}
+    has_same = bool(stored.num_labels) and sorted(LabelMap.from_config(stored).names) == sorted(label_map.names)
+    if has_same:
+        request.say(f"{source}: it has the same {stored.num_labels} classes, so its classifier is kept")
+        del fields["id2label"], fields["label_groups"]
     with _without_load_report():
         model = ViViTForVideoClassification.from_pretrained(source, **fields)
     if not has_same:
         with torch.no_grad():
             torch.nn.init.normal_(model.classifier.weight, std=model.config.initializer_range)
             torch.nn.init.zeros_(model.classifier.bias)
-        say(f"{source}: a new classifier for {len(label_map.names)} classes")
+        request.say(f"{source}: a new classifier for {len(label_map.names)} classes")
     return model
 
 
 @contextlib.contextmanager
 def _without_load_report() -> Iterator[None]:
-    """
-    Silence transformers' reports on missing keys, where a new classifier is intended and anything else is an error,
-    and on layers without tensor parallelism.
-    """
-    loggers = [logging.getLogger(f"transformers.{name}") for name in ("modeling_utils", "distributed.tensor_parallel")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    """Silence transformers on missing keys, which are intended or else an error, and on tensor parallelism."""
+    names = ("transformers.modeling_utils", "transformers.distributed.tensor_parallel")
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _from_image(request: _Request) -> Start:
     """Start from an image ViT, which fixes the width, the layers, the patches and the normalisation of pixels."""
-    source, arguments, say = request.source, request.arguments, request.say
+    source, say = request.source, request.say
     with _without_load_report():
         image = read_image_source(source)
     sizes = image.vit.config.image_size
     image_size = min(_LARGEST_DEFAULT_SIZE, *([sizes, sizes] if isinstance(sizes, int) else sizes))
     defaults = {"attention_type": "factorised_encoder", "image_size": image_size}
     settings = choose_settings({GIVEN: request.given, **request.recipes, DEFAULT: defaults})
-    fields = {**settings.of(*STRUCTURE, *SIZES), **request.label_map.config_fields()}
-    if arguments.drop_path_rate is not None:
-        fields["drop_path_rate"] = arguments.drop_path_rate
+    fields = request.config_fields(settings, *STRUCTURE, *SIZES)
     model = ViViTForVideoClassification(config_from_vit(image.vit.config, **fields))
-    report = _initialise(model, image.vit, arguments)
+    report = _initialise(model, image.vit, request.arguments)
     say(f"{source}: {report} parameters")
     for note in image.notes:
         say(f"{source}: {note}")
@@ -322,3 +313,49 @@ def _say_settings(start: Start, settings: Settings, has_processor: bool, say: Sa
     for origin in (GIVEN, *dict.fromkeys(one for one, _ in shown if one not in (GIVEN, DEFAULT)), DEFAULT):
         if texts := [text for one, text in shown if one == origin]:
             say(f"  {origin}: {', '.join(texts)}")
+
+
+# Training a part of the weights
+
+
+def _check_freezing(model: ViViTForVideoClassification, arguments: ModelArguments, has_random_tubelets: bool) -> None:
+    """Raise ValueError if `--freeze` or `--lora_rank` would freeze weights that have never been trained."""
+    if arguments.freeze == "none" and not arguments.lora_rank:
+        return
+    given = f"--freeze {arguments.freeze}" if arguments.freeze != "none" else f"--lora_rank {arguments.lora_rank}"
+    if arguments.model_name_or_path in ViViTConfig.presets:
+        raise ValueError(f"{given} would freeze the random weights of the preset: leave it out, or start from a model.")
+    if arguments.lora_rank:
+        return  # it trains untrained modules in full
+    if has_random_tubelets:
+        raise ValueError(f"{given} would freeze the random kernel of --tubelet_init random: leave one of them out.")
+    is_new = "temporal_encoder" in untrained_modules(model)
+    # While its output projections are zero, the encoder is an average over time.
+    is_random = is_new and model.vivit.temporal_encoder.layer[0].attention.o_proj.weight.any()
+    if arguments.freeze == "all_but_head" and is_random:
+        raise ValueError(
+            "--freeze all_but_head would freeze the temporal encoder, which is newly initialised. Use --freeze "
+            "spatial, or --num_temporal_layers 0 for the average over time."
+        )
+
+
+def add_lora(model: ViViTForVideoClassification, arguments: ModelArguments, has_random_tubelets: bool, say: Say) -> Any:
+    """Return a peft model that trains low-rank updates, and in full the classifier and modules that are still new."""
+    from peft import LoraConfig, get_peft_model
+
+    whole = untrained_modules(model)
+    if has_random_tubelets and "vivit.embeddings" not in whole:
+        whole.append("vivit.embeddings")
+    if whole:
+        say(f"LoRA: trained in full, because they ignore the order of frames so far: {', '.join(whole)}")
+    settings = LoraConfig(
+        r=arguments.lora_rank,
+        lora_alpha=arguments.lora_alpha,  # type: ignore[arg-type]  # floats work, too
+        target_modules=_LORA_TARGETS,
+        exclude_modules=rf".*\.({'|'.join(whole)})\..*" if whole else None,
+        modules_to_save=["classifier", *whole],
+    )
+    with without_renaming_warnings():
+        adapted = get_peft_model(model, settings)
+    adapted.peft_config["default"].base_model_name_or_path = arguments.model_name_or_path
+    return adapted

@@ -5,9 +5,8 @@ batch with the same batch in reverse order. Cutmix (Yun et al., 2019) pastes one
 frames of the batch. Random numbers depend only on the seed, the epoch and the examples in the batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,7 @@ _MIXING = 0x6D6978  # separates these random numbers from those of the augmentat
 
 
 def soft_labels(labels: torch.Tensor, sizes: Sequence[int], smoothing: float = 0.0) -> torch.Tensor:
-    """
-    Return class probabilities for class indices.
+    """Return class probabilities for class indices.
 
     Args:
         labels: int64 (batch,), or (batch, groups) for several groups; -100 is ignored.
@@ -31,13 +29,11 @@ def soft_labels(labels: torch.Tensor, sizes: Sequence[int], smoothing: float = 0
     Returns:
         float32 (batch, sum of sizes); each group of each row sums to 1, or to 0 if its label is ignored.
     """
-    labels = labels.reshape(len(labels), len(sizes))
-    counted = (labels != IGNORED).float()
-    labels = labels.clamp(min=0)
     parts = []
-    for group, size in enumerate(sizes):
-        one_hot = torch.nn.functional.one_hot(labels[:, group], size).float()
-        parts.append(((1 - smoothing) * one_hot + smoothing / size) * counted[:, group : group + 1])
+    for column, size in zip(labels.reshape(len(labels), len(sizes)).T, sizes, strict=True):
+        one_hot = torch.nn.functional.one_hot(column.clamp(min=0), size).float()
+        counted = (column != IGNORED).float()[:, None]
+        parts.append(((1 - smoothing) * one_hot + smoothing / size) * counted)
     return torch.cat(parts, dim=1)
 
 
@@ -62,10 +58,7 @@ def cutmix_box(height: int, width: int, weight: float, generator: np.random.Gene
 def cutmix(
     clips: torch.Tensor, labels: torch.Tensor, box: tuple[int, int, int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Paste the box from the reversed batch into all frames, and mix the labels by the area of the box.
-
-    `clips` (batch, frames, channels, height, width), `labels` (batch, classes).
-    """
+    """Paste the box from the reversed batch into all frames, and mix the labels, (batch, classes), by its area."""
     top, bottom, left, right = box
     mixed = clips.clone()
     mixed[..., top:bottom, left:right] = clips.flip(0)[..., top:bottom, left:right]
@@ -80,6 +73,7 @@ def _of_one_size(clips: Sequence[torch.Tensor], labels: torch.Tensor) -> list[to
     return [clip if is_counted else clip.new_zeros(size) for clip, is_counted in zip(clips, counts, strict=True)]
 
 
+@dataclass(eq=False)
 class ClipCollator:
     """Collate items of `VideoClips` into a batch, and mix it.
 
@@ -98,28 +92,22 @@ class ClipCollator:
     `LabelMap.encode` returns them.
     """
 
-    def __init__(
-        self,
-        label_map: LabelMap,
-        *,
-        label_smoothing: float = 0.0,
-        mixup_alpha: float = 0.0,
-        cutmix_alpha: float = 0.0,
-        class_weights: torch.Tensor | None = None,
-        seed: int = 0,
-    ):
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"`label_smoothing={label_smoothing!r}` must be at least 0 and below 1.")
-        for name, alpha in (("mixup_alpha", mixup_alpha), ("cutmix_alpha", cutmix_alpha)):
-            if alpha < 0:
+    label_map: LabelMap
+    _: KW_ONLY
+    label_smoothing: float = 0.0
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
+    class_weights: torch.Tensor | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"`label_smoothing={self.label_smoothing!r}` must be at least 0 and below 1.")
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            if (alpha := getattr(self, name)) < 0:
                 raise ValueError(f"`{name}={alpha!r}` must not be negative; 0 leaves it out.")
-        if label_map.has_several and class_weights is not None:
+        if self.label_map.has_several and self.class_weights is not None:
             raise ValueError("Class weights require one label per video: leave them out with several labels.")
-        self.label_map = label_map
-        self.label_smoothing = label_smoothing
-        self.mixup_alpha, self.cutmix_alpha = mixup_alpha, cutmix_alpha
-        self.class_weights = class_weights
-        self.seed = seed
 
     @property
     def is_soft(self) -> bool:

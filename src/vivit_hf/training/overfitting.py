@@ -1,7 +1,5 @@
 """Learning one batch by heart: the first test of a training that does not learn."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +11,10 @@ from ..data.labels import LabelMap
 
 @dataclass
 class OverfitReport:
-    """
-    The result of `overfit_one_batch`.
+    """The result of `overfit_one_batch`.
 
-    `accuracy` after `num_steps` steps (with several labels per video, over all labels); the first and the last loss;
-    and the names of trained parameters that had no gradient, or did not change.
+    `accuracy` is after `num_steps` steps, with several labels per video over all labels. `without_gradient` and
+    `unmoved` name the trained parameters that had no gradient, and those that did not change.
     """
 
     accuracy: float
@@ -37,14 +34,15 @@ class OverfitReport:
             f"One batch was {how}: accuracy {self.accuracy:.1%} after {self.num_steps} steps, "
             f"loss {self.first_loss:.4f} -> {self.last_loss:.4f}."
         ]
-        if not self.is_reached:
-            for reason, names in (("had no gradient", self.without_gradient), ("did not move", self.unmoved)):
-                shown = ", ".join(names[:8]) + ", ..." * (len(names) > 8)
-                lines.append(f"{len(names)} trained parameters {reason}{': ' + shown if names else ''}.")
-            lines.append(
-                "Look at the batch (save_batch_picture): clips that look alike but have different labels cannot be "
-                "told apart. Otherwise try another learning rate."
-            )
+        if self.is_reached:
+            return lines[0]
+        for reason, names in (("had no gradient", self.without_gradient), ("did not move", self.unmoved)):
+            shown = ", ".join(names[:8]) + ", ..." * (len(names) > 8)
+            lines.append(f"{len(names)} trained parameters {reason}{': ' + shown if names else ''}.")
+        lines.append(
+            "Look at the batch (save_batch_picture): clips that look alike but have different labels cannot be told "
+            "apart. Otherwise try another learning rate."
+        )
         return "\n".join(lines)
 
 
@@ -56,8 +54,7 @@ def overfit_one_batch(
     groups: Sequence[dict[str, Any]],
     num_steps: int = 200,
 ) -> OverfitReport:
-    """
-    Train on one batch until every label is right, without dropout or stochastic depth. Changes the model.
+    """Train on one batch until every label is right, without dropout or stochastic depth. Changes the model.
 
     Args:
         model: a `ViViTForVideoClassification`.
@@ -71,20 +68,20 @@ def overfit_one_batch(
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     optimizer = make_optimizer(groups)
-    accuracy, losses, has_gradient, steps = 0.0, [], set(), 0
-    for step in range(num_steps + 1):
+    losses: list[float] = []
+    has_gradient: set[str] = set()
+    for steps in range(num_steps + 1):
         with torch.enable_grad():
             outputs = model(**batch)
         losses.append(outputs.loss.item())
         accuracy = _accuracy(outputs.logits.detach(), batch["labels"], label_map)
-        if accuracy == 1.0 or step == num_steps:
+        if accuracy == 1.0 or steps == num_steps:
             break
         optimizer.zero_grad()
         outputs.loss.backward()
         has_gradient |= {name for name, one in trained.items() if one.grad is not None and bool(one.grad.any())}
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
-        steps += 1
     unmoved = [name for name, parameter in trained.items() if torch.equal(parameter, before[name])] if steps else []
     missing = [name for name in trained if name not in has_gradient] if steps else []
     return OverfitReport(accuracy, steps, losses[0], losses[-1], missing, unmoved)

@@ -1,7 +1,5 @@
 """Which parameters are trained, and with which learning rate and weight decay."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 
@@ -25,8 +23,7 @@ def part_of(name: str) -> str:
 
 
 def freeze(model: torch.nn.Module, what: str) -> list[str]:
-    """
-    Exclude parameters from training, and return their names.
+    """Exclude parameters from training, and return their names.
 
     Args:
         model: a `ViViTForVideoClassification`.
@@ -47,44 +44,32 @@ def freeze(model: torch.nn.Module, what: str) -> list[str]:
             "for time. Use 'all_but_head', or LoRA."
         )
     # Without temporal embeddings, a model tells time steps apart by the position embeddings of its tokens.
-    has_own_positions = any(".temporal_embeddings." in f".{name}" for name in parts)
-    frozen = []
+    keeps_positions = what == "spatial" and not any(".temporal_embeddings." in f".{name}" for name in parts)
     for name, parameter in model.named_parameters():
-        is_position = name.endswith("position_embeddings") and what == "spatial" and not has_own_positions
+        is_position = keeps_positions and name.endswith("position_embeddings")
         parameter.requires_grad_(parts[name] in trained or is_position)
-        if not parameter.requires_grad:
-            frozen.append(name)
-    return frozen
+    return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
 
 
 def untrained_modules(model: Any) -> list[str]:
-    """
-    Return the modules that ignore the order of frames since they were initialised from an image ViT.
+    """Return the modules that ignore the order of frames since they were initialised from an image ViT.
 
     These are the embeddings if their position embeddings are the same at every time step, and the temporal modules if
     their LayerNorms still have their initial values. A model cannot learn the order of frames if they are frozen, or
     trained by low-rank updates alone. The names are those that peft's `modules_to_save` takes.
-
-    Args:
-        model: a `ViViTForVideoClassification`.
     """
     embeddings, names = model.vivit.embeddings, []
     positions = embeddings.position_embeddings.detach()[:, embeddings.num_prefix_tokens :]
     positions = positions.unflatten(1, (embeddings.grid[0], -1))  # (1, time, space, hidden)
     if embeddings.grid[0] > 1 and torch.allclose(positions, positions[:, :1].expand_as(positions), atol=1e-6):
         names.append("vivit.embeddings")
-    norms = {
-        name: module
-        for name, module in model.named_modules()
-        if name.endswith((".temporal_layernorm", ".layernorm_time"))
-    }
-    if norms and all(bool((norm.weight == 1).all()) and not norm.bias.any() for norm in norms.values()):
-        is_second_encoder = any(name.endswith(".temporal_layernorm") for name in norms)
-        names += (
-            ["temporal_embeddings", "temporal_encoder", "temporal_layernorm"]
-            if is_second_encoder
-            else ["attention_time", "layernorm_time"]
-        )
+    for norm_name, others in (
+        ("temporal_layernorm", ["temporal_embeddings", "temporal_encoder"]),  # Model 2
+        ("layernorm_time", ["attention_time"]),  # Model 3
+    ):
+        norms = [module for name, module in model.named_modules() if name.endswith(f".{norm_name}")]
+        if norms and all(bool((norm.weight == 1).all()) and not norm.bias.any() for norm in norms):
+            names += [*others, norm_name]
     return names
 
 
@@ -101,22 +86,16 @@ def depths(model: torch.nn.Module) -> dict[str, int]:
             places[name] = (2, 0)  # between Model 2's encoders; at the end without a temporal encoder
         else:
             places[name] = (3, 0)
-    has_second = any(
-        place[0] == 2 and part_of(name) == "temporal" and ".layer." in name for name, place in places.items()
-    )
-    if not has_second:
+    if not any(place[0] == 2 and ".layer." in name for name, place in places.items()):  # no temporal encoder
         places = {name: (3, 0) if place[0] == 2 else place for name, place in places.items()}
-    order = sorted(set(places.values()), reverse=True)
-    if (3, 0) not in order:
-        order.insert(0, (3, 0))
+    order = sorted({*places.values(), (3, 0)}, reverse=True)
     return {name: order.index(place) for name, place in places.items()}
 
 
 def parameter_groups(
     model: torch.nn.Module, learning_rate: float, weight_decay: float, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
-    """
-    Return the parameter groups for an optimiser, without frozen parameters.
+    """Return the parameter groups for an optimiser, without frozen parameters.
 
     The learning rate is learning_rate * layer_decay ** depth (see `depths`). Biases, norms, class tokens and position
     embeddings have no weight decay.
@@ -130,15 +109,8 @@ def parameter_groups(
             continue
         decays = parameter.ndim > 1 and not name.endswith(("cls_token", "position_embeddings"))
         depth = depth_of[name] if layer_decay != 1 else 0
-        group = groups.setdefault(
-            (depth, decays),
-            {
-                "params": [],
-                "lr": learning_rate * layer_decay**depth,
-                "weight_decay": weight_decay if decays else 0.0,
-            },
-        )
-        group["params"].append(parameter)
+        rates = {"lr": learning_rate * layer_decay**depth, "weight_decay": weight_decay if decays else 0.0}
+        groups.setdefault((depth, decays), {"params": [], **rates})["params"].append(parameter)
     if not groups:
         raise ValueError("No parameter is left to train.")
     return [groups[key] for key in sorted(groups)]

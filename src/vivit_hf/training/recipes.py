@@ -5,8 +5,6 @@ clips apply to a model that starts from an image ViT; a ViViT keeps its own. Lea
 `REFERENCE_BATCH_SIZE` clips per step, and are scaled to the actual batch (linear rule, Goyal et al., 2017).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,32 +13,12 @@ from typing import Any
 REFERENCE_BATCH_SIZE = 64
 _WARMUP_EPOCHS = 2.5
 
-# Arguments of all official recipes; the views are those of the paper's tests.
-_OFFICIAL: dict[str, Any] = {
-    "optim": "sgd",
-    "optim_args": "momentum=0.9",
-    "weight_decay": 0.0,
-    "max_grad_norm": 1.0,
-    "lr_scheduler_type": "cosine",
-    "per_device_train_batch_size": 64,
-    "horizontal_flip": "auto",
-    "scale_jitter": "0.9,1.33",
-    "num_clips": 4,
-    "num_crops": 3,
-}
-# The short side of a frame is relative to the crop, so that it fits any --image_size.
-_OFFICIAL_MODEL: dict[str, Any] = {
-    "embedding_type": "tubelet",
-    "tubelet_init": "central_frame",
-    "num_frames": 32,
-    "frame_stride": 2,
-    "image_size": 224,
-    "resize_ratio": 256 / 224,
-}
-_KINETICS = {"num_train_epochs": 30, "colour_jitter": 0.8, "colour_drop": 0.1}
 _BASE = {"model_name_or_path": "google/vit-base-patch16-224-in21k"}
 _LARGE = {"model_name_or_path": "google/vit-large-patch16-224-in21k"}
+_KINETICS_B = {**_BASE, "num_train_epochs": 30, "colour_jitter": 0.8, "colour_drop": 0.1}
+_KINETICS_L = {**_KINETICS_B, **_LARGE}
 _FACTORISED = {"attention_type": "factorised_encoder", "num_temporal_layers": 4}
+_FACTORISED_24 = {**_FACTORISED, "num_temporal_layers": 24}
 
 
 @dataclass(frozen=True)
@@ -61,51 +39,48 @@ class Recipe:
         return float(self.arguments["learning_rate"]) * batch_size / REFERENCE_BATCH_SIZE
 
 
-def _official(
-    name: str, description: str, model: Mapping[str, Any], *parts: Mapping[str, Any], **arguments: Any
-) -> Recipe:
-    merged = dict(_OFFICIAL)
-    for part in (*parts, arguments):
-        merged.update(part)
-    merged["warmup_steps"] = _WARMUP_EPOCHS / merged["num_train_epochs"]  # below 1: a share of all steps
+# The short side of a frame is relative to the crop, so that it fits any --image_size.
+_OFFICIAL_MODEL: dict[str, Any] = {
+    "embedding_type": "tubelet",
+    "tubelet_init": "central_frame",
+    "num_frames": 32,
+    "frame_stride": 2,
+    "image_size": 224,
+    "resize_ratio": 256 / 224,
+}
+
+
+def _official(name: str, description: str, learning_rate: float, model: Mapping[str, Any], **arguments: Any) -> Recipe:
+    """Return an official recipe; the views are those of the paper's tests."""
+    merged = {
+        "optim": "sgd",
+        "optim_args": "momentum=0.9",
+        "learning_rate": learning_rate,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": _WARMUP_EPOCHS / arguments["num_train_epochs"],  # below 1: a share of all steps
+        "per_device_train_batch_size": 64,
+        "horizontal_flip": "auto",
+        "scale_jitter": "0.9,1.33",
+        "num_clips": 4,
+        "num_crops": 3,
+        **arguments,
+    }
     return Recipe(name, description, merged, {**_OFFICIAL_MODEL, **model})
 
 
 _ALL = (
-    _official(
-        "k400-b",
-        "Kinetics-400, B/16x2, Model 1",
-        {"attention_type": "spatio_temporal"},
-        *(_KINETICS, _BASE),
-        learning_rate=0.1,
-    ),
-    _official(
-        "k400-b-fe",
-        "Kinetics-400, B/16x2 factorised encoder",
-        _FACTORISED,
-        *(_KINETICS, _BASE),
-        learning_rate=0.05,
-    ),
-    _official(
-        "k400-l-fe",
-        "Kinetics-400, L/16x2 factorised encoder",
-        {**_FACTORISED, "num_temporal_layers": 24},
-        *(_KINETICS, _LARGE),
-        learning_rate=0.1,
-    ),
-    _official(
-        "k600-l-fe",
-        "Kinetics-600, L/16x2 factorised encoder",
-        {**_FACTORISED, "num_temporal_layers": 24},
-        *(_KINETICS, _LARGE),
-        learning_rate=0.05,
-    ),
+    _official("k400-b", "Kinetics-400, B/16x2, Model 1", 0.1, {"attention_type": "spatio_temporal"}, **_KINETICS_B),
+    _official("k400-b-fe", "Kinetics-400, B/16x2 factorised encoder", 0.05, _FACTORISED, **_KINETICS_B),
+    _official("k400-l-fe", "Kinetics-400, L/16x2 factorised encoder", 0.1, _FACTORISED_24, **_KINETICS_L),
+    _official("k600-l-fe", "Kinetics-600, L/16x2 factorised encoder", 0.05, _FACTORISED_24, **_KINETICS_L),
     _official(
         "ssv2-l-fe",
         "Something-Something v2, L/16x2 factorised encoder",
+        0.4,
         {**_FACTORISED, "frame_stride": 1, "image_size": 256, "resize_ratio": 288 / 256},
-        _LARGE,
-        learning_rate=0.4,
+        **_LARGE,
         num_train_epochs=35,
         drop_path_rate=0.3,
         label_smoothing_factor=0.3,
@@ -116,9 +91,9 @@ _ALL = (
     _official(
         "epic-l-fe",
         "EPIC-Kitchens-100, L/16x2 factorised encoder",
+        0.5,
         {**_FACTORISED, "frame_stride": 1},
-        _LARGE,
-        learning_rate=0.5,
+        **_LARGE,
         num_train_epochs=50,
         drop_path_rate=0.2,
         label_smoothing_factor=0.2,
@@ -150,6 +125,7 @@ _ALL = (
             "drop_path_rate": 0.2,
             "label_smoothing_factor": 0.1,
             "mixup_alpha": 0.3,
+            "early_stopping_patience": 10,
             "num_clips": 4,
             "num_crops": 3,
         },

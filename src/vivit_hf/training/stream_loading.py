@@ -1,7 +1,5 @@
 """Loading of streams: shared evenly among processes and workers, and resumed where they stopped."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,8 +12,7 @@ from .clips import StreamedClips, StreamedVideo
 
 
 class StreamBatches:
-    """
-    The batches of one process, as lists of unopened `StreamedVideo`.
+    """The batches of one process, as lists of unopened `StreamedVideo`.
 
     All processes read the same stream. A round takes `batch_size` videos for each process in turn, so that all of them
     get the same number of batches of the same size.
@@ -105,15 +102,9 @@ class StreamBatches:
 
 
 class StreamLoader(DataLoader):
-    """
-    A loader of a stream: the main process lists the videos, and the workers decode them.
+    """A loader of a stream: the main process lists the videos, and the workers decode them.
 
     Several workers can therefore decode a stream without shards, and the batches do not depend on their number.
-
-    Args:
-        clips: the stream.
-        batches: the videos of each batch.
-        settings: passed on to `DataLoader`.
     """
 
     def __init__(self, clips: StreamedClips, batches: StreamBatches, **settings: Any):
@@ -135,8 +126,7 @@ class _Items(Dataset):
 
 
 class StreamPosition(TrainerCallback, ExportableState):
-    """
-    The current pass over a stream and the step at which it began, saved in checkpoints.
+    """The current pass over a stream and the step at which it began, saved in checkpoints.
 
     `Trainer` derives both from the length of the data, and a stream has none.
     """
@@ -155,13 +145,10 @@ class StreamPosition(TrainerCallback, ExportableState):
 
     def restore(self, state: TrainerState) -> None:
         """Restore the position from the state of a checkpoint, or start at the beginning before the first step."""
-        saved = {"epoch": 0, "first_step": 0}
-        if state.global_step:
-            stored = state.stateful_callbacks.get(type(self).__name__)
-            if stored is None:
-                raise ValueError(
-                    "The checkpoint has no position in a stream: an older version wrote it, or its data were not "
-                    "streamed. Start again in another output folder."
-                )
-            saved = stored["attributes"]
-        self.epoch, self.first_step = saved["epoch"], saved["first_step"]
+        stored = state.stateful_callbacks.get(type(self).__name__) if state.global_step else StreamPosition().state()
+        if stored is None:
+            raise ValueError(
+                "The checkpoint has no position in a stream: an older version wrote it, or its data were not streamed. "
+                "Start again in another output folder."
+            )
+        self.epoch, self.first_step = stored["attributes"]["epoch"], stored["attributes"]["first_step"]

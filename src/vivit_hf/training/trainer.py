@@ -1,7 +1,5 @@
 """A `Trainer` for clips and views of videos."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, Trainer
+from transformers import EarlyStoppingCallback, EvalPrediction, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, IntervalStrategy
 from transformers.utils import logging
 
@@ -22,6 +20,7 @@ from .checkpoints import deferred_interrupt
 from .clips import ClipSampler, StreamedClips, VideoClips
 from .parameters import gradient_norms, parameter_groups
 from .stream_loading import StreamBatches, StreamLoader, StreamPosition
+from .weight_average import WeightAverage
 
 
 logger = logging.get_logger(__name__)
@@ -30,8 +29,7 @@ MAX_UNREADABLE = 100  # videos of a stream in a row, in one process
 
 
 class ClipTrainer(Trainer):
-    """
-    A `Trainer` for `VideoClips` and `StreamedClips`.
+    """A `Trainer` for `VideoClips` and `StreamedClips`.
 
     It adds to transformers' trainer:
 
@@ -42,6 +40,7 @@ class ClipTrainer(Trainer):
     - Unreadable files are collected (`all_damaged_files`).
     - The log has the gradient norm of each part of the model, before clipping.
     - A warning if the predictions collapse to one class.
+    - A moving average of the weights can be evaluated and saved in place of the weights.
     - Ctrl-C waits until a checkpoint is whole; if writing it fails, it is removed.
 
     Args:
@@ -49,6 +48,7 @@ class ClipTrainer(Trainer):
         layer_decay: factor of the learning rate per layer, counted from the output.
         is_balanced: draw training videos so that all classes come up equally often.
         averaging: how views are averaged, see `average_views`.
+        ema_decay: above 0, a moving average of the weights is evaluated and saved, see `WeightAverage`.
         arguments, settings: passed on to `Trainer`.
     """
 
@@ -59,6 +59,7 @@ class ClipTrainer(Trainer):
         layer_decay: float = 1.0,
         is_balanced: bool = False,
         averaging: str = "probabilities",
+        ema_decay: float = 0.0,
         **settings: Any,
     ):
         settings.setdefault("compute_metrics", self._metrics)
@@ -71,6 +72,9 @@ class ClipTrainer(Trainer):
         self._num_unreadable = 0
         if isinstance(self.train_dataset, StreamedClips):
             self.add_callback(StreamPosition())
+        self.weight_average = WeightAverage(self.model, ema_decay)
+        if ema_decay:
+            self.add_callback(self.weight_average)
 
     # Data
 
@@ -82,12 +86,9 @@ class ClipTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         if isinstance(self.train_dataset, StreamedClips):
-            return self._stream(
-                self.train_dataset,
-                self.args.train_batch_size,
-                rounds_per_step=self.args.gradient_accumulation_steps,
-                drop_last=self.args.dataloader_drop_last,
-            )
+            settings = {"rounds_per_step": self.args.gradient_accumulation_steps}
+            settings["drop_last"] = self.args.dataloader_drop_last
+            return self._stream(self.train_dataset, self.args.train_batch_size, **settings)
         loader = super().get_train_dataloader()
         # Starting workers draws from torch's generator, and a resumed run starts them at other times.
         loader.base_dataloader.generator = torch.Generator()
@@ -95,11 +96,10 @@ class ClipTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, StreamedClips):
-            return self._stream(dataset, self.args.eval_batch_size)
-        if isinstance(eval_dataset, VideoClips) and eval_dataset is not self.eval_dataset:
-            # Trainer caches the loader of persistent workers, and would return it for another data set.
-            return self.get_test_dataloader(eval_dataset)
+        # Trainer caches the loader of persistent workers, and would return it for another data set.
+        is_another = isinstance(dataset, VideoClips) and dataset is not self.eval_dataset
+        if is_another or isinstance(dataset, StreamedClips):
+            return self.get_test_dataloader(dataset)
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
@@ -122,12 +122,16 @@ class ClipTrainer(Trainer):
 
     def _init_training_state(self, *arguments: Any, **settings: Any) -> tuple[int, int]:
         epochs, batches = super()._init_training_state(*arguments, **settings)
-        for position in self.callback_handler.callbacks:
-            if isinstance(position, StreamPosition):
-                position.restore(self.state)
-                self.train_dataset.set_epoch(position.epoch)
-                steps = self.state.global_step - position.first_step
-                epochs, batches = position.epoch, steps * self.args.gradient_accumulation_steps
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, StreamPosition):
+                callback.restore(self.state)
+                self.train_dataset.set_epoch(callback.epoch)
+                steps = self.state.global_step - callback.first_step
+                epochs, batches = callback.epoch, steps * self.args.gradient_accumulation_steps
+            elif isinstance(callback, EarlyStoppingCallback):
+                stored = self.state.stateful_callbacks.get(type(callback).__name__) if self.state.global_step else None
+                counter = stored["attributes"]["early_stopping_patience_counter"] if stored else 0
+                callback.early_stopping_patience_counter = counter
         return epochs, 0 if self.args.ignore_data_skip else batches
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -172,8 +176,8 @@ class ClipTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **settings: Any) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **settings)
         if model.training and not self.label_map.has_several and not self.label_map.is_grouped:
-            labels = inputs["labels"]
-            targets = labels.argmax(dim=1) if labels.ndim == 2 else labels
+            targets = inputs["labels"]
+            targets = targets.argmax(dim=1) if targets.ndim == 2 else targets
             logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
             counted = targets != IGNORED
             self._seen.append((logits.detach().argmax(dim=1)[counted], targets[counted]))
@@ -227,6 +231,24 @@ class ClipTrainer(Trainer):
                 shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint would take up space for nothing
             raise
 
+    def save_model(self, *arguments: Any, **settings: Any) -> None:
+        with self.weight_average.applied():
+            super().save_model(*arguments, **settings)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.weight_average.average and self.args.should_save:
+            self.weight_average.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.weight_average.decay:
+            self.weight_average.load(checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.weight_average.forget()  # the checkpoint has the average of its step
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save and hasattr(self.model, "peft_config"):
@@ -245,7 +267,7 @@ class ClipTrainer(Trainer):
 
     def evaluation_loop(self, dataloader: DataLoader, *arguments: Any, **settings: Any) -> EvalLoopOutput:
         # Evaluation must not change the random numbers of training: a resumed run may skip it.
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), self.weight_average.applied():
             if not isinstance(dataloader, StreamLoader):
                 return super().evaluation_loop(dataloader, *arguments, **settings)
             # `gather_for_metrics` would cut the last batch to the size that the training loader remembers.
