@@ -3,7 +3,6 @@
 import difflib
 import math
 from dataclasses import fields
-from types import NoneType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -12,19 +11,22 @@ from transformers.activations import ACT2FN
 
 from .frame_sampling import sample_frames_uniformly
 from .limits_vivit import (
-    LIMITS,
     MOST_PARAMETERS,
+    check_choice,
     check_clip,
+    check_count,
+    check_image_size,
+    check_label_groups,
     check_labels,
     check_limit,
-    checked,
-    count,
-    one_of,
-    probability,
-    scale,
+    check_probability,
+    check_scale,
+    check_tubelet_size,
+    check_value,
+    setting,
     with_value_errors,
 )
-from .model_files import named_json_errors
+from .model_files import AutoClassMixin, named_json_errors
 
 
 ATTENTION_TYPES = (
@@ -93,34 +95,6 @@ _PRESETS["vivit-tiny"] = {
 }
 
 
-class AutoClassMixin:
-    """
-    Keep `_auto_class`, which `register_for_auto_class` sets, from being inherited.
-
-    Saving an object whose class has one copies that class's source file. In transformers subclasses inherit it, so a
-    subclass in a training script would publish the script, and the subclass that FSDP makes, a file of PyTorch.
-    """
-
-    _auto_class: str | None
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls._auto_class = vars(cls).get("_auto_class")
-
-
-_image_size = checked(
-    lambda size: size >= 1 if isinstance(size, int) else len(size) == 2 and min(size) >= 1,
-    "one number of at least 1, or two: (height, width)",
-)
-_tubelet_size = checked(
-    lambda size: len(size) == 3 and min(size) >= 1, "three numbers of at least 1: (time, height, width)"
-)
-_label_groups = checked(
-    lambda groups: len(groups) >= 2 and min(groups.values()) >= 1,
-    "the names of at least two groups of labels and their sizes, for example {'noun': 300, 'verb': 97}, or left out",
-)
-
-
 @with_value_errors
 @strict
 class ViViTConfig(AutoClassMixin, PretrainedConfig):
@@ -185,32 +159,34 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
         num_sampled_frames: Any
         pooling: Any
 
-    image_size: int | list[int] | tuple[int, ...] = _image_size(default=224)
-    num_frames: int = count(default=32)
-    num_channels: int = count(default=3)
-    attention_type: str = one_of(ATTENTION_TYPES, _ALIASES["attention_type"])(default="spatio_temporal")
-    attention_order: str = one_of(ATTENTION_ORDERS)(default="space_time")
-    embedding_type: str = one_of(EMBEDDING_TYPES, _ALIASES["embedding_type"])(default="tubelet")
-    tubelet_size: list[int] | tuple[int, ...] | None = _tubelet_size(default=None)  # type: ignore[no-redef]
-    num_sampled_frames: int | None = count(default=None)  # type: ignore[no-redef]
-    hidden_size: int = count(default=768)
-    num_hidden_layers: int = count(default=12)
-    num_attention_heads: int = count(default=12)
-    intermediate_size: int = count(default=3072)
-    num_temporal_layers: int = checked(lambda value: value >= 0, "a whole number of at least 0")(default=4)
-    temporal_num_attention_heads: int | None = count(default=None)
-    temporal_intermediate_size: int | None = count(default=None)
-    pooling: str | None = one_of(POOLINGS, _ALIASES["pooling"])(default=None)  # type: ignore[no-redef]
-    representation_size: int | None = count(default=None)
-    hidden_act: str = one_of(tuple(ACT2FN), _ALIASES["hidden_act"])(default="gelu_pytorch_tanh")
-    hidden_dropout_prob: float | int = probability(default=0.0)
-    attention_probs_dropout_prob: float | int = probability(default=0.0)
-    drop_path_rate: float | int = probability(default=0.0)
-    layer_norm_eps: float | int = scale(default=1e-6)
+    image_size: int | list[int] | tuple[int, ...] = setting(224, check_image_size)
+    num_frames: int = setting(32, check_count)
+    num_channels: int = setting(3, check_count)
+    attention_type: str = setting(
+        "spatio_temporal", check_choice, choices=ATTENTION_TYPES, aliases=_ALIASES["attention_type"]
+    )
+    attention_order: str = setting("space_time", check_choice, choices=ATTENTION_ORDERS)
+    embedding_type: str = setting("tubelet", check_choice, choices=EMBEDDING_TYPES, aliases=_ALIASES["embedding_type"])
+    tubelet_size: list[int] | tuple[int, ...] | None = setting(None, check_tubelet_size)  # type: ignore[no-redef]
+    num_sampled_frames: int | None = setting(None, check_count)  # type: ignore[no-redef]
+    hidden_size: int = setting(768, check_count)
+    num_hidden_layers: int = setting(12, check_count)
+    num_attention_heads: int = setting(12, check_count)
+    intermediate_size: int = setting(3072, check_count)
+    num_temporal_layers: int = setting(4, check_count, least=0)
+    temporal_num_attention_heads: int | None = setting(None, check_count)
+    temporal_intermediate_size: int | None = setting(None, check_count)
+    pooling: str | None = setting(None, check_choice, choices=POOLINGS, aliases=_ALIASES["pooling"])  # type: ignore[no-redef]
+    representation_size: int | None = setting(None, check_count)
+    hidden_act: str = setting("gelu_pytorch_tanh", check_choice, choices=ACT2FN, aliases=_ALIASES["hidden_act"])
+    hidden_dropout_prob: float | int = setting(0.0, check_probability)
+    attention_probs_dropout_prob: float | int = setting(0.0, check_probability)
+    drop_path_rate: float | int = setting(0.0, check_probability)
+    layer_norm_eps: float | int = setting(1e-6, check_scale)
     qkv_bias: bool = True
-    initializer_range: float | int = scale(default=0.02)
-    label_groups: dict[str, int] | None = _label_groups(default=None)
-    problem_type: str | None = one_of(PROBLEM_TYPES)(default=None)
+    initializer_range: float | int = setting(0.02, check_scale)
+    label_groups: dict[str, int] | None = setting(None, check_label_groups)
+    problem_type: str | None = setting(None, check_choice, choices=PROBLEM_TYPES)
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._fill_in_defaults()
@@ -231,15 +207,11 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
         super().__post_init__(**kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; aliases become the paper's words, pairs the lists that a JSON file gives."""
-        if name == "num_labels" and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise ValueError(f"`num_labels={value!r}` must be a whole number of at least 0.")
-        if name in LIMITS and isinstance(value, int):
-            check_limit(name, value)
-        if isinstance(value, str):
-            value = _ALIASES.get(name, {}).get(value, value)
-        elif name in ("image_size", "tubelet_size") and isinstance(value, tuple):
-            value = list(value)
+        """Check and set an attribute; aliases become the paper's words, tuples the lists that a JSON file gives."""
+        if name == "num_labels":
+            check_count(name, value, least=0)
+        elif name in self.__dataclass_fields__ and (check := self.__dataclass_fields__[name].metadata.get("check")):
+            value = check(name, value)
         super().__setattr__(name, value)
 
     def _fill_in_defaults(self) -> None:
@@ -306,7 +278,6 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
         """Part of `@strict`: allow `output_attentions`, which our layers support with every implementation."""
 
     def _check_sizes(self) -> None:
-        check_limit("image_size", max(self.frame_size))
         check_clip("`num_frames` and `image_size`", self.num_frames, *self.frame_size, self.num_channels)
         if self.embedding_type == "uniform_frame_sampling":
             if self.tubelet_size[0] != 1:
@@ -351,7 +322,6 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
     def _check_label_groups(self) -> None:
         if self.label_groups is None:
             return
-        check_limit("label_groups", len(self.label_groups))
         total = sum(self.label_groups.values())
         if self.num_labels != total:
             raise ValueError(
@@ -426,16 +396,16 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
             if callable(getattr(cls, name, None)):
                 raise ValueError(f"`{name}` in {source} is the name of a method, not a field.")
         for name in ("dtype", "torch_dtype"):
-            if config_dict.get(name) is not None and str(config_dict[name]).removeprefix("torch.") not in DTYPES:
-                raise ValueError(f"`{name}={config_dict[name]!r}` is not known. Expected one of {', '.join(DTYPES)}.")
+            if config_dict.get(name) is not None:
+                check_choice(name, str(config_dict[name]).removeprefix("torch."), DTYPES)
         for name in ("id2label", "label2id"):
             if isinstance(config_dict.get(name), (dict, list)):
                 check_limit("num_labels", len(config_dict[name]))
-        quantization = config_dict.get("quantization_config")
-        if isinstance(quantization, (str, int, float, list)):
-            raise ValueError(f"`quantization_config` must be a JSON object, got {type(quantization).__name__}.")
-        if not isinstance(config_dict.get("transformers_weights"), (str, NoneType)):
-            raise ValueError(f"`transformers_weights={config_dict['transformers_weights']!r}` must name a file.")
+        for name, kinds, expected in (
+            ("quantization_config", (str, int, float, list), "a JSON object"),
+            ("transformers_weights", (int, float, list, dict), "the name of a file"),
+        ):
+            check_value(name, config_dict.get(name), not isinstance(config_dict.get(name), kinds), expected)
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type == "vivit":
             known = {name: config_dict[name] for name in _TRANSFORMERS_VIVIT_FIELDS if name in config_dict}
@@ -453,13 +423,15 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in transformers, but validate overrides together with the other fields instead of setting them later."""
         config_dict = dict(cls.translate(config_dict))
-        own = {*ViViTConfig.__annotations__, "id2label", "label2id", "num_labels"}
-        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in CONFIG_FIELDS}
         _settle_labels(config_dict, overrides)
         try:
             return super().from_dict({**config_dict, **overrides}, **kwargs)
         except (AttributeError, KeyError, TypeError) as error:  # from what transformers does with fields we do not have
             raise ValueError(f"The configuration has a value that cannot be set: {error}.") from error
+
+
+CONFIG_FIELDS = frozenset({*ViViTConfig.__annotations__, "id2label", "label2id", "num_labels"})
 
 
 def _settle_labels(config_dict: dict[str, Any], overrides: dict[str, Any]) -> None:
@@ -470,6 +442,5 @@ def _settle_labels(config_dict: dict[str, Any], overrides: dict[str, Any]) -> No
     groups = overrides.get("label_groups")
     new_groups = groups is not None and groups != config_dict.get("label_groups")
     if new_maps or new_count or new_groups:
-        config_dict.pop("id2label", None)
-        config_dict.pop("label2id", None)
-        config_dict.pop("label_groups", None)
+        for name in ("id2label", "label2id", "label_groups"):
+            config_dict.pop(name, None)

@@ -1,7 +1,5 @@
 """From decoded frames to RGB arrays: colours, size, rotation and crop."""
 
-from __future__ import annotations
-
 import contextlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator

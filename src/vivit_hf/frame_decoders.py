@@ -7,17 +7,15 @@ SequentialDecoder   If timestamps are missing or repeated, packets and frames ar
                     rejects, gives the frames. Reading decodes from the beginning and counts.
 """
 
-from __future__ import annotations
-
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from .frame_index import PacketIndex, index_outputs, num_frames_on_the_way
-from .video_container import VideoContainer
+from .video_container import SentPacket, VideoContainer
 from .video_sources import DecodingReport, VideoDecodingError
 
 
@@ -29,10 +27,153 @@ except ImportError:
 
 logger = logging.getLogger(__name__)
 
+# Codecs whose every packet gives one frame and whose keyframes stand on their own: not APNG, where every packet is
+# called a keyframe and depends on the one before, nor QuickTime Animation, where a damaged keyframe shows older pixels.
+# Files of any other codec are indexed by decoding them.
+# fmt: off
+_ONE_FRAME_PER_PACKET = {
+    "av1", "dnxhd", "ffv1", "gif", "h264", "hevc", "mjpeg", "mpeg1video", "mpeg2video", "mpeg4", "prores", "rawvideo",
+    "vp8", "vp9",
+}
+# fmt: on
 # Containers that store the timestamps by which frames are recognised when the decoder leaves out others between them.
 _TIMED_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts")
 # Decoding a few more frames is cheaper than a seek.
 _SEEK_GAP = 8
+
+
+# Which frames there are
+
+
+@dataclass
+class PacketIndex:
+    """The frames of a file by its packets, without decoding."""
+
+    pts: np.ndarray  # (frames,), sorted: frame i is shown at pts[i]
+    frame_of_pts: dict[int, int]
+    position_of_pts: dict[int, int]  # pts -> place of the packet in the file
+    keyframes: np.ndarray  # (keyframes,), sorted: frames at which decoding can start
+    keyframe_dts: dict[int, int | None]
+
+    def keyframe_before(self, frames: Any) -> Any:
+        """Return the keyframe at or before each frame, from which decoding has to start."""
+        return self.keyframes[np.searchsorted(self.keyframes, frames, side="right") - 1]
+
+    def num_frames_on_the_way(self, wanted: np.ndarray) -> int:
+        """Return how many frames to decode for `wanted` (sorted, unique): each from its keyframe or the one before."""
+        first = np.maximum(self.keyframe_before(wanted), np.concatenate([[0], wanted[:-1] + 1]))
+        return int((wanted - first + 1).sum())
+
+
+@dataclass
+class OutputIndex:
+    """The frames of a file by what came out of the decoder when it read the whole file."""
+
+    pts: np.ndarray | None  # (frames,), None if timestamps are missing or unusable
+    frame_of_output: np.ndarray  # (outputs,), sorted: the k-th frame out of the decoder is frame frame_of_output[k]
+    is_damaged: np.ndarray  # (outputs,), bool
+
+    @property
+    def num_frames(self) -> int:
+        return int(self.frame_of_output[-1]) + 1
+
+
+def tainted_timestamps(sent: Iterable[SentPacket], corrupt: set[int | None]) -> set[int | None]:
+    """Return the timestamps of the frames in which damage may show.
+
+    Damage spreads from a rejected packet, or one whose frame is in `corrupt`, to all packets before the next keyframe,
+    and to those after that keyframe which are shown before it: they may be predicted from both sides.
+    """
+    tainted: set[int | None] = set()
+    is_broken = was_broken = False
+    keyframe_pts: int | None = None
+    for packet in sent:
+        if packet.is_keyframe:
+            is_broken, was_broken, keyframe_pts = False, is_broken, packet.pts
+        is_broken = is_broken or packet.is_rejected or packet.pts in corrupt
+        is_leading = packet.pts is not None and keyframe_pts is not None and packet.pts < keyframe_pts
+        if is_broken or (was_broken and is_leading):
+            tainted.add(packet.pts)
+    return tainted
+
+
+def _is_hidden(packet: Any, codec: str) -> bool:
+    """Return whether a VP8 or VP9 packet only updates a reference and is never shown (show_frame in its header)."""
+    data = memoryview(packet)
+    if codec == "vp8":
+        return not data[0] & 0x10
+    is_superframe = data[-1] & 0xE0 == 0xC0
+    is_profile_3 = data[0] & 0x30 == 0x30  # one more bit comes before the two that matter
+    shows_existing, shown = (0x04, 0x01) if is_profile_3 else (0x08, 0x02)
+    return not is_superframe and not data[0] & (shows_existing | shown)
+
+
+def index_packets(packets: Iterable[Any], codec: str, container: str) -> tuple[np.ndarray | None, PacketIndex | None]:
+    """Index the packets of a video stream, given from its beginning.
+
+    Returns the sorted timestamps, int64 (frames,), or None if they are missing or repeated; and the index, or None if
+    the packets do not tell which frames there are.
+    """
+    pts, positions, keyframes, keyframe_dts = [], [], [], {}
+    trusted = codec in _ONE_FRAME_PER_PACKET
+    is_hidden = False
+    for position, packet in enumerate(packets):
+        is_hidden = codec in ("vp8", "vp9") and _is_hidden(packet, codec)
+        # Reading does not come to a hidden packet before the first frame, or after the last. Good files have none.
+        trusted = trusted and not (is_hidden and position == 0)
+        if packet.is_discard or is_hidden:
+            continue
+        trusted = trusted and not packet.is_corrupt
+        pts.append(packet.pts)
+        positions.append(position)
+        if packet.is_keyframe:
+            keyframes.append(packet.pts)
+            keyframe_dts[packet.pts] = packet.dts
+    if None in pts or not len(set(pts)) == len(pts) > 0:
+        return None, None
+    sorted_pts = np.sort(np.array(pts, dtype=np.int64))
+    # AVI stores no timestamps. With B-frames they are guessed by counting, and guessed wrong where a packet is missing.
+    trusted = trusted and not is_hidden and (container != "avi" or pts == sorted_pts.tolist())
+    # Frames that are shown before the first keyframe cannot be decoded, or only in part.
+    if not trusted or not keyframes[:1] == pts[:1] == [sorted_pts[0]]:
+        return sorted_pts, None
+    frame_of_pts = {value: frame for frame, value in enumerate(sorted_pts.tolist())}
+    index = PacketIndex(
+        pts=sorted_pts,
+        frame_of_pts=frame_of_pts,
+        position_of_pts=dict(zip(pts, positions, strict=True)),
+        keyframes=np.sort(np.array([frame_of_pts[value] for value in keyframes])),
+        keyframe_dts=keyframe_dts,
+    )
+    return sorted_pts, index
+
+
+def index_outputs(
+    pts: list[int | None], corrupt: set[int | None], sent: list[SentPacket], scanned: np.ndarray | None
+) -> OutputIndex:
+    """Index the frames that came out of the decoder, at least one.
+
+    Args:
+        pts: the timestamp of each frame, in the decoder's order.
+        corrupt: the timestamps of the frames that the decoder marked as corrupt.
+        sent: the packets that the decoder was given.
+        scanned: the sorted timestamps of the packets, int64 (frames,), if they are known and unique.
+    """
+    tainted = tainted_timestamps(sent, corrupt)
+    is_damaged = np.array([value in tainted for value in pts])
+    output_pts = np.array([-1 if value is None else value for value in pts], dtype=np.int64)
+    frames = np.arange(len(pts))
+    if scanned is None or np.any(np.diff(output_pts) <= 0) or not np.isin(output_pts, scanned).all():
+        return OutputIndex(None, frames, is_damaged)
+    if any(packet.is_rejected for packet in sent):
+        # A frame lost to damage keeps its place, unless a plain decode would begin after it.
+        frames = np.searchsorted(scanned, output_pts)
+        output_pts = scanned[frames[0] : frames[-1] + 1]
+        frames = frames - frames[0]
+    return OutputIndex(output_pts, frames, is_damaged)
+
+
+# Decoders
 
 
 class IndexMismatchError(Exception):
@@ -43,7 +184,7 @@ def _timestamps(container: VideoContainer, pts: np.ndarray | None, num_frames: i
     """Return the times of the frames in seconds, from 0, float64 (num_frames,); without `pts` by the frame rate."""
     ticks = np.zeros(1) if pts is None else pts.astype(np.float64)  # differences of absurd integers would overflow
     timestamps = (ticks - ticks[0]) * float(container.stream.time_base or 0)
-    # No video waits longer than that for a frame.
+    # No video waits longer than that for its next frame.
     if pts is None or np.any(np.diff(timestamps) > container.limits.max_duration):
         rate = container.stream.average_rate or container.stream.guessed_rate or 25
         timestamps = np.arange(num_frames) / float(rate)
@@ -64,8 +205,8 @@ class SeekingDecoder:
         """
         Forget the present position.
 
-        Its iterator refers to this object. A decoder in such a cycle would be freed by chance, perhaps in a forked
-        process, where FFmpeg waits forever for threads that exist only in the parent.
+        Its iterator refers to this object. The garbage collector would free a decoder in such a cycle at any time,
+        perhaps in a forked process, where FFmpeg waits forever for threads that exist only in the parent.
         """
         self._outputs: Iterator[Any] = iter(())
         self._position = -1  # of the last packet sent, -1 before the first seek
@@ -80,8 +221,8 @@ class SeekingDecoder:
         """
         Decode the first frame and return whether it is the promised one.
 
-        Packets do not tell whether they can be decoded: they may be encrypted, or no picture at all. A call of
-        `frames` goes on from here, so that files are not decoded twice.
+        Packets do not tell whether they can be decoded: they may be encrypted, or may not hold a picture. `frames`
+        continues from here, so no frame is decoded twice.
         """
         self.reset()
         self._container.check_pixels(1)
@@ -101,7 +242,7 @@ class SeekingDecoder:
         Raises IndexMismatchError as soon as the decoder departs from the index.
         """
         index = self._index
-        self._container.check_pixels(num_frames_on_the_way(index, wanted))
+        self._container.check_pixels(index.num_frames_on_the_way(wanted))
         if self._begun_in != self._container.num_openings or self._is_far(index.keyframe_before(wanted[0])):
             self.reset()
         self._begun_in = None
@@ -109,7 +250,7 @@ class SeekingDecoder:
         self._wanted_pts = set(index.pts[wanted].tolist()) if self._can_skip else None
         try:
             for target in wanted.tolist():
-                keyframe = index.keyframe_before(target)
+                keyframe = int(index.keyframe_before(target))
                 if self._is_far(keyframe):
                     self._drain()
                     self._seek(keyframe)
@@ -133,7 +274,7 @@ class SeekingDecoder:
         while self._expected <= target:
             frame = next(self._outputs, None)
             found = -1 if frame is None else self._index.frame_of_pts.get(frame.pts, -1)
-            # After a keyframe in the stream there may come pictures to be shown before it.
+            # Pictures that are shown before a keyframe may come after it in the stream.
             if 0 <= found < self._first:
                 continue
             is_next = found == self._expected or (self._can_skip and self._expected < found <= target)
@@ -142,7 +283,7 @@ class SeekingDecoder:
             self._frame, self._expected = frame, found + 1
 
     def _drain(self) -> None:
-        """Take the frames that the decoder still holds: damage in one shown later may show in those before it."""
+        """Take the frames that the decoder still holds: damage in a later frame may show in the ones before it."""
         if self._position < 0:
             return
         self._is_draining = True
@@ -164,7 +305,7 @@ class SeekingDecoder:
                 return
 
     def _landed_on(self, keyframe: int) -> Iterator[Any]:
-        """The packets from that of `keyframe` on. A seek may land before it, and in some containers behind it."""
+        """Return the packets from that of `keyframe` on. A seek may land before it, and in some containers after it."""
         index, container = self._index, self._container
         pts = int(index.pts[keyframe])
         start = index.position_of_pts[pts]
@@ -229,8 +370,8 @@ class SequentialDecoder:
 
     def frames(self, wanted: np.ndarray, on_lost: str) -> Iterator[Any]:
         """
-        Yield the frames `wanted` (sorted, unique), for those that are lost the one before if `on_lost` is
-        "repeat_last". Adds to the report. Raises VideoDecodingError for a lost frame otherwise.
+        Yield the frames `wanted` (sorted, unique), and add to the report. In place of a lost frame, yield the frame
+        before it if `on_lost` is "repeat_last"; otherwise raise VideoDecodingError.
         """
         index, container = self._index, self._container
         outputs = np.maximum(np.searchsorted(index.frame_of_output, wanted, side="right") - 1, 0)

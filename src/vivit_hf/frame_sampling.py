@@ -29,8 +29,6 @@ Frame indices are numpy int64 and count from 0 in presentation order; sizes are 
 in seconds. Sampling follows google-research/scenic (projects/vivit) and DMVR, the library that reads its videos.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from .limits_vivit import check_choice, check_positive_integer, check_positive_number

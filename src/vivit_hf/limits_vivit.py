@@ -1,5 +1,5 @@
 """
-Which values configuration and processor accept, and the largest sizes.
+The values that the configuration and the processor accept, and the largest sizes.
 
 A `config.json` or `preprocessor_config.json` may come from a stranger, so sizes are compared with these limits before
 memory or time is spent on them. They are far above those of any model in the literature.
@@ -7,12 +7,13 @@ memory or time is spent on them. They are far above those of any model in the li
 
 import difflib
 import functools
+import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import field
 from typing import Any, TypeVar
 
 import numpy as np
-from huggingface_hub.dataclasses import as_validated_field
 from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDataclassFieldValidationError
 
 
@@ -53,35 +54,64 @@ LARGEST_SCALE = 1e6
 LARGEST_FLOAT = sys.float_info.max
 
 
+def check_value(name: str, value: Any, is_good: bool, expected: str) -> None:
+    """Raise ValueError unless the value is good."""
+    if not is_good:
+        raise ValueError(f"`{name}={value!r}` must be {expected}.")
+
+
+def is_number(value: Any, *kinds: type) -> bool:
+    """Return whether `value` is a number, or of one of these kinds, and not a bool."""
+    return isinstance(value, kinds or (int, float, np.number)) and not isinstance(value, bool)
+
+
 def check_positive_integer(name: str, value: Any, least: int = 1) -> int:
     """Return `value` as an int; raise ValueError unless it is an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+    is_good = is_number(value, int, np.integer) and value >= least
+    check_value(name, value, is_good, f"a whole number of at least {least}")
+    return int(value)
+
+
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """Return `value` as an int; raise ValueError unless it is an integer from `least` to `LIMITS[name]`."""
+    check_limit(name, check_positive_integer(name, value, least))
     return int(value)
 
 
 def check_positive_number(name: str, value: Any, least: float = 0.0, most: float = LARGEST_FLOAT) -> float:
     """Return `value` as a float; raise ValueError unless it is a finite number above 0, from `least` to `most`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 < value <= most:
-        upper = "" if most == LARGEST_FLOAT else f" of at most {most:g}"
-        raise ValueError(f"`{name}` must be a positive number{upper}, got {value!r}.")
-    if value < least:
-        raise ValueError(f"`{name}` must be at least {least:g}, got {value!r}.")
+    is_good = is_number(value) and 0 < value <= most and value >= least
+    lower = f"of at least {least:g}" if least else "above 0"
+    check_value(name, value, is_good, f"a number {lower}" + (f" and at most {most:g}" if most < LARGEST_FLOAT else ""))
+    return float(value)
+
+
+check_scale = functools.partial(check_positive_number, most=LARGEST_SCALE)
+
+
+def check_probability(name: str, value: Any) -> float:
+    """Return `value` as a float; raise ValueError unless it is at least 0 and below 1."""
+    is_good = is_number(value) and 0 <= value < 1
+    check_value(name, value, is_good, "a probability of at least 0 and below 1")
     return float(value)
 
 
 def check_bool(name: str, value: Any) -> bool:
     """Return `value` as a bool; raise ValueError unless it is True or False."""
-    if not isinstance(value, (bool, np.bool_)):
-        raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+    check_value(name, value, isinstance(value, (bool, np.bool_)), "True or False")
     return bool(value)
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
-    """Return `value`; raise ValueError unless it is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-    return value
+def check_choice(name: str, value: Any, choices: Iterable[str], aliases: Mapping[str, str] | None = None) -> str:
+    """Return `value`, or what it is an alias of; raise ValueError unless that is one of `choices`."""
+    choices, aliases = tuple(choices), aliases or {}
+    known = [*choices, *aliases]
+    if value not in known:
+        nearest = difflib.get_close_matches(str(value), known, n=1)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        expected = f" Expected one of {', '.join(map(repr, choices))}." if len(choices) < 10 else ""
+        raise ValueError(f"`{name}={value!r}` is not known.{hint}{expected}")
+    return aliases.get(value, value)
 
 
 def check_limit(name: str, value: int, limit: int | None = None) -> None:
@@ -125,42 +155,48 @@ def check_labels(id2label: Any) -> dict[int, str]:
     return labels
 
 
-# Fields of a `@strict` configuration, which checks their types first
+def check_image_size(name: str, value: Any) -> Any:
+    """Return one side, or [height, width]; raise ValueError unless each side is from 1 to the limit."""
+    sides = [value, value] if isinstance(value, int) else [*value]
+    is_good = len(sides) == 2 and min(sides) >= 1
+    check_value(name, value, is_good, "one number of at least 1, or two: (height, width)")
+    check_limit(name, max(sides))
+    return value if isinstance(value, int) else sides
 
 
-def checked(is_good: Callable[[Any], bool], expected: str) -> Callable[..., Any]:
-    """Return a maker of fields, `maker(default=...)`, for values that are good, or None where the type allows it."""
-
-    @as_validated_field
-    def maker(value: Any) -> None:
-        if value is not None and not is_good(value):
-            raise ValueError(f"must be {expected}.")
-
-    return maker
+def check_tubelet_size(name: str, value: Any) -> list[int]:
+    """Return [time, height, width]; raise ValueError unless these are three numbers of at least 1."""
+    is_good = len(value) == 3 and min(value) >= 1
+    check_value(name, value, is_good, "three numbers of at least 1: (time, height, width)")
+    return [*value]
 
 
-count = checked(lambda value: value >= 1, "a whole number of at least 1")
-probability = checked(lambda value: 0 <= value < 1, "a probability of at least 0 and below 1")
-scale = checked(lambda value: 0 < value <= LARGEST_SCALE, f"a number above 0 and at most {LARGEST_SCALE:g}")
+def check_label_groups(name: str, value: Any) -> dict[str, int]:
+    """Return `value`; raise ValueError unless these are the sizes of at least two groups of labels."""
+    is_good = len(value) >= 2 and min(value.values()) >= 1
+    check_value(name, value, is_good, "the sizes of at least two groups by name, such as {'noun': 300, 'verb': 97}")
+    check_limit(name, len(value))
+    return value
 
 
-def one_of(choices: tuple[str, ...], aliases: Iterable[str] = ()) -> Callable[..., Any]:
-    """Return a maker of fields for these words, which also take the aliases."""
-    known = [*choices, *aliases]
+# Fields of dataclasses that check their values
 
-    @as_validated_field
-    def maker(value: str | None) -> None:
-        if value is not None and value not in known:
-            nearest = difflib.get_close_matches(value, known, n=1, cutoff=0.4)
-            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-            expected = f" Expected one of {', '.join(map(repr, choices))}." if len(choices) < 10 else ""
-            raise ValueError(f"is not known.{hint}{expected}")
 
-    return maker
+def setting(default: Any, check: Callable[..., Any], **options: Any) -> Any:
+    """
+    Return a dataclass field; `check(name, value, **options)` returns the value to store, or raises a ValueError.
+
+    None passes without a check where it is the default.
+    """
+
+    def checked(name: str, value: Any) -> Any:
+        return None if value is None and default is None else check(name, value, **options)
+
+    return field(default=default, metadata={"check": checked})
 
 
 def with_value_errors(cls: _Class) -> _Class:
-    """Let a `@strict` class raise ValueErrors that name field and value; its own errors derive from Exception alone."""
+    """Make a `@strict` class raise ValueErrors that name field and value; its own errors are no ValueErrors."""
 
     def converted(method: Any) -> Any:
         @functools.wraps(method)
@@ -171,8 +207,7 @@ def with_value_errors(cls: _Class) -> _Class:
                 raise ValueError(str(error.__cause__)) from None
             except StrictDataclassFieldValidationError as error:
                 name, value = args
-                expected = self.__dataclass_fields__[name].type
-                expected = expected.__name__ if isinstance(expected, type) else expected
+                expected = inspect.formatannotation(self.__dataclass_fields__[name].type)
                 reason = f"must be of type {expected}." if isinstance(error.__cause__, TypeError) else error.__cause__
                 raise ValueError(f"`{name}={value!r}` {reason}") from None
 

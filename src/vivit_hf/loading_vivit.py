@@ -1,7 +1,7 @@
 """
 Loading and saving of checkpoints: our own, and those of transformers' own Vivit (Model 1).
 
-Foreign names are changed only while loading. Saved files have the names of `state_dict()`, which `Trainer` reads when
+Other names are translated only while loading. Saved files have the names of `state_dict()`, which `Trainer` reads when
 it resumes or returns to the best model.
 """
 
@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
-from .configuration_vivit import ViViTConfig
+from .configuration_vivit import CONFIG_FIELDS, ViViTConfig
 from .limits_vivit import MOST_NEW_PARAMETERS
 from .model_files import check_weight_indices, check_weights, named_json_errors, stale_weights_removed, upload
 
@@ -45,11 +45,7 @@ TRANSFORMERS_VIVIT_NAMES = {
 }
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
-_CONFIG_ARGUMENTS = {
-    *ViViTConfig.__annotations__,
-    *("id2label", "label2id", "num_labels", "problem_type"),
-    *("output_hidden_states", "output_attentions", "return_dict"),
-}
+_CONFIG_ARGUMENTS = CONFIG_FIELDS | {"output_hidden_states", "output_attentions", "return_dict"}
 _SIZES = ("num_frames", "image_size", "num_sampled_frames")
 
 
@@ -117,7 +113,7 @@ class CheckpointMixin(_Base):
             _check_files(source, hub)  # if a file is the cause, this error names it
             raise
         _account_for_keys(model, info, source, ignore_mismatched_sizes)
-        vars(model).pop("_weight_conversions", None)  # transformers would save under the foreign names again
+        vars(model).pop("_weight_conversions", None)  # transformers would save under the other names again
         if target.num_labels == stored.num_labels and hasattr(model, "classifier"):
             _renew_classifier_of_other_labels(model, stored, target)
         if same_patches and any(getattr(target, name) != getattr(stored, name) for name in _SIZES):
@@ -134,7 +130,7 @@ class CheckpointMixin(_Base):
         adapters of an earlier save, which `from_pretrained` might load instead or in addition, are removed at the end.
         """
         if hasattr(self.config, "auto_map"):
-            del self.config.auto_map  # that of the checkpoint it came from, which may define another class
+            del self.config.auto_map  # it came with the checkpoint and may name another class
         if self._auto_class is not None and type(self).__module__.rpartition(".")[2] == "modeling_vivit":
             self.config.auto_map = dict(AUTO_MAP)
         with stale_weights_removed(Path(save_directory)) if is_main_process else nullcontext():

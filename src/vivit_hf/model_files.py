@@ -30,6 +30,21 @@ ADAPTERS = ("adapter_config.json", "adapter_model*.safetensors", "adapter_model*
 _INDICES = ("*.safetensors.index*.json", "*.bin.index*.json")
 
 
+class AutoClassMixin:
+    """
+    Do not let subclasses inherit `_auto_class`, which `register_for_auto_class` sets.
+
+    Saving an object copies the source file of a class that has one: a subclass in a training script would publish the
+    script, and the subclass that FSDP makes would publish a file of PyTorch.
+    """
+
+    _auto_class: str | None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._auto_class = vars(cls).get("_auto_class")
+
+
 @contextmanager
 def named_json_errors(source: Any, file: str) -> Iterator[None]:
     """Name the file in the errors of Python and transformers when they read JSON of a folder or repository."""
@@ -50,7 +65,7 @@ def check_weight_indices(folder: Path, is_complete: bool = True) -> None:
     """
     Raise a ValueError for an index of sharded weights that is damaged, or that names files outside its folder.
 
-    In a complete folder, all files that it names must exist; a cache may lack those of an interrupted download.
+    In a complete folder, all files that it names must exist; the cache of an interrupted download may lack some.
     """
     for path in sorted(path for pattern in _INDICES for path in folder.glob(pattern)):
         with named_json_errors(folder, path.name):
@@ -93,11 +108,11 @@ def check_weights(folder: Path) -> None:
         except Exception as error:  # the unpickler raises almost any kind of error
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
-                f"{path} is damaged, or holds objects that only code in the file can read, which is not run "
+                f"{path} is damaged, or needs code in the file to be run, which is refused "
                 f"({type(error).__name__}: {reason}). Ask for the weights as safetensors."
             ) from error
         if not isinstance(weights, dict) or not all(isinstance(one, torch.Tensor) for one in weights.values()):
-            raise ValueError(f"{path} does not hold a state dict: names and their tensors.")
+            raise ValueError(f"{path} does not hold a state dict (tensors by name).")
 
 
 def _check_peft_type(kind: object, adapter: Path) -> None:
@@ -116,10 +131,10 @@ def _check_peft_type(kind: object, adapter: Path) -> None:
 
 def stale_weights(there: Iterable[str], written: Iterable[str]) -> list[str]:
     """
-    Return the file names in `there` that a save made stale which wrote the names in `written`.
+    Return the names of the files in `there` that a save of the files `written` has made stale.
 
-    These are weights in another layout and adapters, provided that the save wrote the weights of a whole model. A save
-    of an adapter, or of a variant such as fp16, makes nothing stale.
+    If the save wrote the weights of a whole model, these are adapters and weights in another layout. Saving an adapter,
+    or a variant such as fp16, makes nothing stale.
     """
     written = set(written)
     if not any(_matches(name, WEIGHTS) for name in written):
@@ -145,7 +160,7 @@ def stale_weights_removed(folder: Path) -> Iterator[None]:
 
 
 def _states(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """Return the inode, size and time of every file, one of which changes when the file is written."""
+    """Return inode, size and time of every file; at least one of them changes when a file is written."""
     files = [entry for entry in os.scandir(folder) if entry.is_file()] if folder.is_dir() else []
     states = {entry.name: entry.stat() for entry in files}
     return {name: (state.st_ino, state.st_size, state.st_mtime_ns) for name, state in states.items()}

@@ -28,9 +28,11 @@ from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .configuration_vivit import AutoClassMixin, ViViTConfig
+from .configuration_vivit import ViViTConfig
 from .frame_sampling import sample_frames_uniformly
+from .limits_vivit import check_choice
 from .loading_vivit import CheckpointMixin
+from .model_files import AutoClassMixin
 
 
 Grid = tuple[int, int, int]  # (time, height, width) in tokens
@@ -156,8 +158,7 @@ def resample_position_embeddings(
             f"Position embeddings of shape {tuple(position_embeddings.shape)} do not hold {num_prefix_tokens} prefix "
             f"tokens and a (time, height, width) grid of {old_grid}; expected (1, {expected}, hidden)."
         )
-    if mode not in ("bicubic", "align_corners_linear"):
-        raise ValueError(f"`mode={mode!r}` is not known; expected 'bicubic' or 'align_corners_linear'.")
+    check_choice("mode", mode, ("bicubic", "align_corners_linear"))
     if tuple(new_grid) == tuple(old_grid):
         return position_embeddings
     align = mode == "align_corners_linear"

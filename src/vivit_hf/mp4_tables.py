@@ -8,8 +8,6 @@ FFmpeg reads boxes more freely than the standard allows: it takes tables from al
 compressed or disguised as free space. The count below includes all of these.
 """
 
-from __future__ import annotations
-
 import io
 import re
 import zlib
@@ -27,7 +25,7 @@ _LEAVES = {b"mdat", b"mfhd", b"tfhd", b"tfdt", b"sidx", b"styp", *_TABLES}
 _MAX_DEPTH = 12  # FFmpeg stops at 10
 _MAX_BOXES = 1 << 20
 _MAX_HEADER_BYTES = 1 << 26
-# Sound whose samples last one tick each is stored in chunks. FFmpeg splits these into entries of at least 160 samples.
+# Sound with samples of one tick is stored in chunks, which FFmpeg splits into entries of at least 160 samples.
 _SOUND_SAMPLES_PER_ENTRY = 160
 
 

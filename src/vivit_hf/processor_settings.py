@@ -1,17 +1,26 @@
-"""The settings of the video processor: names, defaults and checks, and the form in which they are stored."""
+"""The settings of the video processor: names, defaults, checks and files, also those of transformers' own Vivit."""
 
 # ruff: noqa: RUF009 - the calls in the body of the dataclass make its fields
 
 from __future__ import annotations
 
+import copy
 import difflib
+import json
+import os
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from types import NoneType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
+from transformers import PretrainedConfig
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, logging
+from transformers.video_processing_utils import BaseVideoProcessor
 
 from .frame_sampling import CLIP_STARTS, SHORT_VIDEO_POLICIES
 from .limits_vivit import (
@@ -20,99 +29,85 @@ from .limits_vivit import (
     check_bool,
     check_choice,
     check_clip,
+    check_count,
     check_limit,
     check_positive_integer,
     check_positive_number,
+    check_scale,
+    check_value,
+    is_number,
+    setting,
 )
+from .model_files import named_json_errors
 from .video_sources import VideoLimits
 
 
+_Base: Any = BaseImageProcessor if TYPE_CHECKING else object  # tells type checkers where the mixin is used
+
+logger = logging.get_logger(__name__)
+
 _RESAMPLES = {filter.name.lower(): int(filter) for filter in PIL.Image.Resampling}
 _DEFAULT_LIMITS = asdict(VideoLimits())
+# Keys that transformers adds to processor files.
+SERVICE_KEYS = {
+    *("auto_map", "processor_class", "_processor_class"),
+    *("image_processor_type", "video_processor_type", "feature_extractor_type"),
+}
+_MODEL_ARGUMENTS = {"dtype", "torch_dtype", "code_revision", "device_map"}  # pipelines also pass them to processors
+# Defaults of transformers' VivitImageProcessor: scale to [-1, 1], then normalise again.
+_NATIVE_VIVIT_DEFAULTS = {"rescale_factor": 1 / 127.5, "offset": True, "do_normalize": True}
+# Keys in the files of its VivitVideoProcessor that have no effect here.
+_NATIVE_VIDEO_KEYS = {"data_format", "default_to_square", "device", "input_data_format", "return_metadata", "fps"}
 
 
-# Checks of one field: each returns the value as it is stored, or raises a ValueError that names the field.
-
-_rate = partial(check_positive_number, least=RATES[0], most=RATES[1])
-_scale = partial(check_positive_number, most=LARGEST_SCALE)
-
-
-def _count(name: str, value: Any, least: int = 1) -> int:
-    count = check_positive_integer(name, value, least)
-    check_limit(name, count)
-    return count
+# Checks of one setting: each returns the value as it is stored, or raises a ValueError that names the setting.
 
 
 def _num_crops(name: str, value: Any) -> int:
-    if value not in (1, 3) or isinstance(value, bool):
-        raise ValueError(f"`{name}` must be 1 or 3, got {value!r}.")
+    check_value(name, value, value in (1, 3) and not isinstance(value, bool), "1 or 3")
     return int(value)
-
-
-def _place(name: str, value: Any) -> str:
-    return check_choice(name, "centre" if value == "center" else value, CLIP_STARTS)
-
-
-def _one_of(*choices: str) -> Callable[[str, Any], str]:
-    return partial(check_choice, choices=choices)
-
-
-def _optional(check: Callable[[str, Any], Any]) -> Callable[[str, Any], Any]:
-    return lambda name, value: None if value is None else check(name, value)
 
 
 def _resample(name: str, value: Any) -> int:
     number: Any = _RESAMPLES.get(value.lower()) if isinstance(value, str) else value
-    if isinstance(value, bool) or number not in _RESAMPLES.values():
-        raise ValueError(f"`{name}` must be one of {_RESAMPLES}, got {value!r}.")
+    is_good = number in _RESAMPLES.values() and not isinstance(value, bool)
+    check_value(name, value, is_good, f"a filter of {_RESAMPLES}")
     return int(number)
 
 
 def _per_channel(name: str, value: Any) -> list[float]:
     entries = [*value] if isinstance(value, (list, tuple, np.ndarray)) else [value]
-    are_numbers = all(isinstance(one, (int, float, np.number)) and not isinstance(one, bool) for one in entries)
-    is_good = are_numbers and all(abs(one) <= LARGEST_SCALE for one in entries)  # False for NaN
-    if is_good and name == "image_std":
-        is_good = min(entries, default=0) > 0
-    if len(entries) not in (1, 3, 4) or not is_good:
-        positive = " above 0" if name == "image_std" else ""
-        raise ValueError(f"`{name}` must be one number or one per channel{positive}, got {value!r}.")
+    is_good = len(entries) in (1, 3, 4) and all(is_number(one) and abs(one) <= LARGEST_SCALE for one in entries)
+    positive = " above 0" if name == "image_std" else ""
+    is_good = is_good and not (positive and min(entries) <= 0)
+    check_value(name, value, is_good, f"one number{positive} or one per channel")
     return [float(one) for one in entries]
 
 
 def _size(name: str, value: Any) -> dict[str, int]:
     sides = ("height", "width")
-    default, keys = (256, ("shortest_edge",)) if name == "size" else (224, sides)
+    keys, default = (("shortest_edge",), 256) if name == "size" else (sides, 224)
     sizes = default if value is None else value
     if isinstance(sizes, (int, np.integer)) and not isinstance(sizes, bool):
         sizes = dict.fromkeys(keys, sizes)
     elif isinstance(sizes, (list, tuple)) and len(sizes) == 2:
         sizes = dict(zip(sides, sizes, strict=True))
-    if not hasattr(sizes, "items") or set(sizes) not in ({*sides}, {*keys}):
-        expected = " or ".join(str(list(one)) for one in dict.fromkeys((sides, keys)))
-        raise ValueError(
-            f"`{name}` must be a dictionary with {expected}, an integer, or (height, width), got {value!r}."
-        )
+    is_good = hasattr(sizes, "items") and set(sizes) in ({*sides}, {*keys})
+    expected = " or ".join(str(list(one)) for one in dict.fromkeys((sides, keys)))
+    check_value(name, value, is_good, f"a dictionary with {expected}, an integer, or (height, width)")
     sizes = {key: check_positive_integer(f"{name}['{key}']", side) for key, side in sizes.items()}
     check_limit(name, max(sizes.values()))
     return sizes
 
 
 def _video_limits(name: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ValueError(f"`{name}` must be a dictionary or None, got {value!r}.")
-    if unknown := set(value) - set(_DEFAULT_LIMITS):
-        raise ValueError(f"`{name}` has {sorted(_DEFAULT_LIMITS)}, got {sorted(unknown)}.")
+    is_good = isinstance(value, dict) and value.keys() <= _DEFAULT_LIMITS.keys()
+    check_value(name, value, is_good, f"a dictionary with some of {sorted(_DEFAULT_LIMITS)}, or None")
     try:
         VideoLimits(**value)
     except ValueError as error:
         raise ValueError(f"`{name}`: {error}") from None
     return dict(value)
-
-
-def _setting(default: Any, check: Callable[[str, Any], Any]) -> Any:
-    """Return a dataclass field that stores `check(name, value)`."""
-    return field(default=default, metadata={"check": check})
 
 
 @dataclass(frozen=True)
@@ -150,31 +145,31 @@ class ProcessorSettings:
     Raises ValueError for a value out of its range and for settings that exclude each other.
     """
 
-    num_frames: int = _setting(32, _count)
-    frame_stride: int = _setting(2, _count)
-    frames_per_second: float | None = _setting(None, _optional(_rate))
-    frame_sampling: str = _setting("clip", _one_of("clip", "uniform"))
-    clip_start: str = _setting("centre", _place)
-    num_clips: int = _setting(1, _count)
-    short_video_policy: str = _setting("repeat_last", _one_of(*SHORT_VIDEO_POLICIES))
-    do_sample_frames: bool | None = _setting(None, _optional(check_bool))
-    do_resize: bool = _setting(True, check_bool)
-    size: dict[str, int] = _setting(None, _size)
-    resample: int = _setting(PIL.Image.Resampling.BILINEAR, _resample)
-    do_center_crop: bool = _setting(True, check_bool)
-    crop_size: dict[str, int] = _setting(None, _size)
-    crop_position: str = _setting("centre", _place)
-    num_crops: int = _setting(1, _num_crops)
-    do_convert_rgb: bool = _setting(True, check_bool)
-    do_rescale: bool = _setting(True, check_bool)
-    rescale_factor: float = _setting(1 / 255, _scale)
-    offset: bool = _setting(False, check_bool)
-    do_normalize: bool = _setting(True, check_bool)
-    image_mean: list[float] = _setting((0.5, 0.5, 0.5), _per_channel)
-    image_std: list[float] = _setting((0.5, 0.5, 0.5), _per_channel)
-    on_error: str = _setting("raise", _one_of("raise", "skip", "repeat_last"))
-    num_threads: int | None = _setting(None, _optional(partial(_count, least=0)))
-    video_limits: dict[str, Any] | None = _setting(None, _optional(_video_limits))
+    num_frames: int = setting(32, check_count)
+    frame_stride: int = setting(2, check_count)
+    frames_per_second: float | None = setting(None, check_positive_number, least=RATES[0], most=RATES[1])
+    frame_sampling: str = setting("clip", check_choice, choices=("clip", "uniform"))
+    clip_start: str = setting("centre", check_choice, choices=CLIP_STARTS, aliases={"center": "centre"})
+    num_clips: int = setting(1, check_count)
+    short_video_policy: str = setting("repeat_last", check_choice, choices=SHORT_VIDEO_POLICIES)
+    do_sample_frames: bool | None = setting(None, check_bool)
+    do_resize: bool = setting(True, check_bool)
+    size: dict[str, int] = setting(256, _size)
+    resample: int = setting(PIL.Image.Resampling.BILINEAR, _resample)
+    do_center_crop: bool = setting(True, check_bool)
+    crop_size: dict[str, int] = setting(224, _size)
+    crop_position: str = setting("centre", check_choice, choices=CLIP_STARTS, aliases={"center": "centre"})
+    num_crops: int = setting(1, _num_crops)
+    do_convert_rgb: bool = setting(True, check_bool)
+    do_rescale: bool = setting(True, check_bool)
+    rescale_factor: float = setting(1 / 255, check_scale)
+    offset: bool = setting(False, check_bool)
+    do_normalize: bool = setting(True, check_bool)
+    image_mean: list[float] = setting((0.5, 0.5, 0.5), _per_channel)
+    image_std: list[float] = setting((0.5, 0.5, 0.5), _per_channel)
+    on_error: str = setting("raise", check_choice, choices=("raise", "skip", "repeat_last"))
+    num_threads: int | None = setting(None, check_count, least=0)
+    video_limits: dict[str, Any] | None = setting(None, _video_limits)
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -213,7 +208,7 @@ class ProcessorSettings:
         if "frame_stride" in given:
             given.setdefault("frames_per_second", None)
         if "video_limits" in given:
-            given["video_limits"] = merged_limits(self.video_limits, given["video_limits"])
+            given["video_limits"] = _merged_limits(self.video_limits, given["video_limits"])
         return replace(self, **given)
 
 
@@ -229,12 +224,15 @@ def check_names(names: Mapping[str, Any]) -> None:
             raise TypeError(f"`{name}` is not a parameter of ViViTVideoProcessor. {hint}")
 
 
-def merged_limits(limits: Any, added: Any) -> Any:
+# Files
+
+
+def _merged_limits(limits: Any, added: Any) -> Any:
     """Return `video_limits` with those of `added` in their place; whatever is not a dictionary is left to the check."""
     return {**limits, **added} if isinstance(limits, dict) and isinstance(added, dict) else added
 
 
-def without_permissions(limits: Any) -> Any:
+def _without_permissions(limits: Any) -> Any:
     """Return `video_limits` without those above the default: the author of a file may lower limits, not raise them."""
     if not isinstance(limits, dict):
         return limits
@@ -244,3 +242,151 @@ def without_permissions(limits: Any) -> Any:
         if not (name in _DEFAULT_LIMITS and isinstance(limit, (int, float)) and limit > _DEFAULT_LIMITS[name])
     }
     return kept or None
+
+
+class ProcessorFilesMixin(_Base):
+    """`save_pretrained` and `from_pretrained` of `ViViTVideoProcessor`."""
+
+    video_limits: Any
+    num_clips: int
+    num_crops: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every setting as it is stored, None included."""
+        values = {**copy.deepcopy(self.__dict__), "image_processor_type": type(self).__name__}
+        return {**values, "video_limits": _without_permissions(self.video_limits)}
+
+    @classmethod
+    def from_json_file(cls, json_file: str | os.PathLike) -> Any:
+        """Return a processor with the settings in a file such as preprocessor_config.json."""
+        return cls.from_dict(json.loads(Path(json_file).read_text(encoding="utf-8")))
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """
+        Save the settings as preprocessor_config.json and as video_preprocessor_config.json.
+
+        transformers looks for image processors in the first file and for video processors in the second; its pipelines
+        use either. Warns if the settings give several views, because pipelines score only the first.
+        """
+        if self.num_clips * self.num_crops > 1:
+            logger.warning(
+                f"This processor gives num_clips={self.num_clips} x num_crops={self.num_crops} views of every video. "
+                "Pipelines of transformers take one: pass views to calls instead, or score with `predict_videos`."
+            )
+        [path] = super().save_pretrained(save_directory)
+        settings = self.to_dict()
+        name = settings.pop("image_processor_type")
+        if "AutoImageProcessor" in settings.get("auto_map", {}):
+            settings["auto_map"] = {"AutoVideoProcessor": settings["auto_map"]["AutoImageProcessor"]}
+        text = json.dumps({**settings, "video_processor_type": name}, indent=2, sort_keys=True) + "\n"
+        second = Path(save_directory, VIDEO_PROCESSOR_NAME)
+        second.write_text(text, encoding="utf-8")
+        older = Path(save_directory, PROCESSOR_NAME)
+        if older.is_file() and re.search(r'"(image|video)_processor"', older.read_text(encoding="utf-8")):
+            older.unlink()  # transformers would read it instead
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return [path, str(second)]
+
+    @classmethod
+    def get_image_processor_dict(cls, source: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """
+        Return the stored settings of a folder or repository, and the `kwargs` that are not about its location.
+
+        A preprocessor_config.json of this class comes first. Otherwise the order is "video_processor" in
+        processor_config.json, video_preprocessor_config.json, "image_processor" in processor_config.json,
+        preprocessor_config.json. If none of them has `num_frames`, the config.json of the model tells.
+        """
+        with named_json_errors(source, "processor configuration"):
+            image, unused = _read_if_there(super().get_image_processor_dict, source, kwargs)
+            video = None
+            if "image_processor_filename" not in kwargs:
+                video, unused_by_video = _read_if_there(BaseVideoProcessor.get_video_processor_dict, source, kwargs)
+                unused = unused if video is None else unused_by_video
+            is_ours = isinstance(image, dict) and image.get("image_processor_type") == cls.__name__
+            is_damaged = not isinstance(image, (dict, NoneType))
+            settings = image if is_ours or is_damaged or video is None else video
+            if settings is None:
+                return super().get_image_processor_dict(source, **kwargs)  # raises OSError: no such file
+        if not isinstance(settings, dict):
+            raise ValueError(
+                f"The processor configuration of {source} must be a JSON object, got {type(settings).__name__}."
+            )
+        if settings.get("num_frames") is None:  # as in files of transformers' VivitImageProcessor
+            with named_json_errors(source, "config.json"):
+                config, _ = _read_if_there(PretrainedConfig.get_config_dict, source, kwargs)
+            if isinstance(config, dict) and config.get("num_frames") is not None:
+                settings["num_frames"] = config["num_frames"]
+        if is_ours and isinstance(video, dict) and video.get("video_processor_type") == cls.__name__:
+            names = [name for name in SETTING_NAMES if settings.get(name) != video.get(name)]
+            if names:
+                logger.warning(
+                    f"Using preprocessor_config.json of {source}; its {VIDEO_PROCESSOR_NAME} has other values of "
+                    f"{', '.join(names)}. Save the processor again to make the files agree."
+                )
+        return settings, unused
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """
+        Return a processor with these stored settings, replaced by those in `kwargs`.
+
+        Warns of unknown keys, and of `video_limits` in the file above the defaults, and leaves them out.
+        """
+        return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
+        if not isinstance(image_processor_dict, dict):
+            raise ValueError(
+                f"The settings of a processor must be a JSON object, got {type(image_processor_dict).__name__}."
+            )
+        stored = _from_native_vivit(image_processor_dict)
+        limits = _without_permissions(stored.get("video_limits"))
+        if limits != stored.get("video_limits"):
+            logger.warning(
+                "Ignoring `video_limits` in the file that are above the defaults: only the caller may raise them "
+                "(`from_pretrained(..., video_limits=...)`)."
+            )
+        given = {name: kwargs.pop(name) for name in SETTING_NAMES if name in kwargs}
+        given["video_limits"] = _merged_limits(limits, given.get("video_limits", limits))
+        stored = {**stored, **given}
+        if not isinstance(stored.get("auto_map"), dict):
+            stored.pop("auto_map", None)
+        unknown = sorted(set(stored) - {*SETTING_NAMES} - SERVICE_KEYS)
+        processor = cls(**{name: value for name, value in stored.items() if name not in unknown})
+        if not return_unused_kwargs:
+            unknown += sorted(set(kwargs) - _MODEL_ARGUMENTS)
+        if unknown:
+            logger.warning(f"Ignoring unknown parameters of {cls.__name__}: {', '.join(unknown)}.")
+        return (processor, kwargs) if return_unused_kwargs else processor
+
+
+def _read_if_there(read: Callable[..., Any], source: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the settings that transformers reads, or None if there is no file, and the unused `kwargs`."""
+    try:
+        return read(source, **kwargs)
+    except OSError as error:
+        if isinstance(error.__context__, json.JSONDecodeError):
+            raise
+        return None, kwargs
+
+
+def _from_native_vivit(stored: dict[str, Any]) -> dict[str, Any]:
+    """Translate stored settings of transformers' own Vivit processors into ours; return others unchanged."""
+    kinds = [str(stored.get(key, "")) for key in ("image_processor_type", "video_processor_type")]
+    native = [kind for kind in kinds if kind.startswith(("VivitImageProcessor", "VivitVideoProcessor"))]
+    if not native:
+        return stored
+    logger.warning(
+        f"This is a configuration of transformers' {native[0]}. It is followed exactly; if `offset` and `do_normalize` "
+        "are both set, values leave the range [-1, 1] of the official models."
+    )
+    settings = {**_NATIVE_VIVIT_DEFAULTS, **stored}
+    if native[0].startswith("VivitVideoProcessor"):
+        settings["offset"] = True  # it subtracts 1 whatever its file says
+        if not settings.get("do_sample_frames"):
+            settings["do_sample_frames"] = None  # its pipeline samples
+        if settings.get("fps") is not None:
+            settings["frames_per_second"] = settings["fps"]
+        if settings.get("num_frames") is None:
+            settings.pop("num_frames", None)
+        settings = {name: value for name, value in settings.items() if name not in _NATIVE_VIDEO_KEYS}
+    return settings

@@ -1,21 +1,12 @@
 """A video file as FFmpeg opens it: its video stream, packets, decoded frames and limits."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-from .frame_index import SentPacket
 from .mp4_tables import BoxLimitError, num_claimed_entries
-from .video_sources import (
-    VideoDecodingError,
-    VideoLimitError,
-    VideoLimits,
-    open_source,
-    source_name,
-)
+from .video_sources import VideoDecodingError, VideoLimitError, VideoLimits, open_source, source_name
 
 
 try:
@@ -71,7 +62,7 @@ def open_container(
     settings = {"mode": "r", "metadata_errors": "replace", **settings}
     no_decoder = {"skip_frame": "all", "max_pixels": "1"}
     decoder: Any = {"skip_frame": "default", "max_pixels": options["max_pixels"]}
-    # One more than are allowed, so that it shows when there are more.
+    # One more stream than is allowed, so that too many are noticed.
     many, few = ({"max_streams": str(min(limits.max_streams, most) + 1)} for most in (1 << 20, _MAX_UNLISTED_STREAMS))
     try:
         if is_live:
@@ -96,13 +87,12 @@ def open_container(
     except MemoryError:
         reason = ", or its header is too large for the memory"
     reason = f"it has more than max_streams={limits.max_streams} streams{reason}"
-    name = source_name(source)
-    raise VideoLimitError.about(name, reason)
+    raise VideoLimitError.about(source_name(source), reason)
 
 
 def _check_index_size(file: Any, limits: VideoLimits) -> None:
     """Raise VideoLimitError if an MP4 file claims more samples than it has bytes, or too many for the memory."""
-    start, name = file.tell(), source_name(file)
+    start = file.tell()
     num_bytes = file.seek(0, io.SEEK_END) - start
     file.seek(start)
     most = max(_MAX_INDEX_ENTRIES, limits.max_frames)
@@ -115,7 +105,7 @@ def _check_index_size(file: Any, limits: VideoLimits) -> None:
             reason = f"its header claims {num_entries} samples, more than the {most} that are indexed"
     except BoxLimitError as error:
         reason = str(error)
-    raise VideoLimitError.about(name, reason)
+    raise VideoLimitError.about(source_name(file), reason)
 
 
 def demuxed(container: Any, stream: Any) -> Iterator[Any]:
@@ -136,6 +126,14 @@ def named_errors(name: str) -> Iterator[None]:
         raise VideoDecodingError.about(name, reason) from error
 
 
+class SentPacket(NamedTuple):
+    """A packet that was sent to the decoder."""
+
+    pts: int | None
+    is_keyframe: bool
+    is_rejected: bool
+
+
 class VideoContainer:
     """
     A file as FFmpeg opens it: its first video stream that is not a cover picture, its packets and decoded frames.
@@ -144,16 +142,16 @@ class VideoContainer:
     `header_size` the (height, width) in the header, before rotation; (0, 0) if only the pictures tell it.
     """
 
-    def __init__(self, source: Any, limits: VideoLimits, num_threads: int, thread_type: str):
+    def __init__(self, source: Any, limits: VideoLimits, num_threads: int):
         if av is None:
             raise ImportError("Reading video files needs PyAV: pip install av.")
         self.name = source_name(source)
         self.limits = limits
         self.num_demux_errors = self.num_openings = 0
         self.sent: list[SentPacket] = []  # what the decoder was given since `frames` began
-        self._num_threads, self._thread_type = num_threads, thread_type
+        self._num_threads = num_threads
         self._num_pixels = 0
-        self._is_still = False
+        self._max_pixels = limits.max_pixels
         self._container: Any = None
         self._file, self._owns_file = open_source(source, limits)
         try:
@@ -186,7 +184,7 @@ class VideoContainer:
             raise VideoDecodingError.about(self.name, "it has no video stream that can be decoded")
         self.stream = streams[0]
         context = self.stream.codec_context
-        context.thread_type = self._thread_type
+        context.thread_type = "SLICE"  # frame threads have hung in data loader workers that stop early
         context.thread_count = self._num_threads
         self.format = self._container.format.name
         self.codec = context.codec.canonical_name
@@ -199,7 +197,7 @@ class VideoContainer:
 
     def mark_as_still(self) -> None:
         """Raise the limit on pixels, for a file that has a single packet. Call this before anything is decoded."""
-        self._is_still = True
+        self._max_pixels = _STILL_FACTOR * self.limits.max_pixels
         self._apply_max_pixels()
 
     # Limits
@@ -211,12 +209,13 @@ class VideoContainer:
 
     def check_size(self, height: int, width: int) -> None:
         """Raise VideoLimitError for a picture of more than `max_pixels`."""
-        if height * width > self.limits.max_pixels * (_STILL_FACTOR if self._is_still else 1):
+        if height * width > self._max_pixels:
             raise VideoLimitError.about(self.name, f"{height * width} is more than {self.max_pixels_text}")
 
     @property
     def max_pixels_text(self) -> str:
-        return f"{_STILL_FACTOR} x " * self._is_still + f"max_pixels={self.limits.max_pixels}"
+        factor = f"{_STILL_FACTOR} x " if self._max_pixels > self.limits.max_pixels else ""
+        return f"{factor}max_pixels={self.limits.max_pixels}"
 
     def begin_call(self) -> None:
         """Begin to count the decoded pixels of one call from 0."""
@@ -229,8 +228,7 @@ class VideoContainer:
 
     def _apply_max_pixels(self) -> None:
         # The decoder checks each picture, since the header need not tell the truth.
-        factor = _STILL_FACTOR if self._is_still else 1
-        self.stream.codec_context.options = {"max_pixels": decoder_max_pixels(factor * self.limits.max_pixels)}
+        self.stream.codec_context.options = {"max_pixels": decoder_max_pixels(self._max_pixels)}
 
     # Packets and frames
 
@@ -246,7 +244,7 @@ class VideoContainer:
                         yield packet
                 return
             except av.FFmpegError:
-                self.num_demux_errors += num_errors == 0  # it may say so again and again
+                self.num_demux_errors += num_errors == 0  # the demuxer may repeat an error
                 num_errors += 1
 
     def frames(self, packets: Iterator[Any]) -> Iterator[Any]:
@@ -260,7 +258,7 @@ class VideoContainer:
             except av.FFmpegError:
                 is_rejected = True
             self.sent.append(SentPacket(packet.pts, packet.is_keyframe, is_rejected))
-            # A packet without a frame costs time as well.
+            # A packet that yields no frame costs time as well.
             self._num_pixels += context.height * context.width * max(1, len(frames))
             self.check_limit("max_decoded_pixels", self._num_pixels)
             for frame in frames:

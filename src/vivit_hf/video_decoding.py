@@ -16,10 +16,13 @@ from typing import Any
 import numpy as np
 
 from .frame_conversion import FrameConverter, FrameSize, FrameWindow, NumberedFrame
-from .frame_decoders import IndexMismatchError, SeekingDecoder, SequentialDecoder
-from .frame_index import index_packets
+from .frame_decoders import IndexMismatchError, SeekingDecoder, SequentialDecoder, index_packets
+from .limits_vivit import check_choice
 from .video_container import VideoContainer, named_errors
 from .video_sources import DecodingReport, FramesChangedError, VideoDecodingError, VideoLimits, source_name
+
+
+_ON_LOST = ("raise", "repeat_last")
 
 
 class VideoReader:
@@ -33,8 +36,6 @@ class VideoReader:
             dictionary {"path": ..., "bytes": ...} that `datasets.Video(decode=False)` gives.
         limits: `VideoLimits`.
         num_threads: decoder and scaler threads, 0 = as many as FFmpeg chooses.
-        thread_type: "SLICE" or "NONE". Frame threads ("FRAME", "AUTO") are faster for some files and have hung in
-            data loader workers that stop early.
 
     `timestamps`, float64 (num_frames,), are the times in seconds at which the frames are shown, from 0. `report` is a
     `DecodingReport`. Both can change when damage comes to light (see `frames_at`).
@@ -51,14 +52,7 @@ class VideoReader:
     Raises `VideoDecodingError` if no frame can be decoded, `VideoLimitError` if the file is over its limits.
     """
 
-    def __init__(
-        self,
-        source: Any,
-        *,
-        limits: VideoLimits | None = None,
-        num_threads: int = 0,
-        thread_type: str = "SLICE",
-    ):
+    def __init__(self, source: Any, *, limits: VideoLimits | None = None, num_threads: int = 0):
         self.name = source_name(source)
         self.report = DecodingReport(self.name)
         self._lock = threading.RLock()
@@ -68,7 +62,7 @@ class VideoReader:
         self._scanned_pts: np.ndarray | None = None
         self._seeking: SeekingDecoder | None = None
         with named_errors(self.name):
-            self._container = VideoContainer(source, limits or VideoLimits(), num_threads, thread_type)
+            self._container = VideoContainer(source, limits or VideoLimits(), num_threads)
             try:
                 self._converter = FrameConverter(num_threads)
                 self._decoder = self._first_decoder()
@@ -126,16 +120,15 @@ class VideoReader:
                 describe those: choose indices again. This happens at most once.
             VideoDecodingError: a frame cannot be recovered.
         """
-        _check_on_lost(on_lost)
+        check_choice("on_lost", on_lost, _ON_LOST)
         with self._lock, named_errors(self.name):
             self._begin()
             indices = self._checked(indices)
             wanted, places = np.unique(indices, return_inverse=True)
             decoded = self._decoded(wanted, on_lost)
             frames = self._converter.to_rgb(decoded, len(wanted), self._container.header_size, (size, window))
-            places = places.reshape(-1)
-            if not np.array_equal(places, np.arange(len(frames))):
-                frames = frames[places]
+            if not np.array_equal(places.flat, np.arange(len(frames))):
+                frames = frames[places.reshape(-1)]
             return frames.reshape(indices.shape + frames.shape[1:])
 
     def stream(
@@ -160,13 +153,17 @@ class VideoReader:
             IndexError, FramesChangedError, VideoDecodingError: as `frames_at`.
             RuntimeError: the reader was closed, or used for something else, before the end.
         """
-        _check_on_lost(on_lost)
+        check_choice("on_lost", on_lost, _ON_LOST)
         with self._lock:
             turn = self._begin()
         frames = self._streamed(indices, (size, window), on_lost)
         while True:
             with self._lock:
-                self._check_turn(turn)
+                if self._is_closed or turn != self._turn:
+                    event = "is closed" if self._is_closed else "was used for something else"
+                    raise RuntimeError(
+                        f"The reader of {self.name} {event} before the end of its stream: open a reader for each use."
+                    )
                 item = next(frames, None)
             if item is None:
                 return
@@ -195,13 +192,13 @@ class VideoReader:
             if frame is None:
                 raise VideoDecodingError.about(self.name, "no frame of it can be decoded", num_recovered=0)
             quarter_turns = round(frame.rotation / 90) % 4  # anticlockwise
-            size = (frame.width, frame.height) if quarter_turns % 2 else (frame.height, frame.width)
+            height, width = (frame.width, frame.height) if quarter_turns % 2 else (frame.height, frame.width)
             return {
                 "container": self._container.format,
                 "codec": self._container.codec,
                 "pixel_format": frame.format.name,
-                "height": size[0],
-                "width": size[1],
+                "height": height,
+                "width": width,
                 "rotation": -90 * quarter_turns % 360,
             }
 
@@ -212,7 +209,8 @@ class VideoReader:
             decoder = self._decoder
             if not isinstance(decoder, SequentialDecoder):
                 decoder = self._sequential_decoder()
-                if decoder.num_damaged_frames or self.report.num_rejected_packets or not self._has_times_of(decoder):
+                has_changed = not np.array_equal(self.timestamps, decoder.timestamps)
+                if decoder.num_damaged_frames or self.report.num_rejected_packets or has_changed:
                     self._decoder = decoder
             self.report.num_damaged_frames = decoder.num_damaged_frames
             return self.report
@@ -240,9 +238,6 @@ class VideoReader:
         self.report.num_frames = len(decoder.timestamps)
         return decoder
 
-    def _has_times_of(self, decoder: SequentialDecoder) -> bool:
-        return np.array_equal(self.timestamps, decoder.timestamps)
-
     def _decoded(
         self, wanted: np.ndarray, on_lost: str, *, resumes: bool = False
     ) -> Generator[NumberedFrame, None, None]:
@@ -259,7 +254,7 @@ class VideoReader:
             return
         except IndexMismatchError:
             decoder = self._sequential_decoder()
-        has_changed, num_promised = not self._has_times_of(decoder), self.num_frames
+        has_changed, num_promised = not np.array_equal(self.timestamps, decoder.timestamps), self.num_frames
         self._decoder = decoder
         if has_changed:
             kept = wanted[wanted < self.num_frames]
@@ -279,19 +274,12 @@ class VideoReader:
             yield from enumerate(decoder.frames(wanted[first:], on_lost), first)
 
     def _begin(self) -> int:
-        """Return the turn of this call. FFmpeg crashes if two calls move one container, or one moves a closed one."""
+        """Return the turn of this call. FFmpeg crashes if two calls use one container, or a call uses a closed one."""
         if self._is_closed:
             raise ValueError(f"The reader of {self.name} is closed: open another one.")
         self._turn += 1
         self._container.begin_call()
         return self._turn
-
-    def _check_turn(self, turn: int) -> None:
-        if self._is_closed or turn != self._turn:
-            event = "is closed" if self._is_closed else "was used for something else"
-            raise RuntimeError(
-                f"The reader of {self.name} {event} before its stream was at the end: open one for each."
-            )
 
     def _checked(self, indices: Any) -> np.ndarray:
         """Return the indices as int64 from 0. Raises IndexError."""
@@ -303,8 +291,3 @@ class VideoReader:
         if outside.size:
             raise IndexError(f"{self.name} has {self.num_frames} frames, index {outside.flat[0]} is outside of them.")
         return np.where(indices < 0, indices + self.num_frames, indices)
-
-
-def _check_on_lost(on_lost: str) -> None:
-    if on_lost not in ("raise", "repeat_last"):
-        raise ValueError(f"`on_lost` must be 'raise' or 'repeat_last', got {on_lost!r}.")

@@ -6,9 +6,9 @@
 Addresses may come from strangers, and so may the servers behind them:
 
 - One deadline holds for everything: looking up names, connecting, TLS, headers, redirects and the body.
-- Only public IP addresses are connected to, unless the caller allows others. A name is looked up once per hop, and what
-  was checked is what is connected to, so that a second answer of the name server cannot lead elsewhere. Proxies would
-  look names up themselves and are not used.
+- Connections go to public IP addresses only, unless the caller allows others. A name is looked up once per hop, and the
+  connection goes to the IP address that was checked, so that a second answer of the name server cannot lead elsewhere.
+  Proxies are not used, because they would look names up themselves.
 - Addresses with a user name or password are refused, and `redacted` keeps secrets out of messages.
 """
 
@@ -40,7 +40,7 @@ _COMPRESSIONS = {"br", "compress", "deflate", "gzip", "x-compress", "x-gzip", "z
 # Characters that a path or query keeps; "%" because they may be quoted already.
 _SAFE = "!#$%&'()*+,/:;=?@[]~"
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
-# Translators put the IPv4 address they connect to into the last four bytes.
+# NAT64 translators connect to the IPv4 address in the last four bytes.
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -56,9 +56,9 @@ class DownloadLimitError(DownloadError):
 
 def redacted(address: str) -> str:
     """
-    An address to be shown in messages, results and files: user name, password, query and fragment become "***".
+    Return an address for messages, results and files: user name, password, query and fragment become "***".
 
-    Malformed addresses are redacted as well. What is no address is returned as it is.
+    Malformed addresses are redacted as well. Text that is not an address is returned unchanged.
     """
     match = re.fullmatch(r"([^/]*[A-Za-z0-9+.-]{2}:/+)([^/?#]*)([^?#]*)(.*)", address, re.DOTALL)
     if match is None:
@@ -67,7 +67,7 @@ def redacted(address: str) -> str:
     _, at, host = authority.rpartition("@")
     if at:
         authority = f"***@{host}"
-    # An unescaped "/", "?" or "#" in a password: there is no telling where the secret ends.
+    # With an unescaped "/", "?" or "#" in a password, nobody can tell where the secret ends.
     if "@" in path + query and (at or not re.fullmatch(r"(\[[^]]*\]|[^:]*)(:\d*)?", authority)):
         authority, path = "***", ""
     shown = scheme + authority + path + (f"{query[0]}***" if query else "")
@@ -86,9 +86,9 @@ def is_public(address: IPAddress) -> bool:
     return address in _GLOBAL_UNICAST and address.is_global
 
 
-def download(address: str, *, max_bytes: int, timeout: float, allow_private_addresses: bool = False) -> BinaryIO:
+def download(address: str, max_bytes: int, timeout: float, allow_private_addresses: bool = False) -> BinaryIO:
     """
-    A temporary file with what an http or https address gives; the caller closes it.
+    Download an http or https address into a temporary file, which the caller closes.
 
     Args:
         max_bytes: of the body.
@@ -125,7 +125,7 @@ class _Deadline:
         self._end = time.monotonic() + seconds
 
     def is_over(self) -> bool:
-        return time.monotonic() >= self._end - 1e-3  # a wait for the rest of the time ends about then
+        return time.monotonic() >= self._end - 1e-3  # a wait for the remaining time may end a little early
 
     def patience(self) -> float:
         """Return the seconds that one step may take. Raises TimeoutError if none are left."""
@@ -147,9 +147,9 @@ class _Target(NamedTuple):
         try:
             parts = urlsplit(address)
             if parts.scheme not in ("http", "https"):
-                raise DownloadError("of addresses, only http:// and https:// are read; download it first")
+                raise DownloadError("only http:// and https:// addresses are supported; download the file first")
             if "@" in parts.netloc:
-                raise DownloadError("user names and passwords in addresses are not sent; download it first")
+                raise DownloadError("user names and passwords in addresses are not sent; download the file first")
             default_port = 443 if parts.scheme == "https" else 80
             host, port = parts.hostname or "", default_port if parts.port is None else parts.port
             if "[" in parts.netloc:

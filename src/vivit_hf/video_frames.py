@@ -3,8 +3,6 @@
 The layout is (frames, height, width, channels), uint8 from 0 to 255 or float32 in [0, 1].
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -7,8 +7,7 @@
 Training, evaluation and serving share this path and its stored settings.
 """
 
-from __future__ import annotations
-
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -20,7 +19,7 @@ from torch.utils.data import get_worker_info
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.utils import logging
 
-from .configuration_vivit import AutoClassMixin
+from .configuration_vivit import DTYPES
 from .frame_conversion import FrameSize
 from .frame_sampling import (
     crop_window,
@@ -32,17 +31,10 @@ from .frame_sampling import (
     sample_uniform_clip,
 )
 from .limits_vivit import check_choice, check_positive_number
-from .processor_files import SERVICE_KEYS, ProcessorFilesMixin
-from .processor_settings import SETTING_NAMES, ProcessorSettings, check_names
+from .model_files import AutoClassMixin
+from .processor_settings import SERVICE_KEYS, SETTING_NAMES, ProcessorFilesMixin, ProcessorSettings, check_names
 from .video_decoding import VideoReader
-from .video_frames import (
-    as_batch,
-    empty_floats,
-    num_frames_of,
-    rescale_and_normalize,
-    resize_frames,
-    select_frames,
-)
+from .video_frames import as_batch, empty_floats, num_frames_of, rescale_and_normalize, resize_frames, select_frames
 from .video_sources import (
     DecodingReport,
     FramesChangedError,
@@ -54,8 +46,6 @@ from .video_sources import (
 
 
 logger = logging.get_logger(__name__)
-
-_DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 class VideoFeatures(BatchFeature):
@@ -114,10 +104,6 @@ class ViViTVideoProcessor(AutoClassMixin, ProcessorFilesMixin, BaseImageProcesso
         """The settings as the attributes are now; ValueError if they are out of range."""
         return ProcessorSettings(**{name: getattr(self, name) for name in SETTING_NAMES})
 
-    def settings_with(self, overrides: dict[str, Any]) -> ProcessorSettings:
-        """Return the settings of a call with these overrides; raise what the call would raise for them."""
-        return self.settings.updated(overrides)
-
     def __call__(
         self,
         videos: Any,
@@ -155,13 +141,13 @@ class ViViTVideoProcessor(AutoClassMixin, ProcessorFilesMixin, BaseImageProcesso
             ValueError, TypeError: an input or a setting that cannot be used; the message says which can.
             VideoDecodingError: a file that cannot be read, unless `on_error` says otherwise.
         """
-        if return_tensors not in ("pt", "np", None):
-            raise ValueError(f"`return_tensors` must be 'pt', 'np' or None, got {return_tensors!r}.")
+        if return_tensors is not None:
+            check_choice("return_tensors", return_tensors, ("pt", "np"))
         if return_tensors != "pt" and str(dtype).endswith("bfloat16"):
             raise ValueError(f"numpy has no {dtype}: use return_tensors='pt', or another dtype.")
         if video_fps is not None:
             video_fps = check_positive_number("video_fps", video_fps)
-        settings = self.settings_with(overrides)
+        settings = self.settings.updated(overrides)
         is_random = "random" in (settings.clip_start, settings.crop_position)
         draw = _generator(generator) if is_random else None
 
@@ -275,19 +261,18 @@ def _clips_of_file(
     size = reader_size(settings)
     window = None
     if settings.do_center_crop and not _is_random_crop(settings) and (size is not None or not settings.do_resize):
-        height, width = _crop_size(settings)
+        height, width = settings.crop_size["height"], settings.crop_size["width"]
         window = partial(crop_window, crop_height=height, crop_width=width, num_crops=settings.num_crops)
     num_threads = settings.num_threads
     if num_threads is None:
         num_threads = 0 if get_worker_info() is None else 1
     on_lost = "repeat_last" if settings.on_error == "repeat_last" else "raise"
     with VideoReader(source, limits=VideoLimits(**(settings.video_limits or {})), num_threads=num_threads) as reader:
-        try:
+        clips = None
+        while clips is None:
             indices = _choose_frames(reader.timestamps, source, settings, generator)
-            clips = reader.frames_at(indices, size=size, window=window, on_lost=on_lost)
-        except FramesChangedError:
-            indices = _choose_frames(reader.timestamps, source, settings, generator)
-            clips = reader.frames_at(indices, size=size, window=window, on_lost=on_lost)
+            with contextlib.suppress(FramesChangedError):  # at most once: choose again by the new timestamps
+                clips = reader.frames_at(indices, size=size, window=window, on_lost=on_lost)
         times = reader.timestamps[indices] - reader.timestamps[0]
     if size is None:
         frames = _resized(clips.reshape(-1, *clips.shape[2:]), settings)
@@ -328,10 +313,6 @@ def _sample(timestamps: np.ndarray, settings: ProcessorSettings, generator: np.r
     return sample_clips(total, num_frames, stride, short_video_policy=policy, **clips)
 
 
-def _crop_size(settings: ProcessorSettings) -> tuple[int, int]:
-    return settings.crop_size["height"], settings.crop_size["width"]
-
-
 def _num_crops(settings: ProcessorSettings) -> int:
     return settings.num_crops if settings.do_center_crop else 1
 
@@ -344,7 +325,7 @@ def _crops(clip: np.ndarray, settings: ProcessorSettings, generator: np.random.G
     """Return the crops of a clip, (frames, crop height, crop width, channels) each."""
     if not settings.do_center_crop:
         return [clip]
-    sizes = (clip.shape[1], clip.shape[2], *_crop_size(settings))
+    sizes = (clip.shape[1], clip.shape[2], settings.crop_size["height"], settings.crop_size["width"])
     if _is_random_crop(settings):
         crops = [random_crop(*sizes, generator=generator)]
     else:
@@ -369,7 +350,7 @@ def _to_batch(
 ) -> Any:
     """Return views (frames, height, width, channels) as `pixel_values` (views, frames, channels, height, width)."""
     name = str(dtype).removeprefix("torch.")
-    check_choice("dtype", name, _DTYPES)
+    check_choice("dtype", name, DTYPES)
     shapes = {view.shape for view in views}
     if len(shapes) > 1 and return_tensors is not None:
         raise ValueError(

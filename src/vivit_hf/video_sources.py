@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from .limits_vivit import check_positive_number
+from .limits_vivit import check_bool, check_positive_number
 from .video_download import DownloadError, DownloadLimitError, download, redacted
 
 
@@ -74,8 +74,8 @@ class VideoLimits:
     `max_duration` in seconds; `max_bytes` of a download or of a stream that has to be copied; `download_timeout` in
     seconds for a whole download with its redirects, or for data from a pipe.
 
-    Addresses are downloaded from public IP addresses only, unless `allow_private_addresses` also admits those of this
-    machine and of the local network. Only the caller can allow them: processor files cannot.
+    Videos are downloaded from public IP addresses only. `allow_private_addresses` adds those of this machine and of the
+    local network. Only the caller can allow them: processor files cannot.
     """
 
     max_frames: int = 1_000_000
@@ -89,11 +89,7 @@ class VideoLimits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if name == "allow_private_addresses":
-                if not isinstance(value, bool):
-                    raise ValueError(f"`{name}` must be True or False, got {value!r}.")
-            else:
-                check_positive_number(name, value)
+            (check_bool if name == "allow_private_addresses" else check_positive_number)(name, value)
 
 
 @dataclass
@@ -135,22 +131,21 @@ def is_video_source(value: Any) -> bool:
 
 def part_of_video(timestamps: np.ndarray, source: Any) -> tuple[int, int]:
     """
-    The first frame, and the number of frames, of what a source asks for by its "start" and "end" in seconds.
+    Return the first frame and the number of frames of the part between a source's "start" and "end" in seconds.
 
     Raises VideoDecodingError if there is no frame between them.
     """
     first, total = 0, len(timestamps)
     start, end = (source.get(name) for name in ("start", "end")) if isinstance(source, dict) else (None, None)
     if start is not None or end is not None:
-        # A frame belongs to the part in which it appears; containers round its time to their clock.
+        # A frame belongs to the part in which it appears. Containers round times to their clock.
         borders = np.array([0.0 if start is None else start, np.inf if end is None else end]) - 1e-3
         first, last = np.searchsorted(timestamps - timestamps[0], borders)
         total = last - first
         if total < 1:
             wanted = f"from {0.0 if start is None else start:g} s" + (" on" if end is None else f" to {end:g} s")
             reason = f"there is no frame {wanted}; the last one is at {timestamps[-1] - timestamps[0]:.3f} s"
-            name = source_name(source)
-            raise VideoDecodingError.about(name, reason)
+            raise VideoDecodingError.about(source_name(source), reason)
     return int(first), int(total)
 
 
@@ -161,11 +156,9 @@ def _bounded(read: Callable[[int], bytes], name: str, limits: VideoLimits) -> It
     while chunk := read(_CHUNK_BYTES):
         num_bytes += len(chunk)
         if num_bytes > limits.max_bytes:
-            reason = f"it has more than max_bytes={limits.max_bytes} bytes"
-            raise VideoLimitError.about(name, reason)
+            raise VideoLimitError.about(name, f"it has more than max_bytes={limits.max_bytes} bytes")
         if time.monotonic() > deadline:
-            reason = f"it took longer than download_timeout={limits.download_timeout} seconds"
-            raise VideoLimitError.about(name, reason)
+            raise VideoLimitError.about(name, f"it took longer than download_timeout={limits.download_timeout} seconds")
         yield chunk
 
 
@@ -200,10 +193,8 @@ def read_stream(file: Any, limits: VideoLimits | None = None) -> bytearray:
 
 def is_pipe(path: Any) -> bool:
     """Return whether `path` is a named pipe."""
-    if not isinstance(path, (str, os.PathLike)):
-        return False
     try:
-        return stat.S_ISFIFO(os.stat(path).st_mode)
+        return isinstance(path, (str, os.PathLike)) and stat.S_ISFIFO(os.stat(path).st_mode)
     except (OSError, ValueError):
         return False
 
@@ -214,8 +205,7 @@ def _wait_for_data(descriptor: int, name: str, timeout: float, limit: str) -> No
         return
     logger.warning(f"Waiting for data from the pipe {name}, for at most {timeout:g} seconds.")
     if not select.select([descriptor], [], [], timeout - quiet)[0]:
-        reason = f"nothing was written to this pipe for {limit}={timeout:g} seconds"
-        raise VideoLimitError.about(name, reason)
+        raise VideoLimitError.about(name, f"nothing was written to this pipe for {limit}={timeout:g} seconds")
 
 
 def open_pipe(path: str | os.PathLike[str], timeout: float, limit: str) -> io.BufferedReader:
@@ -247,15 +237,10 @@ def _copy_pipe(path: str | os.PathLike[str], limits: VideoLimits) -> BinaryIO:
 
 def _download(address: str, limits: VideoLimits) -> BinaryIO:
     try:
-        return download(
-            address,
-            max_bytes=limits.max_bytes,
-            timeout=limits.download_timeout,
-            allow_private_addresses=limits.allow_private_addresses,
-        )
+        return download(address, limits.max_bytes, limits.download_timeout, limits.allow_private_addresses)
     except DownloadError as error:
-        name, kind = redacted(address), VideoLimitError if isinstance(error, DownloadLimitError) else VideoDecodingError
-        raise kind.about(name, str(error)) from error
+        kind = VideoLimitError if isinstance(error, DownloadLimitError) else VideoDecodingError
+        raise kind.about(redacted(address), str(error)) from error
 
 
 def open_source(source: Any, limits: VideoLimits) -> tuple[BinaryIO, bool]:
@@ -271,19 +256,15 @@ def open_source(source: Any, limits: VideoLimits) -> tuple[BinaryIO, bool]:
         return open_source(path if data is None else data, limits)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return io.BytesIO(source), True
-    if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
-        return _download(source, limits), True
     if isinstance(source, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source) and not os.path.exists(source):
-        reason, name = "of addresses, only http:// and https:// are read; download it first", redacted(source)
-        raise VideoDecodingError.about(name, reason)
+        return _download(source, limits), True
     if isinstance(source, (str, os.PathLike)):
         if is_pipe(source):
             return _copy_pipe(source, limits), True
         try:
             file = open(source, "rb")  # noqa: SIM115 (the caller closes it)
         except ValueError as error:
-            name = source_name(source)
-            raise VideoDecodingError.about(name, str(error)) from error
+            raise VideoDecodingError.about(source_name(source), str(error)) from error
         if file.seekable():
             return file, True
         with file:  # a terminal or another device

@@ -186,14 +186,14 @@ def test_wrong_settings_are_refused(tmp_path):
     table = tmp_path / "t.csv"
     table.write_text("path,label\n1.mp4,run\n")
     for settings, message in (
-        ({"annotation_format": "imagenet"}, "must be one of auto, plain"),
+        ({"annotation_format": "imagenet"}, "Expected one of 'auto', 'plain'"),
         ({"video_column": "clip"}, r"t\.csv:1: there is no column of paths named 'clip'; the columns are: path, label"),
         ({"label_columns": ["verb"]}, r"t\.csv:1: there is no column of labels named 'verb'"),
         ({"video_root": tmp_path / "no"}, "no: there is no such folder"),
         ({"annotation_format": "epic"}, "there is no column of epic annotations named 'video_id'"),
-        ({"missing_videos": "maybe"}, "must be 'error' or 'skip'"),
+        ({"missing_videos": "maybe"}, "Expected one of 'error', 'skip'"),
     ):
-        with pytest.raises(AnnotationError, match=message):
+        with pytest.raises(ValueError, match=message):
             read_videos(table, **settings)
 
 

@@ -100,13 +100,13 @@ def test_groups_of_labels_have_their_own_probabilities(processor):
 
 
 def test_wrong_requests_are_named(model, processor, clips):
-    with pytest.raises(ValueError, match="`method` must be one of rollout, gradient, got 'saliency'"):
+    with pytest.raises(ValueError, match=r"`method='saliency'` is not known\. Expected one of 'rollout', 'gradient'"):
         explain_clip(model, processor, clips[:1], "saliency")
     with pytest.raises(ValueError, match="Rollout does not depend on a class: leave out class_index=1"):
         explain_clip(model, processor, clips[:1], class_index=1)
     with pytest.raises(ValueError, match="takes one clip, got 2"):
         explain_clip(model, processor, clips)
-    with pytest.raises(ValueError, match="`top_k` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`top_k=0` must be a whole number of at least 1"):
         explain_clip(model, processor, clips[:1], top_k=0)
     with pytest.raises(ValueError, match=r"`class_index=7` must be one whole number from 0 to 4"):
         explain_clip(model, processor, clips[:1], "gradient", class_index=7)

@@ -54,7 +54,7 @@ def test_a_sheet_shows_frames_with_and_without_heat(tmp_path):
 def test_a_sheet_of_a_long_clip_shows_some_steps():
     pictures = [draw_explanation(make_explanation(16, frames=32), max_steps) for max_steps in (4, 8, 16)]
     assert pictures[0].width < pictures[1].width < pictures[2].width
-    with pytest.raises(ValueError, match="`max_steps` must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="`max_steps=0` must be a whole number of at least 1"):
         draw_explanation(make_explanation(), max_steps=0)
 
 

@@ -23,7 +23,7 @@ def test_averages_of_views(label_map):
     assert torch.allclose(average_views(logits, label_map, "logits"), logits.mean(dim=1))
     one = average_views(logits[:, :1], label_map)
     assert torch.allclose(to_probabilities(one, label_map), to_probabilities(logits[:, 0], label_map))
-    with pytest.raises(ValueError, match="must be one of probabilities, logits"):
+    with pytest.raises(ValueError, match="Expected one of 'probabilities', 'logits'"):
         average_views(logits, label_map, "votes")
 
 

@@ -106,7 +106,7 @@ def test_missing_qkv_biases_become_zeros():
 )
 def test_unknown_options_name_the_known_ones(option):
     vit = make_vit()
-    with pytest.raises(ValueError, match=rf"`{option}='nonsense'` is not known; expected one of '"):
+    with pytest.raises(ValueError, match=rf"`{option}='nonsense'` is not known. Expected one of '"):
         initialise_from_vit(make_vivit(vit, "spatio_temporal"), vit, **{option: "nonsense"})
 
 

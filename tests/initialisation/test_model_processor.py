@@ -99,7 +99,7 @@ def test_settings_of_a_video_processor_are_kept():
     [
         ({"resize": 31}, "resize=31 makes frames smaller than the model's crop of 32 x 32"),
         ({"resize_ratio": 0.9}, "resize=29 makes frames smaller"),
-        ({"resize_ratio": 0}, "`resize_ratio` must be a positive number, got 0"),
+        ({"resize_ratio": 0}, "`resize_ratio=0` must be a number above 0"),
         ({"resize": 40, "resize_ratio": 1.1}, "not both"),
         ({"frame_stride": 2, "frames_per_second": 5.0}, "not both"),
     ],

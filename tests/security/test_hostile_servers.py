@@ -248,7 +248,9 @@ def test_redirects_lead_to_http_alone(scheme):
         )
         with Server(redirects(location)) as server:
             error = error_of(server.address)
-        assert "only http:// and https:// are read" in str(error) and f"redirected to {scheme}:" in str(error)
+        assert "only http:// and https:// addresses are supported" in str(error) and f"redirected to {scheme}:" in str(
+            error
+        )
         time.sleep(0.05)
         assert other.num_connections == 0
 

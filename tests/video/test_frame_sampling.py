@@ -228,12 +228,15 @@ def test_crops_lie_in_the_frame_or_are_refused(height, width, crop_height, crop_
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: sample_frames_uniformly(0, 4), "`num_frames_in_video` must be an integer of at least 1, got 0"),
-        (lambda: sample_clips(10, 0), "`num_frames` must be an integer of at least 1, got 0"),
-        (lambda: sample_clips(10, 4, 1.5), r"`stride` must be an integer of at least 1, got 1.5"),
-        (lambda: sample_clips(10, 4, num_clips=True), "`num_clips`"),
-        (lambda: sample_clips(10, 4, start="middle"), "'centre', 'random', got 'middle'"),
-        (lambda: sample_clips_at_rate(np.arange(3), 4, 0), "`frames_per_second` must be a positive number, got 0"),
+        (lambda: sample_frames_uniformly(0, 4), "`num_frames_in_video=0` must be a whole number of at least 1"),
+        (lambda: sample_clips(10, 0), "`num_frames=0` must be a whole number of at least 1"),
+        (lambda: sample_clips(10, 4, 1.5), r"`stride=1.5` must be a whole number of at least 1"),
+        (lambda: sample_clips(10, 4, num_clips=True), "`num_clips=True`"),
+        (
+            lambda: sample_clips(10, 4, start="middle"),
+            "`start='middle'` is not known. Expected one of 'centre', 'random'",
+        ),
+        (lambda: sample_clips_at_rate(np.arange(3), 4, 0), "`frames_per_second=0` must be a number above 0"),
     ],
 )
 def test_errors_name_the_value_and_the_expectation(call, message):
@@ -254,7 +257,7 @@ def test_sampling_needs_nothing_but_numpy():
             else []
         )
     }
-    assert imported == {"__future__", "numpy", "limits_vivit"}
+    assert imported == {"numpy", "limits_vivit"}
 
 
 @pytest.mark.parametrize(("total", "stride"), [(5, 1), (7, 1), (8, 1), (20, 4), (29, 4), (30, 4), (1, 2)])

@@ -89,7 +89,7 @@ def test_files_of_earlier_versions_keep_every_setting(tmp_path):
 
 @pytest.mark.parametrize("layout", ["image", "video", "nested"])
 def test_a_native_video_processor_keeps_its_offset_and_warns(tmp_path, layout, monkeypatch):
-    monkeypatch.setattr("vivit_hf.processor_files.logger.warning", lambda text: messages.append(text))
+    monkeypatch.setattr("vivit_hf.processor_settings.logger.warning", lambda text: messages.append(text))
     messages = []
     write(tmp_path, **{layout: {"video_processor": NATIVE} if layout == "nested" else NATIVE})
     processor = ViViTVideoProcessor.from_pretrained(tmp_path, num_frames=8)
@@ -155,7 +155,7 @@ def test_saving_replaces_every_older_file(folder):
 
 def test_files_that_disagree_warn_and_the_image_processor_wins(folder, monkeypatch):
     messages = []
-    monkeypatch.setattr("vivit_hf.processor_files.logger.warning", lambda text: messages.append(text))
+    monkeypatch.setattr("vivit_hf.processor_settings.logger.warning", lambda text: messages.append(text))
     settings = json.loads((folder / IMAGE).read_text())
     write(folder, image={**settings, "frame_stride": 5})
     assert ViViTVideoProcessor.from_pretrained(folder).frame_stride == 5

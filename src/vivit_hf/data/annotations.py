@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..limits_vivit import check_choice
 from ..video_sources import source_name
 from .annotation_rows import (
     AnnotationError,
@@ -134,10 +135,10 @@ def read_videos(
     Raises:
         AnnotationError: if the source does not exist or has no videos, a column, label or video is missing, or the
             split column has unknown values.
+        ValueError: if `annotation_format` or `missing_videos` is not known.
     """
     source = Path(source)
-    if annotation_format not in FORMATS:
-        raise AnnotationError(f"`annotation_format` must be one of {', '.join(FORMATS)}, got {annotation_format!r}.")
+    check_choice("annotation_format", annotation_format, FORMATS)
     if not source.exists():
         raise AnnotationError(f"{source}: there is no such file or folder.")
     if source.is_dir():
@@ -303,8 +304,7 @@ def _seconds(row: Row, name: str) -> float:
 
 def _present(videos: list[LabelledVideo], source: Path, missing_videos: str) -> list[LabelledVideo]:
     """Return the videos with an existing file or an address; raise AnnotationError for the others, or skip them."""
-    if missing_videos not in ("error", "skip"):
-        raise AnnotationError(f"`missing_videos` must be 'error' or 'skip', got {missing_videos!r}.")
+    check_choice("missing_videos", missing_videos, ("error", "skip"))
     there: dict[str, bool] = {}
     missing = []
     for one in videos:

@@ -11,6 +11,7 @@ import torch
 from ..data.labels import LabelMap, to_probabilities
 from ..frame_sampling import sample_frames_uniformly
 from ..inference.finite_outputs import check_finite
+from ..limits_vivit import check_choice, check_positive_integer
 from ..video_processing_vivit import ViViTVideoProcessor
 from .pixels import to_uint8
 from .relevance import Relevance, attention_rollout, backbone_for, evaluating, gradient_relevance
@@ -62,14 +63,12 @@ def explain_clip(
         TypeError, ValueError: see those functions; ValueError also for an unknown method, several clips, a
             `class_index` with rollout, or a `top_k` below 1.
     """
-    if method not in METHODS:
-        raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}.")
+    check_choice("method", method, METHODS)
     if method == "rollout" and class_index is not None:
         raise ValueError(
             f"Rollout does not depend on a class: leave out class_index={class_index!r}, or use method='gradient'."
         )
-    if top_k < 1:
-        raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
+    check_positive_integer("top_k", top_k)
     if isinstance(pixel_values, torch.Tensor) and pixel_values.ndim == 4:
         pixel_values = pixel_values[None]
     backbone = backbone_for(model, pixel_values)

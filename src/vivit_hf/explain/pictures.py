@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..data.whole_files import written_whole
+from ..limits_vivit import check_positive_integer
 from .explanation import Explanation
 from .heat import colours, draw_overlay, peak
 from .text import text_width, write_text
@@ -35,8 +36,7 @@ def draw_explanation(explanation: Explanation, max_steps: int = 8) -> Image.Imag
     Args:
         max_steps: time steps to show a frame of, evenly spaced if the clip has more.
     """
-    if max_steps < 1:
-        raise ValueError(f"`max_steps` must be at least 1, got {max_steps}.")
+    check_positive_integer("max_steps", max_steps)
     frames, space = explanation.frames, explanation.relevance.space[0].numpy()
     steps, per_step = len(space), len(frames) // len(space)
     shown = np.unique(np.linspace(0, steps - 1, min(max_steps, steps)).round().astype(int))

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..data.labels import LabelMap
+from ..limits_vivit import check_choice
 from ..video_processing_vivit import ViViTVideoProcessor
 from .clips import BATCH, predict_clips
 
@@ -51,8 +52,7 @@ def average_views(logits: torch.Tensor, label_map: LabelMap, averaging: str = "p
     Returns:
         float32 or wider, (batch, num_labels).
     """
-    if averaging not in AVERAGINGS:
-        raise ValueError(f"`averaging` must be one of {', '.join(AVERAGINGS)}, got {averaging!r}.")
+    check_choice("averaging", averaging, AVERAGINGS)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if averaging == "logits" or logits.shape[1] == 1 or label_map.is_regression:
         return logits.mean(dim=1)

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from ..configuration_vivit import ViViTConfig
+from ..limits_vivit import check_choice
 from ..loading_vivit import TRANSFORMERS_VIVIT_NAMES
 from ..modeling_vivit import ViViTMLP, ViViTModel, ViViTPreTrainedModel
 from .inflation import TUBELET_INITS, fold_layer_scales, image_to_video_position_embeddings
@@ -209,13 +210,12 @@ def initialise_from_vit(
 
 def _check_options(config: ViViTConfig, tubelet: str, attention: str, encoder: str, position: str) -> None:
     for name, value, allowed in (
-        ("tubelet_init", tubelet, tuple(TUBELET_INITS)),
+        ("tubelet_init", tubelet, TUBELET_INITS),
         ("temporal_attention_init", attention, TEMPORAL_ATTENTION_INITS),
         ("temporal_encoder_init", encoder, TEMPORAL_ENCODER_INITS),
-        ("position_init", position, tuple(POSITION_INITS)),
+        ("position_init", position, POSITION_INITS),
     ):
-        if value not in allowed:
-            raise ValueError(f"`{name}={value!r}` is not known; expected one of {', '.join(map(repr, allowed))}.")
+        check_choice(name, value, allowed)
     if attention == "zero" and config.attention_type == "factorised_self_attention":
         warnings.warn(
             "`temporal_attention_init='zero'` sets value and output projection of the temporal attention to zero. "
@@ -223,33 +223,31 @@ def _check_options(config: ViViTConfig, tubelet: str, attention: str, encoder: s
             "starts from the same function and learns.",
             stacklevel=3,
         )
-    if encoder == "copy_last":
-        if config.attention_type != "factorised_encoder" or not config.num_temporal_layers:
-            raise ValueError(
-                "`temporal_encoder_init='copy_last'` needs a temporal encoder, but the model has `attention_type="
-                f"{config.attention_type!r}` and `num_temporal_layers={config.num_temporal_layers}`."
-            )
-        if config.pooling != "mean":
-            raise ValueError(
-                f"`temporal_encoder_init='copy_last'` with `pooling={config.pooling!r}`: the temporal layers start "
-                "without effect, so a class token would give the same logits for every video; use "
-                "`pooling='mean'` or `temporal_encoder_init='random'`."
-            )
-        if config.num_temporal_layers > config.num_hidden_layers:
-            raise ValueError(
-                f"`temporal_encoder_init='copy_last'` needs {config.num_temporal_layers} layers for the temporal "
-                f"encoder, but the ViT has {config.num_hidden_layers}."
-            )
-        spatial = config.num_attention_heads, config.intermediate_size
-        temporal = (
-            config.temporal_num_attention_heads or config.num_attention_heads,
-            config.temporal_intermediate_size or config.intermediate_size,
+    if encoder == "copy_last" and (problem := _problem_of_copy_last(config)):
+        raise ValueError(f"`temporal_encoder_init='copy_last'` {problem}.")
+
+
+def _problem_of_copy_last(config: ViViTConfig) -> str | None:
+    if config.attention_type != "factorised_encoder" or not config.num_temporal_layers:
+        return (
+            f"needs a temporal encoder, but the model has `attention_type={config.attention_type!r}` and "
+            f"`num_temporal_layers={config.num_temporal_layers}`"
         )
-        if spatial != temporal:
-            raise ValueError(
-                f"`temporal_encoder_init='copy_last'` needs the ViT's heads and MLP width {spatial} in the temporal "
-                f"encoder, which has {temporal}."
-            )
+    if config.pooling != "mean":
+        return (
+            f"with `pooling={config.pooling!r}`: the temporal layers start without effect, so a class token would give "
+            "the same logits for every video; use `pooling='mean'` or `temporal_encoder_init='random'`"
+        )
+    if config.num_temporal_layers > config.num_hidden_layers:
+        return (
+            f"needs {config.num_temporal_layers} layers for the temporal encoder, but the ViT has "
+            f"{config.num_hidden_layers}"
+        )
+    spatial = config.num_attention_heads, config.intermediate_size
+    temporal = (config.temporal_num_attention_heads or spatial[0], config.temporal_intermediate_size or spatial[1])
+    if spatial != temporal:
+        return f"needs the ViT's heads and MLP width {spatial} in the temporal encoder, which has {temporal}"
+    return None
 
 
 def _canonical_weights(vit: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

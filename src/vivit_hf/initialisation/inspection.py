@@ -1,12 +1,9 @@
 """Describe a model from its configuration alone: sizes, parameters, multiply-adds, and expected input."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..configuration_vivit import ViViTConfig
@@ -38,9 +35,7 @@ class ModelPart:
 
 
 def inspect_parts(config: ViViTConfig) -> list[ModelPart]:
-    """
-    Return the parts of the classifier that `config` describes, without computing anything or reading weights.
-    """
+    """Return the parts of the classifier that `config` describes, without computing anything or reading weights."""
     config = ViViTConfig.from_dict(config.to_dict(), attn_implementation="eager")
     with torch.device("meta"):
         model = ViViTForVideoClassification(config).eval()
@@ -49,21 +44,13 @@ def inspect_parts(config: ViViTConfig) -> list[ModelPart]:
     with torch.no_grad(), counter:
         model(clip)
     counts = {name: sum(found.values()) for name, found in counter.get_flop_counts().items()}
-    parts = []
+    parts, modules = [], dict(model.named_modules())
     for part, names in _PARTS.items():
-        modules = {name: _module(model, name) for name in names}
-        parameters = sum(one.numel() for module in modules.values() if module for one in module.parameters())
+        parameters = sum(one.numel() for name in names if name in modules for one in modules[name].parameters())
         flops = sum(counts.get(f"{type(model).__name__}.{name}", 0) for name in names)
         if parameters:
             parts.append(ModelPart(part, parameters, flops // 2))
     return parts
-
-
-def _module(model: nn.Module, name: str) -> nn.Module | None:
-    module: Any = model
-    for attribute in name.split("."):
-        module = getattr(module, attribute, None)
-    return module
 
 
 def describe_model(config: ViViTConfig) -> dict[str, Any]:

@@ -5,8 +5,6 @@ The short side of a frame is resized to a multiple of the crop, and the crop has
 of any shape become clips that the model accepts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

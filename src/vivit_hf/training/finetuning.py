@@ -337,7 +337,7 @@ def check_views(arguments: Arguments, start: Start, splits: Splits, say: Say) ->
         data.num_clips = 1
         say(f"Uniform sampling takes one clip per video: num_clips of the recipe {recipe} does not apply.")
     if splits.validation is not None:
-        start.processor.settings_with({"num_clips": data.num_clips, "num_crops": data.num_crops})
+        start.processor.settings.updated({"num_clips": data.num_clips, "num_crops": data.num_crops})
 
 
 def lack_of_space(training: FineTuningArguments, model: torch.nn.Module) -> str | None:

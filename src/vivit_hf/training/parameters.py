@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from ..limits_vivit import check_choice
+
 
 FREEZINGS = ("none", "spatial", "all_but_head")
 _TEMPORAL = re.compile(
@@ -34,8 +36,7 @@ def freeze(model: torch.nn.Module, what: str) -> list[str]:
     Raises:
         ValueError: for "spatial" if space and time share their parameters (Models 1 and 4, average pooling).
     """
-    if what not in FREEZINGS:
-        raise ValueError(f"`freeze` must be one of {', '.join(FREEZINGS)}, got {what!r}.")
+    check_choice("freeze", what, FREEZINGS)
     parts = {name: part_of(name) for name, _ in model.named_parameters()}
     trained = {"none": set(parts.values()), "spatial": {"temporal", "classifier"}, "all_but_head": {"classifier"}}[what]
     if what == "spatial" and "temporal" not in parts.values():
