@@ -76,7 +76,7 @@ def run_on_views(
         ValueError: if the processor cannot make these views.
     """
     views: dict[str, Any] = {"num_clips": num_clips, "num_crops": num_crops}
-    processor.settings_with(views)
+    processor.settings.updated(views)
     loader = DataLoader(
         _Videos(videos, processor, views),
         batch_size=max(1, batch_size // (num_clips * num_crops)),
