@@ -12,8 +12,8 @@ official model.
 
 import sys
 
-from vivit_hf.conversion.convert_scenic import main
+from vivit_hf.conversion.command import main
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("scenic"))

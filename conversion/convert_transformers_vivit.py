@@ -10,8 +10,8 @@ gives values in [-1, 1]. Source and result are compared with each other.
 
 import sys
 
-from vivit_hf.conversion.convert_transformers import main
+from vivit_hf.conversion.command import main
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("transformers"))

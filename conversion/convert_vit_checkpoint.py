@@ -10,8 +10,8 @@ result is loaded again and compared with the ViT. Needs neither JAX nor timm.
 
 import sys
 
-from vivit_hf.conversion.convert_vit import main
+from vivit_hf.conversion.command import main
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("vit"))

@@ -9,8 +9,8 @@ any other clip. The result is kept only if it computes what PyTorch computes.
 
 import sys
 
-from vivit_hf.conversion.export_onnx import main
+from vivit_hf.conversion.command import main
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("export"))

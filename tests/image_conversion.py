@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from vivit_hf.conversion.convert_vit import main
+from vivit_hf.conversion.command import main
 
 
 # Filled by the attack below if a pickle is executed, which must not happen.
@@ -23,7 +23,7 @@ def converter(tmp_path, capfd):
         capfd.readouterr()  # what was printed before
         output = tmp_path / "converted"
         command = ["--source", source, "--output", output, "--num-frames", "4", *arguments]
-        code = main(list(map(str, command)))
+        code = main("vit", list(map(str, command)))
         printed, errors = capfd.readouterr()
         return code, re.sub(r"[\s│]+", " ", printed), errors, output
 

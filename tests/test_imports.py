@@ -15,10 +15,8 @@ from vivit_hf.cli.app import app
 
 WINGS = sorted(path.parent.name for path in Path(vivit_hf.__file__).parent.glob("*/__init__.py"))
 PACKAGES = ["vivit_hf", *(f"vivit_hf.{wing}" for wing in WINGS if wing != "cli")]
-# The other commands print the help of a parser in their wing, which imports torch.
-COMMANDS = [
-    name for name, one in get_command(app).commands.items() if one.context_settings.get("help_option_names") != []
-]
+COMMANDS = [name for name in get_command(app).commands if name != "finetune"]  # it shows the Trainer's arguments
+COMMANDS += [f"convert {name}" for name in get_command(app).commands["convert"].commands]
 SLOW = ("torch", "transformers", "numpy", "av")
 
 
@@ -40,7 +38,7 @@ except SystemExit:
     print("loaded:", sorted(sys.modules.keys() & {set(SLOW)}))
 """
     printed = run(program)
-    assert "Usage" in printed and printed.splitlines()[-1] == "loaded: []"
+    assert "usage: " in printed.lower() and printed.splitlines()[-1] == "loaded: []"
 
 
 @pytest.mark.parametrize(

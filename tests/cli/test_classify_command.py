@@ -57,6 +57,10 @@ def test_the_table_ends_with_its_views_and_its_rate():
     assert "5 videos in " in result.stdout and "4 clips x 3 crops of 16 frames" in result.stdout
 
 
+def test_a_single_video_is_counted_as_one():
+    assert "1 video in " in invoke("classify", SAMPLES / "up_left.mp4", *QUICK).stdout
+
+
 def test_labels_come_by_their_group(grouped, tmp_path):
     path = write_video(tmp_path / "video.mp4")
     (row,) = rows(invoke("classify", path, "--model", grouped, "--json", "--top-k", 2, "--num-crops", 1).stdout)
@@ -219,7 +223,7 @@ def test_a_full_disk_is_not_blamed_on_the_video():
     [
         ([], "Missing argument"),
         (["x.mp4", "--num-crops", "2"], "expected 1 or 3, got 2"),
-        (["x.mp4", "--on-error", "repeat_last"], "expected warn, skip or raise, got 'repeat_last'"),
+        (["x.mp4", "--on-error", "repeat_last"], "'repeat_last' is not one of 'warn', 'skip', 'raise'"),
     ],
 )
 def test_wrong_options_of_classify_are_named(arguments, message):

@@ -175,7 +175,7 @@ def test_a_folder_has_no_splits(data, tmp_path):
         (["--model", "no_model"], "there is no folder 'no_model'"),
         (["--num_crops", 2], "expected 1 or 3, got 2"),
         (["--averaging", "votes"], "'votes' is not one of"),
-        (["--dtype", "int8"], "expected float32, bfloat16 or float16, got 'int8'"),
+        (["--dtype", "int8"], "'int8' is not one of"),
     ],
 )
 def test_what_cannot_be_evaluated_is_named(data, arguments, message, tmp_path):
@@ -231,7 +231,7 @@ def test_videos_that_are_all_damaged_are_an_error(data, tmp_path):
     (tmp_path / "videos" / "up_left").mkdir(parents=True)
     (tmp_path / "videos" / "up_left" / "000.mp4").write_bytes(b"broken")
     arguments = [*options(data, tmp_path / "out"), "--data", tmp_path / "videos", *ONE_VIEW]
-    check_refusal(["evaluate", *arguments], 2, "None of the 1 videos can be read")
+    check_refusal(["evaluate", *arguments], 2, "None of the videos can be read")
 
 
 def test_nouns_verbs_and_actions(data, tmp_path):

@@ -64,7 +64,7 @@ def test_the_video_is_not_overwritten(tmp_path):
     [
         (["x.mp4", "--output", "x.bmp"], 2, "expected .png, .gif, .mp4, got 'x.bmp'"),
         (["x.mp4", "--output", "no/where/x.png"], 2, "there is no folder 'no/where'"),
-        (["x.mp4", "--output", "x.png", "--method", "magic"], 2, "expected rollout or gradient"),
+        (["x.mp4", "--output", "x.png", "--method", "magic"], 2, "'magic' is not one of 'rollout', 'gradient'"),
         (["x.mp4", "--output", "x.png", "--label", "up_left"], 2, "rollout does not depend on a label"),
         (
             ["x.mp4", "--output", "x.png", "--method", "gradient", "--label", "sideways"],

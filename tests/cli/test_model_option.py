@@ -23,7 +23,7 @@ from vivit_hf import ViViTVideoProcessor
             "there is no folder 'my_vivit', and models on the Hub are named like 'owner/name'",
         ),
         (["inspect", "nowhere/at-all"], 1, "there is no folder 'nowhere/at-all', and the Hub cannot be reached"),
-        (["classify", "x.mp4", "--dtype", "int8"], 2, "expected float32, bfloat16 or float16, got 'int8'"),
+        (["classify", "x.mp4", "--dtype", "int8"], 2, "'int8' is not one of"),
         (["classify", "x.mp4", "--device", "abacus"], 2, "'abacus' cannot be used here"),
         (["classify", "x.mp4", "--device", "meta"], 2, "'meta' cannot be used here: it computes nothing"),
     ],

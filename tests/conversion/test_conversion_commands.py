@@ -17,8 +17,15 @@ from tiny_models import make_model, tiny_config
 from transformers import VivitConfig, VivitForVideoClassification
 from vit_models import make_dinov2, make_vit, timm_weights, write_layout
 
-from vivit_hf.conversion import convert_scenic, convert_transformers, convert_vit, export_onnx
+from vivit_hf.configuration_vivit import ATTENTION_ORDERS, ATTENTION_TYPES, EMBEDDING_TYPES, POOLINGS
+from vivit_hf.conversion.command import main
 from vivit_hf.conversion.results import Result, shortened
+from vivit_hf.initialisation.from_image import (
+    POSITION_INITS,
+    TEMPORAL_ATTENTION_INITS,
+    TEMPORAL_ENCODER_INITS,
+    TUBELET_INITS,
+)
 
 
 pytestmark = pytest.mark.slow
@@ -32,18 +39,12 @@ SCRIPTS = {
 }
 SHARED = "--help --output --push-to-hub --private --skip-parity "
 OPTIONS = {
-    "convert vit": (
-        convert_vit,
-        SHARED + "--source --num-heads --attention-type --attention-order --num-frames --tubelet-size --image-size "
-        "--embedding-type --num-sampled-frames --num-temporal-layers --pooling --labels --num-labels --tubelet-init "
-        "--temporal-attention-init --temporal-encoder-init --position-init --seed --resize",
-    ),
-    "convert scenic": (
-        convert_scenic,
-        SHARED + "--checkpoint --model --model-config --num-frames --image-size --resize --labels",
-    ),
-    "convert transformers": (convert_transformers, SHARED + "--source --to"),
-    "export": (export_onnx, "--help --output --model --int8 --videos --num-clips-checked --opset"),
+    "convert vit": SHARED + "--source --num-heads --attention-type --attention-order --num-frames --tubelet-size "
+    "--image-size --embedding-type --num-sampled-frames --num-temporal-layers --pooling --labels --num-labels "
+    "--tubelet-init --temporal-attention-init --temporal-encoder-init --position-init --seed --resize",
+    "convert scenic": SHARED + "--checkpoint --model --model-config --num-frames --image-size --resize --labels",
+    "convert transformers": SHARED + "--source --to",
+    "export": "--help --output --model --int8 --videos --num-clips-checked --opset",
 }
 
 
@@ -103,13 +104,12 @@ def test_a_command_does_what_its_script_does(tmp_path, monkeypatch, capfd, comma
 @pytest.mark.parametrize("command", SCRIPTS)
 def test_help_lists_the_same_options_for_command_and_script(monkeypatch, capfd, command):
     _, of_script, _ = run_script(command, "--help", monkeypatch=monkeypatch, capfd=capfd)
-    module, options = OPTIONS[command]
     with pytest.raises(SystemExit) as ended:
-        module.main(["--help"], f"vivit-hf {command}")
+        main(command.split()[-1], ["--help"], f"vivit-hf {command}")
     of_command = capfd.readouterr().out
     assert ended.value.code == 0 and of_command.startswith(f"usage: vivit-hf {command} ")
     for printed in (of_script, of_command):
-        assert set(re.findall(r"^  (?:-h, )?(--[\w-]+)", printed, re.MULTILINE)) == set(options.split())
+        assert set(re.findall(r"^  (?:-h, )?(--[\w-]+)", printed, re.MULTILINE)) == set(OPTIONS[command].split())
 
 
 def test_errors_of_arguments_reach_the_user(tmp_path):
@@ -174,29 +174,48 @@ def test_names_from_files_cannot_control_the_terminal(tmp_path, capfd):
     weights = {name: tensor.contiguous() for name, tensor in vit.state_dict().items()}
     save_file({**weights, "classifier.\x1b[31m[red]": torch.ones(1)}, folder / "model.safetensors")
     arguments = ["--source", str(folder), "--num-frames", "4", "--skip-parity", "--output"]
-    assert convert_vit.main([*arguments, str(tmp_path / "output")]) == 0
+    assert main("vit", [*arguments, str(tmp_path / "output")]) == 0
     printed, errors = capfd.readouterr()
     assert "\x1b" not in printed + errors and "\\x1b[31m[red]" in re.sub(r"[\s│]+", "", printed)
 
     save_file({**weights, "odd\x1b]0;title\x07": torch.ones(1)}, folder / "model.safetensors")
-    assert convert_vit.main([*arguments, str(tmp_path / "other")]) == 1
+    assert main("vit", [*arguments, str(tmp_path / "other")]) == 1
     errors = capfd.readouterr().err
     assert "\x1b" not in errors and "no place for: odd\\x1b]0;title\\x07" in errors
 
 
 @pytest.mark.parametrize(
-    ("package", "module", "extra", "converter", "options"),
+    ("package", "modules", "extra", "command", "options"),
     [
-        ("msgpack", "scenic_checkpoint", "conversion", convert_scenic, "--checkpoint c --model-config m"),
-        ("onnx", "onnx_models", "export", export_onnx, "--model m"),
+        ("msgpack", ["scenic_checkpoint", "convert_scenic"], "conversion", "scenic", "--checkpoint c --model-config m"),
+        ("onnx", ["onnx_models", "export_onnx"], "export", "export", "--model m"),
     ],
 )
-def test_a_missing_extra_is_named(tmp_path, capfd, monkeypatch, package, module, extra, converter, options):
-    monkeypatch.delitem(sys.modules, f"vivit_hf.conversion.{module}", raising=False)
-    monkeypatch.delattr(f"vivit_hf.conversion.{module}", raising=False)
+def test_a_missing_extra_is_named(tmp_path, capfd, monkeypatch, package, modules, extra, command, options):
+    for module in modules:
+        monkeypatch.delitem(sys.modules, f"vivit_hf.conversion.{module}", raising=False)
+        monkeypatch.delattr(f"vivit_hf.conversion.{module}", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
-    assert converter.main([*options.split(), "--output", str(tmp_path / "output")]) == 1
+    assert main(command, [*options.split(), "--output", str(tmp_path / "output")]) == 1
     assert capfd.readouterr().err == f"error: {package} is not installed; run `pip install 'vivit-hf[{extra}]'`.\n"
+
+
+def test_the_parser_offers_what_the_package_accepts(capfd):
+    """It names them again, so that it need not import torch."""
+    with pytest.raises(SystemExit):
+        main("vit", ["--help"])
+    printed = capfd.readouterr().out
+    assert all(name in printed for name in ATTENTION_TYPES)
+    for option, choices in {
+        "--attention-order": ATTENTION_ORDERS,
+        "--embedding-type": EMBEDDING_TYPES,
+        "--pooling": POOLINGS,
+        "--tubelet-init": TUBELET_INITS,
+        "--temporal-attention-init": TEMPORAL_ATTENTION_INITS,
+        "--temporal-encoder-init": TEMPORAL_ENCODER_INITS,
+        "--position-init": POSITION_INITS,
+    }.items():
+        assert f"  {option} {{{','.join(choices)}}}\n" in printed
 
 
 def test_layers_are_listed_once():

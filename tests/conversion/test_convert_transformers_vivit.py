@@ -14,7 +14,7 @@ from vit_models import perturb, write_layout
 
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
 from vivit_hf.conversion import convert_transformers
-from vivit_hf.conversion.convert_transformers import main
+from vivit_hf.conversion.command import main
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def convert(tmp_path, capfd):
 
     def run(source, *arguments, output="converted"):
         capfd.readouterr()  # what was printed before
-        code = main(list(map(str, ["--source", source, "--output", tmp_path / output, *arguments])))
+        code = main("transformers", list(map(str, ["--source", source, "--output", tmp_path / output, *arguments])))
         printed, errors = capfd.readouterr()
         return code, re.sub(r"[\s│]+", " ", printed), errors, tmp_path / output
 

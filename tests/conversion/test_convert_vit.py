@@ -278,7 +278,7 @@ def test_the_processor_prepares_frames_like_the_image_model(folder, convert):
     expected = (frames / 255 - SETTINGS["image_mean"]) / SETTINGS["image_std"]
     actual = processor(frames, do_resize=False)["pixel_values"][0].permute(0, 2, 3, 1)
     np.testing.assert_allclose(actual, expected, atol=1e-5)
-    assert "short side 37, central crop 32 x 32, values in [-2.4, 3]" in printed
+    assert "resized to short side 37, cropped to 32 x 32, values in [-2.4, 3]" in printed
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,11 @@ from torch import nn
 from video_files import write_video
 
 from vivit_hf import ViViTConfig, ViViTVideoProcessor
-from vivit_hf.conversion import onnx_models
-from vivit_hf.conversion.export_onnx import main, measure_agreement
-from vivit_hf.conversion.onnx_format import DEFAULT_OPSET, INT8_FILE, LEAST_OPSET, MODEL_FILE, REPORT_FILE
-from vivit_hf.conversion.onnx_models import size_of, write_int8, write_onnx
+from vivit_hf.conversion import ConversionError, onnx_models
+from vivit_hf.conversion.command import DEFAULT_OPSET, main
+from vivit_hf.conversion.export_onnx import INT8_FILE, MODEL_FILE, REPORT_FILE, measure_agreement
+from vivit_hf.conversion.onnx_models import LEAST_OPSET, size_of, write_int8, write_onnx
 from vivit_hf.conversion.parity import random_clip
-from vivit_hf.conversion.weight_files import ConversionError
 from vivit_hf.data.labels import LabelMap
 from vivit_hf.initialisation.model_processor import processor_for
 
@@ -84,7 +83,7 @@ def export(tmp_path, folder, capfd):
     def run(*arguments, model=folder):
         capfd.readouterr()  # what was printed before
         output = tmp_path / "exported"
-        code = main(["--model", str(model), "--output", str(output), *map(str, arguments)])
+        code = main("export", ["--model", str(model), "--output", str(output), *map(str, arguments)])
         printed, errors = capfd.readouterr()
         return code, re.sub(r"[\s│]+", " ", printed), errors, output
 

@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForVideoClassification
 import vivit_hf
 from vivit_hf import ViViTConfig
 from vivit_hf.conversion import convert_scenic, label_files
-from vivit_hf.conversion.convert_scenic import main
+from vivit_hf.conversion.command import main
 from vivit_hf.conversion.parity import tokens_and_logits
 from vivit_hf.conversion.scenic_checkpoint import read_scenic_checkpoint
 from vivit_hf.conversion.scenic_reference import official_forward
@@ -38,7 +38,7 @@ def convert(tmp_path, capfd):
 
     def run(checkpoint, *arguments):
         command, output = command_line(tmp_path, checkpoint, *arguments)
-        code = main(command)
+        code = main("scenic", command)
         return code, *capfd.readouterr(), output
 
     return run
@@ -259,7 +259,7 @@ def convert_release(tmp_path, capfd):
     def run(*arguments):
         output = tmp_path / "converted"
         command = ["--checkpoint", SCENIC / "ckpt_03_old_optimizer_target.msgpack", "--model", "vivit-tiny"]
-        code = main(list(map(str, [*command, "--output", output, *arguments])))
+        code = main("scenic", list(map(str, [*command, "--output", output, *arguments])))
         return code, *capfd.readouterr(), output
 
     return run

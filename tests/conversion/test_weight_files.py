@@ -8,7 +8,7 @@ import sys
 import pytest
 from hub_server import HubServer
 
-from vivit_hf.conversion.weight_files import ConversionError, find_file
+from vivit_hf.conversion.weight_files import find_file
 
 
 PROGRAM = """
@@ -21,7 +21,7 @@ for place in sys.argv[1:]:
     try:
         path = find_file(f"{owner}/{repository}", name)
         found[place] = path and path.read_text()
-    except ValueError as error:
+    except OSError as error:
         found[place] = str(error)
 print(json.dumps(found))
 """
@@ -42,7 +42,7 @@ def test_missing_files_of_the_hub_differ_from_unreachable_ones(tmp_path):
         environment = hub.environment(tmp_path, "hf_reader")
         found = find(["tester/vit/config.json", "tester/vit/none.json", "tester/nothing/config.json"], environment)
     assert found["tester/vit/config.json"] == "{}" and found["tester/vit/none.json"] is None
-    assert "There is no folder tester/nothing here, and the Hub has no model of that name" in found.pop(
+    assert "there is no folder 'tester/nothing', and the Hub has no public model of that name" in found.pop(
         "tester/nothing/config.json"
     )
     # The server is gone; its answers are in the cache, but nobody has asked for the processor before.
@@ -55,7 +55,7 @@ def test_missing_files_of_the_hub_differ_from_unreachable_ones(tmp_path):
 @pytest.mark.parametrize("source", ["my_vivit", "/nowhere/at/all", "./my_vivit", "a/b/c"])
 def test_a_source_that_cannot_be_a_hub_id_is_a_missing_folder(source, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConversionError, match=f"There is no folder {source} here, and .* like owner/name"):
+    with pytest.raises(OSError, match=f"there is no folder '{source}', and .* like 'owner/name'"):
         find_file(source, "config.json")
 
 

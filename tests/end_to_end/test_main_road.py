@@ -34,7 +34,7 @@ from video_files import moving_frames, set_rotation, write_video
 
 from vivit_hf import VideoReader
 from vivit_hf.cli.app import app
-from vivit_hf.conversion import convert_vit
+from vivit_hf.conversion.command import main as convert
 
 
 pytestmark = pytest.mark.slow
@@ -189,7 +189,7 @@ def travelled(videos, tmp_path_factory):
         source = save_image_model(folder / "vit", image_model)
         more = ["--dataloader_num_workers", 0]
         if road == "converted":
-            assert convert_vit.main(strings(convert_command(source, variant, folder / "start"))) == 0
+            assert convert("vit", strings(convert_command(source, variant, folder / "start"))) == 0
             source = folder / "start"
         else:
             more += ["--attention_type", variant, "--num_frames", 4, "--image_size", 32]

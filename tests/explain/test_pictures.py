@@ -133,18 +133,3 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, name):
     monkeypatch.undo()
     save_explanation(path, broken)
     assert path.stat().st_size > 1000 and list(tmp_path.iterdir()) == [path]
-
-
-def test_pillow_without_fonts_of_any_size_will_do(tmp_path, monkeypatch):
-    fonts = text.ImageFont
-    small = getattr(fonts, "load_default_imagefont", fonts.load_default)()
-
-    def load_default(*size):
-        if size:
-            raise TypeError("load_default() takes 0 positional arguments but 1 was given")  # as Pillow 10.0 does
-        return small
-
-    monkeypatch.setattr(fonts, "load_default", load_default)
-    monkeypatch.setattr(text, "_font", text._font.__wrapped__)  # bypass the cache
-    for name in ("sheet.png", "clip.mp4"):
-        assert save_explanation(tmp_path / name, make_explanation(labels=[("足球 é", 0.9), ("b", 0.1)])).is_file()

@@ -271,7 +271,7 @@ def test_errors_name_the_value_and_what_was_expected(model, clips, explain):
         explain(model, torch.zeros(clips.shape, dtype=torch.uint8))
     with pytest.raises(TypeError, match=r"Expected a ViViTModel or ViViTForVideoClassification.*Linear"):
         explain(torch.nn.Linear(2, 2), clips)
-    with pytest.raises(ValueError, match="NaN or infinite numbers, and so do its `pixel_values`"):
+    with pytest.raises(ValueError, match=r"NaN or infinite numbers\. So do its `pixel_values`"):
         explain(model, torch.stack([clips[0], torch.full_like(clips[1], torch.nan)]))
 
 

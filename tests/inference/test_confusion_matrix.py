@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vivit_hf.inference.confusion_matrix import class_accuracies, confusion_matrix, draw_confusion_matrix
+from vivit_hf.inference.evaluation_files import draw_confusion_matrix
+from vivit_hf.inference.metrics import class_accuracies, confusion_matrix
 
 
 def test_confusion_matrix():
@@ -25,6 +26,6 @@ def test_each_class_has_its_accuracy_and_its_most_frequent_mistake():
 def test_a_matrix_of_any_size_is_drawn(tmp_path, num_classes):
     names = [f"class {index}" for index in range(num_classes)]
     matrix = np.eye(num_classes, dtype=int)
-    path = draw_confusion_matrix(matrix, names, tmp_path / "matrix.png", "top-1 100 %")
-    with Image.open(path) as picture:
+    draw_confusion_matrix(matrix, names, tmp_path / "matrix.png", "top-1 100 %")
+    with Image.open(tmp_path / "matrix.png") as picture:
         assert min(picture.size) > 300 and len(picture.convert("RGB").getcolors(1 << 24)) > 20

@@ -17,8 +17,7 @@ from video_files import damage_packet, write_video
 
 from vivit_hf import VideoDecodingError, VideoReader, ViViTVideoProcessor
 from vivit_hf.inference.live_video import LiveVideo
-from vivit_hf.inference.timeline import file_windows
-from vivit_hf.inference.watch import live_windows
+from vivit_hf.inference.timeline import file_windows, live_windows
 from vivit_hf.video_processing_vivit import reader_size
 
 

@@ -31,7 +31,7 @@ def make_stream(hop=None, frame_stride=1, **changes):
 def expected_logits(stream, frames, start):
     """The whole model on the window that begins with sampled frame `start`."""
     stride = stream.processor.frame_stride
-    window = frames[::stride][start : start + stream.window_frames]
+    window = frames[::stride][start : start + stream.model.config.num_frames]
     pixel_values = stream.processor(window, do_sample_frames=False)["pixel_values"]
     with torch.no_grad():
         return stream.model(pixel_values).logits[0]
@@ -39,7 +39,7 @@ def expected_logits(stream, frames, start):
 
 def check_windows(stream, frames, windows):
     sampled = len(frames[:: stream.processor.frame_stride])
-    starts = list(range(0, sampled - stream.window_frames + 1, stream.hop))
+    starts = list(range(0, sampled - stream.model.config.num_frames + 1, stream.hop))
     assert [window.first_frame for window in windows] == starts
     for window in windows:
         expected = expected_logits(stream, frames, window.first_frame)

@@ -16,8 +16,7 @@ from vivit_hf import (
 )
 from vivit_hf.inference.live_video import LiveVideo
 from vivit_hf.inference.segments import merge_windows
-from vivit_hf.inference.timeline import file_windows, video_timeline
-from vivit_hf.inference.watch import live_windows
+from vivit_hf.inference.timeline import file_windows, live_windows, video_timeline
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,7 @@ import pytest
 
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor, demo_model_path
 from vivit_hf.inference.live_video import LiveVideo
-from vivit_hf.inference.timeline import video_timeline
-from vivit_hf.inference.watch import watch_video
+from vivit_hf.inference.timeline import video_timeline, watch_video
 from vivit_hf.video_processing_vivit import reader_size
 
 

@@ -74,7 +74,7 @@ def test_broken_weights_are_an_error_that_names_them(attention_type, value, ask,
     ask(model, processor, path)
     with torch.no_grad():
         model.classifier.weight[0, 0] = value
-    with pytest.raises(NonFiniteError, match=r"its weights do too \(classifier\.weight\)"):
+    with pytest.raises(NonFiniteError, match=r"So do its weights \(classifier\.weight\)"):
         ask(model, processor, path)
 
 

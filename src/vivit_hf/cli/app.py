@@ -1,7 +1,5 @@
 """The command line, `vivit-hf`: each command is a function in a file of its own."""
 
-from __future__ import annotations
-
 import gc
 import io
 import sys
@@ -10,11 +8,10 @@ from typing import Annotated
 import typer
 
 from .classify import classify
-from .convert import PASS_ON, convert
+from .convert import PASS_ON, convert, export
 from .demo import demo
 from .evaluate import evaluate
 from .explain import explain
-from .export import export
 from .finetune import finetune
 from .inspect import inspect
 from .output import EscapingGroup, escape_logs, say

@@ -1,54 +1,30 @@
 """`vivit-hf classify`: the labels of videos."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Column, Table
 
-from .options import (
-    BatchSizeOption,
-    ClipsOption,
-    CropsOption,
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    ModelOption,
-    OnErrorOption,
-    PrivateAddressesOption,
-    check_crops,
-    check_on_error,
-    expand,
-    load,
-    standard_input,
-    views_of,
-)
-from .output import as_cell, echo, echo_json, output_console
-
-
-VideosArgument = Annotated[
-    list[str],
-    typer.Argument(metavar="VIDEO...", help="Files, folders, patterns, http(s) addresses, or - for standard input."),
-]
+from ..data.escaping import counted
+from . import options
+from .output import as_cell, echo, echo_json, output_console, track
 
 
 def classify(
-    videos: VideosArgument,
-    model: ModelOption = None,
+    videos: options.Videos,
+    model: options.Model = None,
     top_k: Annotated[int, typer.Option(min=1, help="Labels to show per video.")] = 5,
-    num_clips: ClipsOption = None,
-    num_crops: CropsOption = None,
-    batch_size: BatchSizeOption = 16,
+    num_clips: options.Clips = None,
+    num_crops: options.Crops = None,
+    batch_size: options.BatchSize = 16,
     workers: Annotated[int, typer.Option(min=0, help="Processes that decode; 0 decodes in this one.")] = 0,
-    on_error: OnErrorOption = "warn",
-    allow_private_addresses: PrivateAddressesOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
-    as_json: JsonOption = False,
+    on_error: options.OnError = "warn",
+    allow_private_addresses: options.PrivateAddresses = False,
+    device: options.Device = None,
+    dtype: options.Dtype = "float32",
+    as_json: options.Json = False,
 ) -> None:
     """
     Label videos, with scores averaged over clips and crops.
@@ -67,21 +43,19 @@ def classify(
     from ..inference.views import describe_views
     from ..video_sources import source_name
 
-    check_crops(num_crops)
-    check_on_error(on_error)
-    files = expand(videos)
+    files = options.expand(videos)
     if not files:
         raise typer.BadParameter(f"no video in {', '.join(videos)}", param_hint="VIDEO")
     # Read it here: the processes that decode have no standard input.
-    sources: list[Any] = [{"bytes": standard_input(), "path": "-"} if file == "-" else file for file in files]
-    classifier, processor = load(model, device, dtype, allow_private_addresses=allow_private_addresses)
+    sources: list[Any] = [{"bytes": options.standard_input(), "path": "-"} if file == "-" else file for file in files]
+    classifier, processor = options.load(model, device, dtype, allow_private_addresses=allow_private_addresses)
     processor.on_error = "repeat_last" if on_error == "warn" else "raise"
     label_map = LabelMap.from_config(classifier.config)
-    views = views_of(processor, num_clips, num_crops)
+    views = options.views_of(processor, num_clips, num_crops)
     found = predict_each(classifier, processor, sources, **views, batch_size=batch_size, num_workers=workers)
     rows: list[dict[str, Any]] = []
     begin = time.perf_counter()
-    for prediction in _with_progress(_checked(found), len(files), not as_json):
+    for prediction in track(_checked(found), len(files), "classifying", not as_json):
         row: dict[str, Any] = {"file": source_name(files[prediction.index])}
         if prediction.error is not None:
             row["error"] = prediction.error
@@ -96,7 +70,7 @@ def classify(
     if not as_json:
         _print_predictions(rows)
         seconds = time.perf_counter() - begin
-        rate = f"{len(rows)} videos in {seconds:.1f} s, {len(rows) / seconds:.1f} per second"
+        rate = f"{counted(len(rows), 'video')} in {seconds:.1f} s, {len(rows) / seconds:.1f} per second"
         failed = f"; {num_failed} without labels" if num_failed else ""
         averaged = "values" if label_map.is_regression else "probabilities"
         echo(f"{rate}{failed}. Each: {describe_views(processor, **views, averaging=averaged)}.")
@@ -133,13 +107,3 @@ def _print_predictions(rows: list[dict[str, Any]]) -> None:
             file = as_cell("" if place else row["file"])
             table.add_row(file, as_cell(label), f"{one['score']:.3f}", end_section=is_last)
     output_console().print(table)
-
-
-def _with_progress(items: Iterator[Any], total: int, is_shown: bool) -> Iterator[Any]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("classifying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    is_hidden = not (is_shown and console.is_terminal and total > 1)
-    with Progress(*columns, console=console, transient=True, disable=is_hidden) as progress:
-        yield from progress.track(items, total=total)

@@ -1,7 +1,5 @@
 """`vivit-hf demo`: try everything offline."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 from typing import Annotated

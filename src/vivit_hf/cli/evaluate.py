@@ -1,7 +1,5 @@
 """`vivit-hf evaluate`: the scores of a model on labelled videos."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,79 +7,55 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from .options import (
-    BatchSizeOption,
-    ClipsOption,
-    CropsOption,
-    DtypeOption,
-    PrivateAddressesOption,
-    check_crops,
-    load,
-    quiet_libraries,
-    views_of,
-)
-from .output import as_cell, echo, fail, output_console
+from . import options
+from .output import as_cell, echo, fail, output_console, quiet_libraries
 
 
-DataOption = Annotated[
-    str, typer.Option("--data", help="Folder of class folders, or a CSV or JSON file.", rich_help_panel="Videos")
+def _about_videos(help: str, **settings: Any) -> Any:
+    return typer.Option(help=help, rich_help_panel="Videos", **settings)
+
+
+Data = Annotated[str, _about_videos("Folder of class folders, or a CSV or JSON file.")]
+VideoRoot = Annotated[str | None, _about_videos("Folder that paths in a file are relative to.")]
+Format = Annotated[Literal["auto", "plain", "kinetics", "ssv2", "epic"], _about_videos("Format of the file.")]
+VideoColumn = Annotated[str | None, _about_videos("Column of the videos.", show_default="video, path ...")]
+LabelColumn = Annotated[
+    str | None, _about_videos("Column of the labels; several as noun,verb.", show_default="label, class ...")
 ]
-VideoRootOption = Annotated[
-    str | None, typer.Option(help="Folder that paths in a file are relative to.", rich_help_panel="Videos")
-]
-FormatOption = Annotated[
-    Literal["auto", "plain", "kinetics", "ssv2", "epic"],
-    typer.Option(help="Format of the file.", rich_help_panel="Videos"),
-]
-VideoColumnOption = Annotated[
-    str | None, typer.Option(help="Column of the videos.", show_default="video, path ...", rich_help_panel="Videos")
-]
-LabelColumnOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Column of the labels; several as noun,verb.", show_default="label, class ...", rich_help_panel="Videos"
-    ),
-]
-SeparatorOption = Annotated[
-    str | None, typer.Option(help="Separator between several labels of a video.", rich_help_panel="Videos")
-]
-SplitColumnOption = Annotated[
-    str, typer.Option(help="Column of splits: auto (split, subset ...), a name, or none.", rich_help_panel="Videos")
-]
-SplitOption = Annotated[
+Separator = Annotated[str | None, _about_videos("Separator between several labels of a video.")]
+SplitColumn = Annotated[str, _about_videos("Column of splits: auto (split, subset ...), a name, or none.")]
+Split = Annotated[
     Literal["train", "validation", "test"] | None,
-    typer.Option(help="The split to score, of a file with a column of splits.", rich_help_panel="Videos"),
+    _about_videos("The split to score, of a file with a column of splits."),
 ]
-MissingOption = Annotated[
-    Literal["error", "skip"], typer.Option(help="What to do with missing files.", rich_help_panel="Videos")
-]
-AveragingOption = Annotated[
+Missing = Annotated[Literal["error", "skip"], _about_videos("What to do with missing files.")]
+Averaging = Annotated[
     Literal["probabilities", "logits"], typer.Option(help="What to average over the views of a video.")
 ]
-WorkersOption = Annotated[
+Workers = Annotated[
     int | None, typer.Option(min=0, help="Processes that decode.", show_default="one per core, at most 8")
 ]
 
 
 def evaluate(
     model: Annotated[str, typer.Option("--model", "-m", help="Folder or Hub id of a fine-tuned ViViT.")],
-    data: DataOption,
+    data: Data,
     output_dir: Annotated[Path, typer.Option(help="Folder for the results.")],
-    video_root: VideoRootOption = None,
-    annotation_format: FormatOption = "auto",
-    video_column_name: VideoColumnOption = None,
-    label_column_name: LabelColumnOption = None,
-    label_separator: SeparatorOption = None,
-    split_column: SplitColumnOption = "auto",
-    split: SplitOption = None,
-    missing_videos: MissingOption = "error",
-    allow_private_addresses: PrivateAddressesOption = False,
-    num_clips: ClipsOption = None,
-    num_crops: CropsOption = None,
-    averaging: AveragingOption = "probabilities",
-    batch_size: BatchSizeOption = 16,
-    num_workers: WorkersOption = None,
-    dtype: DtypeOption = "float32",
+    video_root: VideoRoot = None,
+    annotation_format: Format = "auto",
+    video_column_name: VideoColumn = None,
+    label_column_name: LabelColumn = None,
+    label_separator: Separator = None,
+    split_column: SplitColumn = "auto",
+    split: Split = None,
+    missing_videos: Missing = "error",
+    allow_private_addresses: options.PrivateAddresses = False,
+    num_clips: options.Clips = None,
+    num_crops: options.Crops = None,
+    averaging: Averaging = "probabilities",
+    batch_size: options.BatchSize = 16,
+    num_workers: Workers = None,
+    dtype: options.Dtype = "float32",
     use_cpu: Annotated[bool, typer.Option("--use-cpu", help="Run on the CPU even if there is a GPU.")] = False,
 ) -> None:
     """
@@ -94,7 +68,6 @@ def evaluate(
 
     Example: vivit-hf evaluate --model my_vivit --data videos/test --output-dir scores
     """
-    check_crops(num_crops)
     quiet_libraries()
     from ..inference.evaluation import evaluate_videos, read_split
     from ..inference.evaluation_files import save_evaluation
@@ -115,8 +88,9 @@ def evaluate(
         state = process_group(use_cpu)
     except (OSError, ValueError) as error:
         fail(str(error), code=2)
-    classifier, processor = load(model, str(state.device), dtype, allow_private_addresses=allow_private_addresses)
-    views: dict[str, Any] = {**views_of(processor, num_clips, num_crops), "averaging": averaging}
+    device = str(state.device)
+    classifier, processor = options.load(model, device, dtype, allow_private_addresses=allow_private_addresses)
+    views: dict[str, Any] = {**options.views_of(processor, num_clips, num_crops), "averaging": averaging}
     workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
     try:
         found = evaluate_videos(classifier, processor, videos, **views, batch_size=batch_size, num_workers=workers)
@@ -130,8 +104,7 @@ def evaluate(
 
 
 def _print_evaluation(found: Any) -> None:
-    from ..inference.confusion_matrix import class_accuracies
-    from ..inference.metrics import describe_chance
+    from ..inference.metrics import class_accuracies, describe_chance
 
     if found.confusion_matrix is not None:
         table = Table("class", "videos", "accuracy", "most often taken for", title="per class, the worst first")
@@ -141,8 +114,7 @@ def _print_evaluation(found: Any) -> None:
         output_console().print(table)
     for name, value in found.metrics.items():
         echo(f"{name}: {value}" if name == "samples" else f"{name}: {value:.4f}")
-    near_chance = describe_chance(found.metrics)
-    if near_chance is not None:
+    if (near_chance := describe_chance(found.metrics)) is not None:
         echo(near_chance)
     echo(f"views per video: {found.protocol}")
     for one, video in zip(found.predictions, found.videos, strict=True):

@@ -1,33 +1,23 @@
 """`vivit-hf explain`: a picture of where the model looked."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from ..data.escaping import one_line
-from .options import (
-    DeviceOption,
-    DtypeOption,
-    ModelOption,
-    OnErrorOption,
-    PrivateAddressesOption,
-    check_on_error,
-    load,
-    standard_input,
-)
+from . import options
 from .output import echo, fail, video_errors
 
 
 def explain(
-    video: Annotated[str, typer.Argument(metavar="VIDEO", help="A file, an http(s) address, or - for standard input.")],
+    video: options.Video,
     output: Annotated[Path, typer.Option("--output", "-o", help="Picture or video to write: .png, .mp4 or .gif.")],
-    model: ModelOption = None,
+    model: options.Model = None,
     method: Annotated[
-        str, typer.Option(help="rollout: where attention leads; gradient: what speaks for a label.")
+        Literal["rollout", "gradient"],
+        typer.Option(help="rollout: where attention leads; gradient: what speaks for a label."),
     ] = "rollout",
     label: Annotated[
         str | None, typer.Option(help="The label to explain, for gradient.", show_default="the most likely")
@@ -35,10 +25,10 @@ def explain(
     start: Annotated[float | None, typer.Option(min=0, help="Start of the part to explain, in seconds.")] = None,
     end: Annotated[float | None, typer.Option(min=0, help="End of that part, in seconds.")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Labels to show.")] = 5,
-    on_error: OnErrorOption = "warn",
-    allow_private_addresses: PrivateAddressesOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
+    on_error: options.OnError = "warn",
+    allow_private_addresses: options.PrivateAddresses = False,
+    device: options.Device = None,
+    dtype: options.Dtype = "float32",
 ) -> None:
     """
     Draw what the model saw: a heat map over the frames of one clip, its labels, and the weight of each time step.
@@ -48,14 +38,14 @@ def explain(
     from ..explain.explanation import explain_clip
     from ..explain.pictures import save_explanation
 
-    check_on_error(on_error)
     _check_output(output, video)
-    _check_method(method, label)
     by_gradient = method == "gradient"
-    classifier, processor = load(model, device, dtype, by_gradient, allow_private_addresses, by_gradient)
+    if label is not None and not by_gradient:
+        raise typer.BadParameter("rollout does not depend on a label; add --method gradient", param_hint="--label")
+    classifier, processor = options.load(model, device, dtype, by_gradient, allow_private_addresses, by_gradient)
     index = None if label is None else _find_label(label, classifier.config)
     part: dict[str, Any] = {"start": start, "end": end}
-    part |= {"bytes": standard_input(), "path": "-"} if video == "-" else {"path": video}
+    part |= {"bytes": options.standard_input(), "path": "-"} if video == "-" else {"path": video}
     on_lost = "repeat_last" if on_error == "warn" else "raise"
     with video_errors(video):
         pixel_values = processor(part, num_clips=1, num_crops=1, on_error=on_lost)["pixel_values"]
@@ -83,15 +73,6 @@ def _check_output(output: Path, video: str) -> None:
         problem = f"there is no folder {str(output.parent)!r}"
     if problem is not None:
         raise typer.BadParameter(problem, param_hint="--output")
-
-
-def _check_method(method: str, label: str | None) -> None:
-    from ..explain.explanation import METHODS
-
-    if method not in METHODS:
-        raise typer.BadParameter(f"expected {' or '.join(METHODS)}, got {method!r}", param_hint="--method")
-    if label is not None and method != "gradient":
-        raise typer.BadParameter("rollout does not depend on a label; add --method gradient", param_hint="--label")
 
 
 def _find_label(label: str, config: Any) -> int:

@@ -1,7 +1,5 @@
 """`vivit-hf finetune`: train a ViViT on your own videos."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

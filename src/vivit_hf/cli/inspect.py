@@ -1,7 +1,5 @@
 """`vivit-hf inspect`: describe a model from its configuration, without its weights."""
 
-from __future__ import annotations
-
 import os
 from typing import Annotated, Any
 
@@ -9,7 +7,7 @@ import typer
 from rich.table import Column, Table
 
 from ..data.escaping import one_line
-from .options import JsonOption, find_model
+from . import options
 from .output import as_cell, echo_json, fail, output_console, quiet_libraries
 
 
@@ -18,7 +16,7 @@ def inspect(
         str, typer.Argument(metavar="[MODEL]", help="Folder or Hub id, or the name of a preset.", show_default=False)
     ] = "",
     all_labels: Annotated[bool, typer.Option("--labels", help="List every label.")] = False,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """
     Show a model's variant, sizes, parameters and multiply-adds, tokens, expected input, labels and processor.
@@ -30,16 +28,18 @@ def inspect(
     """
     from ..inference.demo_model import demo_model_path
     from ..initialisation.inspection import describe_model
+    from ..initialisation.model_processor import describe_frames
 
     quiet_libraries()
     name = model or str(demo_model_path())
     config, processor = _read(name)
-    found = {"model": name, **describe_model(config), "processor": processor}
+    found = {"model": name, **describe_model(config), "processor": processor and processor.to_dict()}
     if as_json:
         echo_json(found)
         return
     console = output_console()
-    for key, value in _lines(found, all_labels).items():
+    described = "none beside the model" if processor is None else describe_frames(processor)
+    for key, value in {**_lines(found, all_labels), "processor": described}.items():
         console.print(f"[bold]{key:<10}[/]", end="")
         console.print(one_line(value), highlight=False, markup=False, soft_wrap=True)
     table = Table("part", Column("parameters (M)", justify="right"), Column("multiply-adds (G)", justify="right"))
@@ -50,20 +50,20 @@ def inspect(
     console.print(table)
 
 
-def _read(name: str) -> tuple[Any, dict[str, Any] | None]:
-    """Read the configuration and the settings of the processor, None if there is none; exits with 1 if that fails."""
+def _read(name: str) -> tuple[Any, Any]:
+    """Read the configuration and the processor, None if there is none; exits with 1 if that fails."""
     from ..configuration_vivit import ViViTConfig
     from ..video_processing_vivit import ViViTVideoProcessor
 
     if name in ViViTConfig.presets:
         return ViViTConfig.from_preset(name), None
     try:
-        where = find_model(name)
+        where = options.find_model(name)
         config = ViViTConfig.from_pretrained(name, **where)
     except Exception as error:  # a damaged or hostile file can make the libraries raise anything
         fail(f"Cannot read the configuration of {name}: {_first_line(error)}")
     try:
-        return config, ViViTVideoProcessor.from_pretrained(name, **where).to_dict()
+        return config, ViViTVideoProcessor.from_pretrained(name, **where)
     except Exception as error:
         if not isinstance(error, OSError) or os.path.exists(os.path.join(name, "preprocessor_config.json")):
             fail(f"Cannot read the processor of {name}: {_first_line(error)}")
@@ -77,7 +77,7 @@ def _first_line(error: Exception) -> str:
 
 def _lines(found: dict[str, Any], all_labels: bool) -> dict[str, str]:
     """Return the lines above the table, by their headings."""
-    variant, tokens, processor = found["variant"], found["tokens"], found["processor"]
+    variant, tokens = found["variant"], found["tokens"]
     frames, channels, height, width = found["input"]["shape"]
     grid = " x ".join(map(str, tokens["grid"]))
     patches = "2D patches" if tokens["embedding"] != "tubelet" else "tubelets"
@@ -95,10 +95,4 @@ def _lines(found: dict[str, Any], all_labels: bool) -> dict[str, str]:
     }
     if found["label_groups"]:
         lines["groups"] = ", ".join(f"{group} ({size})" for group, size in found["label_groups"].items())
-    if processor is None:
-        return {**lines, "processor": "none beside the model"}
-    rate = f"stride {processor['frame_stride']}"
-    if processor.get("frames_per_second"):
-        rate = f"{processor['frames_per_second']:g} frames per second"
-    described = f"{processor['num_frames']} frames, {rate}, {processor['frame_sampling']} sampling"
-    return {**lines, "processor": described}
+    return lines

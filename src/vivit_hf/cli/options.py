@@ -1,63 +1,72 @@
 """What the commands share: options, loading the model, and finding the videos."""
 
-from __future__ import annotations
-
 import glob
 import os
-import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from .output import fail, quiet_libraries, say
 
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-HUB_TIMEOUT = 5.0  # seconds in which the Hub must answer whether it has a model
-DTYPES = ("float32", "bfloat16", "float16")
+def _one_or_three(num_crops: int | None) -> int | None:
+    if num_crops not in (None, 1, 3):
+        raise typer.BadParameter(f"expected 1 or 3, got {num_crops}")
+    return num_crops
 
-ModelOption = Annotated[
+
+Videos = Annotated[
+    list[str],
+    typer.Argument(metavar="VIDEO...", help="Files, folders, patterns, http(s) addresses, or - for standard input."),
+]
+Video = Annotated[str, typer.Argument(metavar="VIDEO", help="A file, an http(s) address, or - for standard input.")]
+Model = Annotated[
     str | None,
     typer.Option("--model", "-m", help="Folder or Hub id of a ViViT.", show_default="the demo model in the package"),
 ]
-DeviceOption = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, mps ...", show_default="a GPU if there is one")
-]
-DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON lines, for other programs.")]
-PrivateAddressesOption = Annotated[
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ...", show_default="a GPU if there is one")]
+Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Number format of the model.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON lines, for other programs.")]
+PrivateAddresses = Annotated[
     bool,
     typer.Option("--allow-private-addresses", help="Also download from this machine and the local network."),
 ]
-OnErrorOption = Annotated[
-    str,
+OnError = Annotated[
+    Literal["warn", "skip", "raise"],
     typer.Option(
-        help="What to do with a damaged video: warn and repeat the frame before a lost one, skip the video, or raise, "
-        "which ends the command."
+        help="For a damaged video: warn and repeat the frame before each lost one, skip the video, or end the command."
     ),
 ]
-ClipsOption = Annotated[
+Clips = Annotated[
     int | None,
     typer.Option(min=1, help="Clips per video, spread over it.", show_default="4, or 1 with frame_sampling 'uniform'"),
 ]
-CropsOption = Annotated[
+Crops = Annotated[
     int | None,
-    typer.Option(min=1, max=3, help="Crops per clip: 1 or 3.", show_default="3, or 1 if the processor does not crop"),
+    typer.Option(
+        callback=_one_or_three,
+        help="Crops per clip: 1 or 3.",
+        show_default="3, or 1 if the processor does not crop",
+    ),
 ]
-BatchSizeOption = Annotated[int, typer.Option(min=1, help="Clips that the model sees at a time.")]
-
-
-def check_on_error(on_error: str) -> None:
-    if on_error not in ("warn", "skip", "raise"):
-        raise typer.BadParameter(f"expected warn, skip or raise, got {on_error!r}", param_hint="--on-error")
-
-
-def check_crops(num_crops: int | None) -> None:
-    if num_crops not in (None, 1, 3):
-        raise typer.BadParameter(f"expected 1 or 3, got {num_crops}", param_hint="--num-crops")
+BatchSize = Annotated[int, typer.Option(min=1, help="Clips that the model sees at a time.")]
+Hop = Annotated[
+    int | None,
+    typer.Option(min=1, help="Sampled frames between windows.", show_default="a tubelet, or half a window"),
+]
+MinScore = Annotated[float, typer.Option(min=0, max=1, help="Leave out segments with a lower score.")]
+MinDuration = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Seconds; shorter segments go to their neighbours.",
+        show_default="three quarters of a window, a whole one across a cut",
+    ),
+]
+Windows = Annotated[bool, typer.Option("--windows", help="Print every window instead of segments.")]
 
 
 def views_of(processor: Any, num_clips: int | None, num_crops: int | None) -> dict[str, int]:
@@ -73,28 +82,18 @@ def find_model(name: str) -> dict[str, Any]:
     """
     Return the arguments with which `from_pretrained` loads a folder or Hub id: none, or those for the cached copy.
 
-    Raises OSError at once if there is neither such a folder nor such a model on the Hub. transformers alone would try
-    to download every file several times.
+    Raises OSError at once if there is neither such a folder nor such a model on the Hub.
     """
-    if os.path.isdir(name):
-        return {}
-    nowhere = f"there is no folder {name!r}"
-    if not HUB_ID.fullmatch(name) or os.path.exists(name):
-        raise OSError(f"{nowhere}, and models on the Hub are named like 'owner/name'")
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub import try_to_load_from_cache
 
-    try:
-        HfApi().model_info(name, timeout=HUB_TIMEOUT)
-    except RepositoryNotFoundError as error:
-        raise OSError(f"{nowhere}, and the Hub has no public model of that name") from error
-    except Exception as error:  # the HTTP client depends on the version of huggingface_hub
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-            raise OSError(f"{nowhere}, and the Hub cannot be reached ({reason[0]})") from error
-        say(f"The Hub cannot be reached ({reason[0]}): using the cached copy of {name}.")
-        return {"local_files_only": True}
-    return {}
+    from ..conversion.weight_files import why_hub_is_silent
+
+    if (reason := why_hub_is_silent(name)) is None:
+        return {}
+    if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        raise OSError(f"there is no folder {name!r}, and the Hub cannot be reached ({reason})")
+    say(f"The Hub cannot be reached ({reason}): using the cached copy of {name}.")
+    return {"local_files_only": True}
 
 
 def find_device(device: str | None) -> Any:
@@ -135,15 +134,15 @@ def load(
     if model is None:
         model = str(demo_model_path())
         say("No --model given: using the demo model, which only recognises along which diagonal a shape moves.")
-    if dtype not in DTYPES:
-        raise typer.BadParameter(f"expected float32, bfloat16 or float16, got {dtype!r}", param_hint="--dtype")
     place = find_device(device)
     if model in ViViTConfig.presets:
         raise typer.BadParameter(f"{model!r} is a preset without weights; `inspect` describes it", param_hint="--model")
     loaded, processor = _from_pretrained(model, dtype, {"allow_private_addresses": allow_private_addresses})
     if needs_labels and not loaded.config.num_labels:
         fail(f"The model {model} has no classifier (num_labels is 0): choose one that was trained on labels.", code=2)
-    clip, given = (loaded.config.num_frames, *loaded.config.frame_size), _clip_of(processor)
+    clip = (loaded.config.num_frames, *loaded.config.frame_size)
+    sizes = processor.crop_size if processor.do_center_crop else processor.size if processor.do_resize else {}
+    given = (processor.num_frames, sizes.get("height"), sizes.get("width"))  # None: depends on the video
     if any(wanted != got for wanted, got in zip(clip, given, strict=True) if got is not None):
         fail(
             f"The processor of {model} makes clips of {given} (frames, height, width), but the model expects {clip}: "
@@ -178,12 +177,6 @@ def _from_pretrained(model: str, dtype: str, video_limits: dict[str, Any]) -> tu
     else:
         return loaded, processor
     return fail(f"Cannot load the model {model}: {reason}", code=2)
-
-
-def _clip_of(processor: Any) -> tuple[int | None, int | None, int | None]:
-    """Return the frames, height and width of its clips; None for what depends on the video."""
-    sizes = processor.crop_size if processor.do_center_crop else processor.size if processor.do_resize else {}
-    return processor.num_frames, sizes.get("height"), sizes.get("width")
 
 
 def expand(videos: Sequence[str]) -> list[str]:
@@ -223,3 +216,27 @@ def standard_input_file() -> Any:
         what = "closed" if sys.stdin is None else "a terminal"
         raise typer.BadParameter(f"- reads a video from standard input, and that is {what}", param_hint="VIDEO")
     return sys.stdin.buffer
+
+
+def check_windows(windows: bool, min_score: float, min_duration: float | None) -> None:
+    if windows and (min_score or min_duration is not None):
+        raise typer.BadParameter(
+            "every window is printed; leave out --min-score and --min-duration", param_hint="--windows"
+        )
+
+
+def segments_of(
+    found: Iterator[Any], config: Any, windows: bool, min_score: float, min_duration: float | None
+) -> Iterator[Any]:
+    """Return the windows as segments, or merged into segments."""
+    from ..inference.segments import merge_windows, window_segments
+
+    if windows:
+        return window_segments(found, config)
+    return merge_windows(found, config, min_score=min_score, min_duration=min_duration)
+
+
+def as_row(segment: Any) -> dict[str, Any]:
+    """Return a segment for JSON."""
+    times = {"start": round(segment.start, 3), "end": round(segment.end, 3)}
+    return {**times, "label": segment.label, "score": round(segment.score, 4)}

@@ -1,11 +1,9 @@
 """Printing: text is escaped, JSON has no NaN, results go to standard output and messages to standard error."""
 
-from __future__ import annotations
-
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -43,6 +41,29 @@ def echo_json(row: dict[str, Any]) -> None:
     except ValueError:
         fail(f"JSON cannot hold NaN or infinity: {row}")
     typer.echo(line)
+
+
+def track(
+    items: Iterable[Any],
+    total: int,
+    what: str,
+    is_shown: bool = True,
+    is_unusable: Callable[[Any], bool] = lambda item: False,
+) -> Iterator[Any]:
+    """Yield the items with a progress bar on standard error, if that is a terminal, and count unusable ones there."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    note = TextColumn("{task.description}")
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note)
+    console = Console(stderr=True)
+    is_hidden = not (is_shown and console.is_terminal and total > 1)
+    num_unusable = 0
+    with Progress(*columns, console=console, transient=True, disable=is_hidden) as progress:
+        task = progress.add_task("", total=total)
+        for item in items:
+            yield item
+            num_unusable += is_unusable(item)
+            progress.update(task, advance=1, description=f"{num_unusable} unusable" if num_unusable else "")
 
 
 def say(text: str) -> None:

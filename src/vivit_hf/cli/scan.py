@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from ..data.escaping import printable
+from ..data.escaping import counted, printable
 from ..data.whole_files import written_whole
-from .output import as_cell, fail, output_console, say
+from .output import as_cell, fail, output_console, say, track
 
 
 if TYPE_CHECKING:
@@ -65,7 +63,7 @@ def scan(
                 raise typer.BadParameter(f"there is no folder for {json_file!r}", param_hint="--json")
         min_frames = (num_frames - 1) * frame_stride + 1
         found = scan_files(paths, min_frames=min_frames, packets_only=fast, num_workers=workers, timeout=timeout)
-        scans = _with_progress(found, len(paths))
+        scans = list(track(found, len(paths), "scanning", is_unusable=_is_unusable))
     except KeyboardInterrupt:
         say("Interrupted: nothing is written.")
         raise typer.Exit(130) from None
@@ -86,28 +84,11 @@ def scan(
                     unfinished.write_text(lines, encoding="utf-8")
             except OSError as error:
                 fail(f"Cannot write {json_file}: {error.strerror}.")
-    raise typer.Exit(int(any(one.status == "unusable" for one in scans)))
+    raise typer.Exit(int(any(map(_is_unusable, scans))))
 
 
-def _with_progress(scans: Iterable[VideoScan], total: int) -> list[VideoScan]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("scanning"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    done, unusable = [], 0
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=total)
-        for one in scans:
-            done.append(one)
-            unusable += one.status == "unusable"
-            progress.update(task, advance=1, description=f"{unusable} unusable" if unusable else "")
-    return done
+def _is_unusable(one: VideoScan) -> bool:
+    return one.status == "unusable"
 
 
 def _findings(one: VideoScan) -> list[str]:
@@ -142,7 +123,7 @@ def _print_scans(scans: list[VideoScan], show_all: bool, min_frames: int) -> Non
     seconds = sum(one.duration or 0 for one in scans)
     size = sum(one.num_bytes or 0 for one in scans)
     summary = [
-        f"{len(scans)} files, {size / 1e6:,.1f} MB, {seconds / 3600:.2f} hours of video",
+        f"{counted(len(scans), 'file')}, {size / 1e6:,.1f} MB, {seconds / 3600:.2f} hours of video",
         ", ".join(f"{number} {status}" for status, number in count.items()),
         ", ".join(f"{number} {kind}" for kind, number in kinds.items()),
     ]

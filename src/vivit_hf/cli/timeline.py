@@ -1,40 +1,27 @@
 """`vivit-hf timeline`: what happens when in a video file."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 import typer
 from rich.table import Column, Table
 
-from .options import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    ModelOption,
-    OnErrorOption,
-    PrivateAddressesOption,
-    check_on_error,
-    load,
-    standard_input_file,
-)
+from . import options
 from .output import as_cell, echo_json, output_console, read_from
-from .segments import HopOption, MinDurationOption, MinScoreOption, WindowsOption, as_row, check_windows, segments_of
 from .watch import is_live
 
 
 def timeline(
-    video: Annotated[str, typer.Argument(metavar="VIDEO", help="A file, an http(s) address, or - for standard input.")],
-    model: ModelOption = None,
-    hop: HopOption = None,
-    min_score: MinScoreOption = 0.0,
-    min_duration: MinDurationOption = None,
-    windows: WindowsOption = False,
-    on_error: OnErrorOption = "warn",
-    allow_private_addresses: PrivateAddressesOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
-    as_json: JsonOption = False,
+    video: options.Video,
+    model: options.Model = None,
+    hop: options.Hop = None,
+    min_score: options.MinScore = 0.0,
+    min_duration: options.MinDuration = None,
+    windows: options.Windows = False,
+    on_error: options.OnError = "warn",
+    allow_private_addresses: options.PrivateAddresses = False,
+    device: options.Device = None,
+    dtype: options.Dtype = "float32",
+    as_json: options.Json = False,
     live: Annotated[bool, typer.Option("--live", hidden=True)] = False,
     source_format: Annotated[str | None, typer.Option("--format", hidden=True)] = None,
     policy: Annotated[str | None, typer.Option(hidden=True)] = None,
@@ -53,20 +40,19 @@ def timeline(
     """
     from ..inference.timeline import file_windows
 
-    options = {"--live": live, "--format": source_format, "--policy": policy, "VIDEO": is_live(video)}
-    for name, value in options.items():
+    live_only = {"--live": live, "--format": source_format, "--policy": policy, "VIDEO": is_live(video)}
+    for name, value in live_only.items():
         if value:
             raise typer.BadParameter("timeline reads files; use `vivit-hf watch` for live sources", param_hint=name)
-    check_on_error(on_error)
-    check_windows(windows, min_score, min_duration)
-    classifier, processor = load(model, device, dtype, allow_private_addresses=allow_private_addresses)
-    source: Any = standard_input_file() if video == "-" else video
+    options.check_windows(windows, min_score, min_duration)
+    classifier, processor = options.load(model, device, dtype, allow_private_addresses=allow_private_addresses)
+    source: Any = options.standard_input_file() if video == "-" else video
     on_lost = "repeat_last" if on_error == "warn" else "raise"
     found = file_windows(classifier, processor, source, hop=hop, on_lost=on_lost)
     table = Table(*(Column(name, justify="right") for name in ("start", "end")), "label", "score")
-    for one in read_from(video, segments_of(found, classifier.config, windows, min_score, min_duration)):
+    for one in read_from(video, options.segments_of(found, classifier.config, windows, min_score, min_duration)):
         if as_json:
-            echo_json(as_row(one))
+            echo_json(options.as_row(one))
         else:
             table.add_row(f"{one.start:.2f}", f"{one.end:.2f}", as_cell(one.label), f"{one.score:.3f}")
     if not as_json:

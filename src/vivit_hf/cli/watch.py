@@ -1,30 +1,17 @@
 """`vivit-hf watch`: what happens in a live video, as it happens."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from .options import DeviceOption, DtypeOption, JsonOption, ModelOption, load, standard_input_file
+from ..data.escaping import counted
+from . import options
 from .output import echo, echo_json, read_from, say, video_errors
-from .segments import HopOption, MinDurationOption, MinScoreOption, WindowsOption, as_row, check_windows, segments_of
 
 
 LIVE_SCHEMES = ("rtsp", "rtsps", "rtmp", "udp", "tcp", "srt")
-
-FormatOption = Annotated[
-    str | None, typer.Option("--format", help="FFmpeg's name for the format of the source, such as v4l2.")
-]
-PolicyOption = Annotated[
-    str | None,
-    typer.Option(
-        help="What to do with frames that arrive faster than they are classified: drop_oldest or wait.",
-        show_default="wait for -, else drop_oldest",
-    ),
-]
 
 
 def is_live(video: str) -> bool:
@@ -37,16 +24,24 @@ def watch(
         str,
         typer.Argument(metavar="VIDEO", help="A camera, a stream (rtsp://, udp:// ...), or - for standard input."),
     ],
-    model: ModelOption = None,
-    hop: HopOption = None,
-    min_score: MinScoreOption = 0.0,
-    min_duration: MinDurationOption = None,
-    windows: WindowsOption = False,
-    source_format: FormatOption = None,
-    policy: PolicyOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "float32",
-    as_json: JsonOption = False,
+    model: options.Model = None,
+    hop: options.Hop = None,
+    min_score: options.MinScore = 0.0,
+    min_duration: options.MinDuration = None,
+    windows: options.Windows = False,
+    source_format: Annotated[
+        str | None, typer.Option("--format", help="FFmpeg's name for the format of the source, such as v4l2.")
+    ] = None,
+    policy: Annotated[
+        Literal["drop_oldest", "wait"] | None,
+        typer.Option(
+            help="What to do with frames that arrive faster than they are classified.",
+            show_default="wait for -, else drop_oldest",
+        ),
+    ] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = "float32",
+    as_json: options.Json = False,
 ) -> None:
     """
     Say what happens in a live video: a camera, a network stream, or a pipe without an end.
@@ -60,15 +55,15 @@ def watch(
 
     Example: ffmpeg -i talk.mkv -f mpegts - | vivit-hf watch - --model my_vivit
     """
-    from ..inference.watch import live_windows
+    from ..inference.timeline import live_windows
 
-    check_windows(windows, min_score, min_duration)
-    classifier, processor = load(model, device, dtype)
+    options.check_windows(windows, min_score, min_duration)
+    classifier, processor = options.load(model, device, dtype)
     with _opened(video, source_format, policy, processor) as source:
         found = live_windows(classifier, processor, source, hop=hop)
-        for one in read_from(video, segments_of(found, classifier.config, windows, min_score, min_duration)):
+        for one in read_from(video, options.segments_of(found, classifier.config, windows, min_score, min_duration)):
             if as_json:
-                echo_json(as_row(one))
+                echo_json(options.as_row(one))
             else:
                 echo(f"{one.start:10.2f} {one.end:10.2f}  {one.score:.3f}  {one.label}")
 
@@ -82,7 +77,7 @@ def _opened(video: str, source_format: str | None, policy: str | None, processor
     with video_errors(video):
         source: Any = video
         if video == "-":
-            source = standard_input_file()
+            source = options.standard_input_file()
             source.peek(1)  # wait in Python, which can be interrupted, and not in FFmpeg, which cannot
         policy = policy or ("wait" if video == "-" else "drop_oldest")
         opened = LiveVideo(source, format=source_format, policy=policy, size=reader_size(processor))
@@ -90,4 +85,4 @@ def _opened(video: str, source_format: str | None, policy: str | None, processor
         yield opened
     finally:
         opened.close()
-        say(f"{opened.num_received} frames received, {opened.num_dropped} dropped.")
+        say(f"{counted(opened.num_received, 'frame')} received, {opened.num_dropped} dropped.")

@@ -1,32 +1,38 @@
-"""Command-line parts that the conversion commands share: options, the run itself, warnings and a progress bar."""
-
-from __future__ import annotations
+"""The arguments of `vivit-hf convert` and `vivit-hf export`, parsed before torch is imported, which takes seconds."""
 
 import argparse
-import contextlib
-import pickle
-import sys
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from safetensors import SafetensorError
-from transformers.utils import logging
-
-from ..data import escaping
-from .results import HTTPError, push
-from .weight_files import ConversionError
+from .scenic_releases import RELEASES
 
 
-# Raised for wrong files, wrong options and an unreachable Hub. Any other error is a bug and shows its traceback.
-_EXPECTED_ERRORS = (
-    *(OSError, ValueError, RuntimeError, EOFError, MemoryError, HTTPError),
-    *(SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, StrictDataclassError),
-)
-_MAX_ERROR_LENGTH = 1500
+DEFAULT_OPSET = 20  # of ONNX, the first with a GELU operator
+
+
+def main(command: str, argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """
+    Parse the arguments, convert, and print the result; return 0, or 1 after one line on standard error.
+
+    Args:
+        command: "vit", "scenic", "transformers" or "export".
+        argv: the arguments, by default those of the process.
+        prog: the name of the program in its help, by default that of the script.
+    """
+    module, add_arguments, description = _COMMANDS[command]
+    parser = argparse.ArgumentParser(prog=prog, description=description, formatter_class=_DefaultsFormatter)
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", required=True, metavar="DIR", help="folder to write; must be new or empty")
+    if command != "export":
+        output.add_argument("--push-to-hub", metavar="REPO", help="also upload the result to this Hub repository")
+        output.add_argument("--private", action="store_true", help="make the repository private if it is created")
+        output.add_argument("--skip-parity", action="store_true", help="do not compare outputs of source and result")
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+
+    from .results import run
+
+    return run(module, args)
 
 
 class _DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -34,25 +40,6 @@ class _DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
-def make_parser(description: str, prog: str | None) -> argparse.ArgumentParser:
-    """Return a parser with the options that every conversion has; `prog` defaults to the name of the script."""
-    parser = argparse.ArgumentParser(prog=prog, description=description, formatter_class=_DefaultsFormatter)
-    output = parser.add_argument_group("output")
-    add_output_argument(output)
-    output.add_argument("--push-to-hub", metavar="REPO", help="also upload the result to this Hub repository")
-    output.add_argument("--private", action="store_true", help="make the repository private if it is created")
-    output.add_argument("--skip-parity", action="store_true", help="do not compare the outputs of source and result")
-    return parser
-
-
-def add_output_argument(parser: Any) -> None:
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write; must be new or empty")
-
-
-def add_size_argument(parser: Any, name: str, help: str) -> None:
-    parser.add_argument(name, type=int, nargs="+", action=_OneOrTwo, metavar="PIXELS", help=help)
 
 
 class _OneOrTwo(argparse.Action):
@@ -64,69 +51,119 @@ class _OneOrTwo(argparse.Action):
         setattr(namespace, self.dest, values[0] if len(values) == 1 else tuple(values))
 
 
-class Printed(Protocol):
-    """The result of a command, which can print itself."""
-
-    def print(self) -> None: ...
+_SIZE: dict[str, Any] = {"type": int, "nargs": "+", "action": _OneOrTwo, "metavar": "PIXELS"}
 
 
-def run(
-    convert: Callable[[argparse.Namespace], Printed], parser: argparse.ArgumentParser, argv: Sequence[str] | None
-) -> int:
-    """Parse the arguments, convert, and print the result; return 0, or 1 after one line on standard error."""
-    args = parser.parse_args(argv)
-    verbosity, has_progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # the result lists unused and new weights itself
-    logging.disable_progress_bar()
-    try:
-        result = convert(args)
-        result.print()
-        if repository := vars(args).get("push_to_hub"):
-            push(args.output, repository, args.private)
-    except _EXPECTED_ERRORS as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    finally:
-        logging.set_verbosity(verbosity)
-        if has_progress_bar:
-            logging.enable_progress_bar()
-    return 0
+def _add_vit(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_argument_group("source")
+    source.add_argument("--source", required=True, help="Hub id or folder, timm's .safetensors, or .npz of a JAX ViT")
+    source.add_argument("--num-heads", type=int, help="attention heads, if timm's weights do not determine them")
+
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--attention-type",
+        default="spatio_temporal",
+        help="the variant: spatio_temporal, factorised_encoder, factorised_self_attention or "
+        "factorised_dot_product_attention",
+    )
+    model.add_argument(
+        "--attention-order", choices=("space_time", "time_space"), help="Model 3: which attention comes first"
+    )
+    model.add_argument("--num-frames", type=int, default=32, help="frames in a clip")
+    model.add_argument(
+        "--tubelet-size", type=int, nargs=3, metavar=("T", "H", "W"), help="default: 2 and the ViT's patch"
+    )
+    model.add_argument("--image-size", **_SIZE, help="one side, or height and width (default: the ViT's)")
+    model.add_argument(
+        "--embedding-type",
+        choices=("tubelet", "uniform_frame_sampling"),
+        help="tokens of tubelets or of sampled frames",
+    )
+    model.add_argument("--num-sampled-frames", type=int, help="number of frames for uniform frame sampling")
+    model.add_argument("--num-temporal-layers", type=int, help="Model 2: layers of the temporal encoder")
+    model.add_argument(
+        "--pooling", choices=("cls", "mean", "max", "sum"), help="how to pool tokens (default: depends on the variant)"
+    )
+    model.add_argument("--labels", metavar="FILE", help="class names: JSON list or map, or one per line")
+    model.add_argument("--num-labels", type=int, help="number of classes without names; with neither, no classifier")
+
+    inits = parser.add_argument_group("initialisation (section 3.4 of the paper)")
+    for name, help, *choices in (
+        ("--tubelet-init", "tubelet kernels", "central_frame", "filter_inflation", "approximate_rank_pooling"),
+        ("--temporal-attention-init", "Model 3", "zero_output", "zero", "copy", "random"),
+        ("--temporal-encoder-init", "Model 2", "random", "copy_last"),
+        ("--position-init", "position embeddings", "tile", "tile_linear"),
+    ):
+        inits.add_argument(name, choices=choices, default=choices[0], help=help)
+    inits.add_argument("--seed", type=int, default=0, help="seed for newly initialised weights")
+
+    processor = parser.add_argument_group("processor (mean, standard deviation and resampling are the image model's)")
+    processor.add_argument(
+        "--resize",
+        type=int,
+        metavar="PIXELS",
+        help="short side before the crop (default: in the image model's ratio if it crops, else 256 for 224)",
+    )
 
 
-def one_line(error: BaseException) -> str:
-    """Return an error's message on one line, without control characters, shortened if it is very long."""
-    text = escaping.one_line(" ".join((str(error) or type(error).__name__).split()))
-    return text if len(text) <= _MAX_ERROR_LENGTH else f"{text[:_MAX_ERROR_LENGTH]} ..."
+def _add_scenic(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_argument_group("source")
+    source.add_argument("--checkpoint", required=True, metavar="FILE", help="flax msgpack file of an official release")
+    which = source.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", choices=RELEASES, help="the released model in the checkpoint")
+    which.add_argument(
+        "--model-config", metavar="FILE", help="for other models: JSON of the official `config.model` or `config`"
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--num-frames", type=int, help="frames in a clip (default: the released model's, else 32)")
+    model.add_argument(
+        "--image-size", **_SIZE, help="one side, or height and width (default: the released model's, else 224)"
+    )
+    model.add_argument("--resize", type=int, metavar="PIXELS", help="short side before the crop (default: 256 for 224)")
+    model.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="class names: JSON list, JSON map of index to name, or one per line (default: those in the Hub's "
+        "huggingface/label-files)",
+    )
 
 
-@contextlib.contextmanager
-def needs_extra(extra: str) -> Iterator[None]:
-    """Turn a missing package into an error that names the extra to install."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise ConversionError(f"{error.name} is not installed; run `pip install 'vivit-hf[{extra}]'`.") from error
+def _add_transformers(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_argument_group("source")
+    source.add_argument("--source", required=True, help="Hub id or folder of transformers' Vivit, or of ours")
+    source.add_argument("--to", choices=("vivit_hf", "transformers"), default="vivit_hf", help="which model to write")
 
 
-def warn(message: str) -> None:
-    print(f"warning: {escaping.one_line(message)}", file=sys.stderr)
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="Hub id or folder of a classifier, ours or transformers' Vivit")
+    parser.add_argument("--int8", action="store_true", help="also write an int8 model, and measure its agreement")
+    parser.add_argument("--videos", metavar="FOLDER", help="check with clips of these videos instead of random ones")
+    parser.add_argument("--num-clips-checked", type=int, default=16, metavar="N", help="clips to check with")
+    parser.add_argument("--opset", type=int, default=DEFAULT_OPSET, help="version of the ONNX operators")
 
 
-@contextlib.contextmanager
-def progress(steps: int) -> Iterator[Callable[[str], None]]:
-    """Show a progress bar if standard error is a terminal; call the yielded function as each step begins."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda description: None
-        return
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=steps)
-        started = 0
-
-        def begin(description: str) -> None:
-            nonlocal started
-            bar.update(task, description=escaping.one_line(description), completed=started)
-            started += 1
-
-        yield begin
+# By command: the module whose `convert` takes the arguments, the function that declares them, and a description.
+_COMMANDS = {
+    "vit": (
+        "convert_vit",
+        _add_vit,
+        "Make a ViViT of any variant from an image ViT: a Hub id or folder of transformers or timm, a .safetensors "
+        "file of timm, or a JAX .npz.",
+    ),
+    "scenic": (
+        "convert_scenic",
+        _add_scenic,
+        "Convert a ViViT checkpoint of google-research/scenic (flax msgpack) into a `save_pretrained` folder.",
+    ),
+    "transformers": (
+        "convert_transformers",
+        _add_transformers,
+        "Convert transformers' own Vivit (Model 1) to ours, and ours back to transformers'.",
+    ),
+    "export": (
+        "export_onnx",
+        _add_export,
+        "Export a classifier to ONNX, in float32 and on request in int8, and measure how far each differs from "
+        "PyTorch. The batch size is free; frames and size are the model's.",
+    ),
+}

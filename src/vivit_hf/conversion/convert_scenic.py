@@ -1,9 +1,7 @@
 """`vivit-hf convert scenic`: convert flax checkpoints of google-research/scenic."""
 
-from __future__ import annotations
-
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +9,22 @@ import numpy as np
 import torch
 
 from ..configuration_vivit import ViViTConfig
-from ..initialisation.model_processor import processor_for
+from ..data.escaping import counted
+from ..initialisation.model_processor import describe_processor, processor_for
 from ..modeling_vivit import ViViTForVideoClassification
-from .command import add_size_argument, make_parser, needs_extra, progress, run
-from .label_files import set_labels
+from .label_files import find_labels, set_labels
 from .parity import chosen_steps, compare, frozen, random_clip, tokens_and_logits
-from .processors import describe_processor
-from .results import Result, count_parameters, save, whole_folder
+from .results import Result, save, whole_folder
+from .scenic_checkpoint import read_scenic_checkpoint
 from .scenic_reference import official_forward
-from .scenic_releases import RELEASES, find_labels
+from .scenic_releases import RELEASES
 from .scenic_weights import config_from_scenic, state_dict_from_scenic
+from .terminal import progress
 from .weight_files import ConversionError, read_json
 
 
 def convert(args: argparse.Namespace) -> Result:
     """Convert a checkpoint, and compare what was written with a numpy version of the official model."""
-    with needs_extra("conversion"):
-        from .scenic_checkpoint import read_scenic_checkpoint
-
     release = RELEASES.get(args.model)
     with progress(steps=5) as begin, whole_folder(args.output) as folder:
         begin(f"reading {args.checkpoint}")
@@ -45,14 +41,12 @@ def convert(args: argparse.Namespace) -> Result:
 
         begin("writing")
         origin = f"Converted from the official checkpoint `{Path(args.checkpoint).name}` of google-research/scenic."
-        name = args.push_to_hub or Path(args.output).name
-        datasets = list(release.datasets) if release else None
-        save(model, processor, folder, name, report=origin, datasets=datasets)
+        save(args, folder, model, processor, report=origin, datasets=release.datasets if release else None)
         result = Result(
             output=args.output,
-            model=f"{config.attention_type}, {config.num_labels} labels" + (f", {args.model}" if args.model else ""),
+            model=", ".join(filter(None, (config.attention_type, counted(config.num_labels, "label"), args.model))),
             mapped=len(params),
-            num_parameters=count_parameters(model),
+            num_parameters=model.num_parameters(),
             processor=describe_processor(processor),
         )
         del model  # free memory for the reference
@@ -105,31 +99,3 @@ def _reference_outputs(
     video = clip.permute(0, 1, 3, 4, 2).numpy()  # (batch, frames, height, width, channels)
     tokens, logits = official_forward(params, model_config, video, steps, np.float32)
     return {"tokens": torch.from_numpy(tokens), "logits": torch.from_numpy(logits)}
-
-
-def command_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    parser = make_parser(
-        "Convert a ViViT checkpoint of google-research/scenic (flax msgpack) into a `save_pretrained` folder.", prog
-    )
-    source = parser.add_argument_group("source")
-    source.add_argument("--checkpoint", required=True, metavar="FILE", help="flax msgpack file of an official release")
-    which = source.add_mutually_exclusive_group(required=True)
-    which.add_argument("--model", choices=RELEASES, help="the released model in the checkpoint")
-    which.add_argument(
-        "--model-config", metavar="FILE", help="for other models: JSON of the official `config.model` or `config`"
-    )
-    model = parser.add_argument_group("model")
-    model.add_argument("--num-frames", type=int, help="frames in a clip (default: the released model's, else 32)")
-    add_size_argument(model, "--image-size", "one side, or height and width (default: the released model's, else 224)")
-    model.add_argument("--resize", type=int, metavar="PIXELS", help="short side before the crop (default: 256 for 224)")
-    model.add_argument(
-        "--labels",
-        metavar="FILE",
-        help="class names: JSON list, JSON map of index to name, or one per line (default: those in the Hub's "
-        "huggingface/label-files)",
-    )
-    return parser
-
-
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    return run(convert, command_parser(prog), argv)

@@ -1,10 +1,7 @@
 """`vivit-hf convert transformers`: convert transformers' own Vivit (Model 1) to ours, and back."""
 
-from __future__ import annotations
-
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +9,14 @@ import torch
 from transformers import PreTrainedModel, VivitConfig, VivitForVideoClassification, VivitModel
 
 from ..configuration_vivit import ViViTConfig
-from ..initialisation.model_processor import processor_for
+from ..data.escaping import counted
+from ..initialisation.model_processor import describe_processor, processor_for, value_range
 from ..modeling_vivit import ViViTForVideoClassification
 from ..video_processing_vivit import ViViTVideoProcessor
-from .command import make_parser, progress, run, warn
 from .label_files import set_labels
 from .parity import chosen_steps, compare, frozen, random_clip, tokens_and_logits
-from .processors import describe_processor, read_processor, value_range
-from .results import Result, count_parameters, save, whole_folder
+from .results import Result, read_processor, save, whole_folder
+from .terminal import progress, warn
 from .weight_files import ConversionError, check_weights, find_weights, read_config, weight_names
 
 
@@ -62,19 +59,19 @@ def to_ours(args: argparse.Namespace) -> Result:
         processor = _processor_of(args.source, model.config)
 
         begin("writing")
-        name = args.push_to_hub or Path(args.output).name
         origin = "The weights are those of transformers' Vivit, under other names."
-        save(model, processor, folder, name, base_model=args.source, report=origin)
+        save(args, folder, model, processor, base_model=args.source, report=origin)
         unused = {name: "pooler, which the classifier does not use" for name in names if ".pooler." in f".{name}"}
         result = Result(
             output=args.output,
-            model=f"{model.config.attention_type}, {model.config.num_labels} labels",
+            model=f"{model.config.attention_type}, {counted(model.config.num_labels, 'label')}",
             mapped=len(names) - len(unused),
             unused=unused,
-            num_parameters=count_parameters(model),
+            num_parameters=model.num_parameters(),
             processor=describe_processor(processor),
         )
-        _check_count(result.mapped, model)
+        if result.mapped != len(model.state_dict()):
+            raise ConversionError(f"{result.mapped} arrays were mapped, but the model has {len(model.state_dict())}.")
         del model
         if not args.skip_parity:
             begin("loading the result and running both")
@@ -90,8 +87,9 @@ def to_transformers(args: argparse.Namespace) -> Result:
         begin(f"reading {args.source}")
         model = load_ours(args.source)
         config = native_config(model.config)
+        has_labels = model.config.num_labels > 0
         with torch.device("meta"):
-            native = VivitForVideoClassification(config) if model.config.num_labels else _headless(config)
+            native = VivitForVideoClassification(config) if has_labels else VivitModel(config, add_pooling_layer=False)
         native.load_state_dict(native_state_dict(model), strict=True, assign=True)
         processor = _processor_of(args.source, model.config)
 
@@ -101,21 +99,20 @@ def to_transformers(args: argparse.Namespace) -> Result:
         stored = json.dumps({"image_processor_type": "VivitImageProcessor", **settings}, indent=2)
         (folder / "preprocessor_config.json").write_text(stored + "\n", encoding="utf-8")
         notes = ["transformers' processor does not sample frames; give it the frames of a clip"]
-        if model.config.drop_path_rate:
-            rate = model.config.drop_path_rate
+        if rate := model.config.drop_path_rate:
             notes.append(f"drop_path_rate={rate} is lost, as transformers' Vivit has no stochastic depth")
         result = Result(
             output=args.output,
-            model=f"transformers' {type(native).__name__}, {model.config.num_labels} labels",
+            model=f"transformers' {type(native).__name__}, {counted(model.config.num_labels, 'label')}",
             mapped=len(model.state_dict()),
-            num_parameters=count_parameters(native),
+            num_parameters=native.num_parameters(),
             processor=describe_processor(processor),
             notes=notes,
         )
         del native
         if not args.skip_parity:
             begin("loading the result and running both")
-            result.parity = _parity(model, load_native(folder, has_classifier=bool(model.config.num_labels)))
+            result.parity = _parity(model, load_native(folder, has_classifier=has_labels))
         del model
     return result
 
@@ -147,11 +144,6 @@ def _check_loaded(source: str | Path, info: dict[str, Any]) -> None:
         raise ConversionError(f"{source} does not fit its config.json: {'; '.join(problems[:8])}.")
 
 
-def _check_count(mapped: int, model: ViViTForVideoClassification) -> None:
-    if mapped != len(model.state_dict()):
-        raise ConversionError(f"{mapped} arrays were mapped, but the model has {len(model.state_dict())}.")
-
-
 def native_config(config: ViViTConfig) -> VivitConfig:
     """
     Return transformers' configuration of the same model.
@@ -172,7 +164,7 @@ def native_config(config: ViViTConfig) -> VivitConfig:
         hidden_act=_ACTIVATIONS.get(config.hidden_act, config.hidden_act),
     )
     if config.num_labels:
-        set_labels(native, config.id2label)
+        set_labels(native, [config.id2label[index] for index in range(config.num_labels)])
     return native
 
 
@@ -180,10 +172,6 @@ def native_state_dict(model: ViViTForVideoClassification) -> dict[str, torch.Ten
     """Rename our weights to those of transformers' Vivit in memory; `save_pretrained` renames them for the file."""
     weights = {name.replace(".encoder.layer.", ".layers."): tensor for name, tensor in model.state_dict().items()}
     return weights if model.config.num_labels else {name.removeprefix("vivit."): t for name, t in weights.items()}
-
-
-def _headless(config: VivitConfig) -> VivitModel:
-    return VivitModel(config, add_pooling_layer=False)
 
 
 def _processor_of(source: str, config: ViViTConfig) -> ViViTVideoProcessor:
@@ -214,15 +202,3 @@ def _parity(ours: ViViTForVideoClassification, native: PreTrainedModel) -> str:
     logits = native.classifier(pooled) if hasattr(native, "classifier") else pooled
     what = f"all tokens' embeddings, and logits from time steps {steps} = transformers'"
     return compare(tokens_and_logits(ours, clip), {"tokens": tokens, "logits": logits}, what)
-
-
-def command_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    parser = make_parser("Convert transformers' own Vivit (Model 1) to ours, and ours back to transformers'.", prog)
-    source = parser.add_argument_group("source")
-    source.add_argument("--source", required=True, help="Hub id or folder of transformers' Vivit, or of ours")
-    source.add_argument("--to", choices=("vivit_hf", "transformers"), default="vivit_hf", help="which model to write")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    return run(convert, command_parser(prog), argv)

@@ -1,7 +1,5 @@
 """`vivit-hf export`: export a classifier to ONNX, and compare the result with PyTorch."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Sequence
@@ -20,34 +18,19 @@ import vivit_hf
 from ..configuration_vivit import ViViTConfig
 from ..data.labels import LabelMap, to_probabilities
 from ..data.scan import find_videos
-from ..initialisation.model_processor import processor_for
+from ..initialisation.model_processor import describe_processor, processor_for
 from ..modeling_vivit import ViViTForVideoClassification
 from ..video_processing_vivit import ViViTVideoProcessor
-from .command import add_output_argument, needs_extra, progress, run
+from . import onnx_models
 from .convert_transformers import load_ours
-from .onnx_format import (
-    DEFAULT_OPSET,
-    INPUT,
-    INT8_FILE,
-    LEAST_OPSET,
-    MODEL_FILE,
-    MOST_BYTES_IN_ONE_FILE,
-    OUTPUT,
-    REPORT_FILE,
-    Clip,
-    clip_shape,
-    describe_shape,
-    input_shape,
-    labels_by_index,
-    name_of,
-    onnx_metadata,
-)
-from .parity import compare, random_clip
-from .processors import describe_processor, read_processor
-from .results import print_table, whole_folder
+from .onnx_models import INPUT, LEAST_OPSET, MOST_BYTES_IN_ONE_FILE, OUTPUT, Clip, describe_shape, input_shape
+from .parity import clip_shape, compare, random_clip
+from .results import read_processor, whole_folder
+from .terminal import print_table, progress
 from .weight_files import ConversionError, check_weights, find_weights, read_config
 
 
+MODEL_FILE, INT8_FILE, REPORT_FILE = "model.onnx", "model_int8.onnx", "report.json"
 BATCHES = (1, 3)  # one clip, and more than the two clips that the graph is traced with
 
 
@@ -92,8 +75,6 @@ class Export:
 
 def convert(args: argparse.Namespace) -> Export:
     """Export a classifier; keep the result only if it computes what PyTorch computes."""
-    with needs_extra("export"):
-        from . import onnx_models
     _check_options(args)
     with progress(steps=4 + 2 * args.int8) as begin, whole_folder(args.output) as folder:
         begin(f"reading {args.model}")
@@ -105,7 +86,7 @@ def convert(args: argparse.Namespace) -> Export:
         expected = torch_logits(model, clips)
 
         begin("exporting")
-        metadata = onnx_metadata(args.model, config, processor)
+        metadata = onnx_models.onnx_metadata(args.model, config, processor)
         onnx_models.write_onnx(model, folder / MODEL_FILE, args.opset, metadata)
         num_parameters = model.num_parameters()
         del model  # free memory for onnxruntime's copy
@@ -192,7 +173,7 @@ def _choose_clips(
     chosen = [videos[place] for place in places]
     files = [path.relative_to(args.videos).as_posix() for path in chosen]
     clips = [partial(_read_clip, path, config, processor) for path in chosen]
-    description = f"one of each of {len(clips)} videos of the {len(videos)} in {name_of(args.videos)}"
+    description = f"one of each of {len(clips)} videos of the {len(videos)} in {onnx_models.name_of(args.videos)}"
     return clips, {"count": len(clips), "description": description, "files": files}
 
 
@@ -238,13 +219,13 @@ def measure_agreement(actual: torch.Tensor, expected: torch.Tensor, label_map: L
 def _report(args: argparse.Namespace, config: ViViTConfig) -> dict[str, Any]:
     packages = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
     return {
-        "model": name_of(args.model),
+        "model": onnx_models.name_of(args.model),
         "attention_type": config.attention_type,
         "opset": args.opset,
         "versions": {"vivit_hf": vivit_hf.__version__, **{name: version(name) for name in packages}},
         "input": {"name": INPUT, "dtype": "float32", "shape": input_shape(config)},
         "output": {"name": OUTPUT, "dtype": "float32", "shape": ["batch", config.num_labels]},
-        "id2label": labels_by_index(config),
+        "id2label": onnx_models.labels_by_index(config),
     }
 
 
@@ -255,24 +236,3 @@ def _settings(owner: ViViTConfig | ViViTVideoProcessor) -> dict[str, Any]:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def command_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Export a classifier to ONNX, in float32 and on request in int8, and measure how far each differs "
-        "from PyTorch. The batch size is free; frames and size are the model's.",
-    )
-    parser.add_argument("--model", required=True, help="Hub id or folder of a classifier, ours or transformers' Vivit")
-    add_output_argument(parser)
-    parser.add_argument("--int8", action="store_true", help="also write an int8 model, and measure its agreement")
-    parser.add_argument("--videos", metavar="FOLDER", help="check with clips of these videos instead of random ones")
-    parser.add_argument("--num-clips-checked", type=int, default=16, metavar="N", help="clips to check with (16)")
-    parser.add_argument(
-        "--opset", type=int, default=DEFAULT_OPSET, help=f"version of the ONNX operators ({DEFAULT_OPSET})"
-    )
-    return parser
-
-
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    return run(convert, command_parser(prog), argv)

@@ -1,7 +1,5 @@
 """Read the original JAX ViTs: `.npz` files of google-research/vision_transformer (AugReg), scenic and big_vision."""
 
-from __future__ import annotations
-
 import re
 import zipfile
 from pathlib import Path
@@ -22,7 +20,7 @@ from .image_arrays import (
     renamed,
     square_image_size,
 )
-from .weight_files import ConversionError, as_float32
+from .weight_files import ConversionError, as_float32, from_flax
 
 
 _NAMES = {
@@ -86,7 +84,7 @@ def read_jax_vit(path: Path) -> ImageSource:
             target = re.sub(r"\.(kernel|scale)$", ".weight", target)
             if target in state:
                 problems.append(f"twice: {state[target][0]} and {full_name}")
-            state[target] = (full_name, torch.from_numpy(_from_flax(target, array)))
+            state[target] = (full_name, torch.from_numpy(from_flax(target, array)))
         elif reason := reason_for(name, _UNUSED):
             unused[full_name] = reason
         else:
@@ -108,16 +106,3 @@ def read_jax_vit(path: Path) -> ImageSource:
         **_SETTINGS,
     )
     return ImageSource(fill_vit(path, config, state, problems), "JAX (.npz)", origins_of(state), unused)
-
-
-def _from_flax(target: str, array: np.ndarray) -> np.ndarray:
-    """Convert an array from flax's layout to torch's; the comments give the shapes."""
-    if "projection.weight" in target:
-        return array.transpose(3, 2, 0, 1)  # (height, width, in, out) -> (out, in, height, width)
-    if "_proj." in target and "o_proj" not in target:
-        if target.endswith("bias"):
-            return array.reshape(-1)  # (heads, head_dim) -> (out,)
-        return array.reshape(len(array), -1).T  # (in, heads, head_dim) -> (out, in)
-    if target.endswith("o_proj.weight"):
-        return array.reshape(-1, array.shape[-1]).T  # (heads, head_dim, out) -> (out, in)
-    return array.T if array.ndim == 2 else array  # (in, out) -> (out, in)

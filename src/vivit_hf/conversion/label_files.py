@@ -1,47 +1,54 @@
 """Read label names from files and from the Hub's data set of label files."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from huggingface_hub import hf_hub_download
 from transformers import PretrainedConfig
 
-from .command import one_line, warn
-from .weight_files import ConversionError, read_json
+from ..data.escaping import counted
+from ..data.labels import LabelMap, read_label_groups
+from .scenic_releases import Release
+from .terminal import one_line, warn
+from .weight_files import ConversionError
 
 
 LABEL_FILES_REPOSITORY = "huggingface/label-files"
 
 
-def read_labels(path: str | Path) -> dict[int, str]:
+def set_labels(config: PretrainedConfig, names: Sequence[str]) -> None:
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: index for index, name in enumerate(names)}
+
+
+def read_labels(path: str) -> list[str]:
+    """Read label names from a file, in the order of the outputs; see `read_label_groups`."""
+    return LabelMap(read_label_groups(path)).names
+
+
+def find_labels(path: str | None, release: Release | None, num_labels: int) -> list[str] | None:
     """
-    Read label names from a JSON list, a JSON map of index to name, or a text file with one name per line.
+    Read label names from a file, or from the Hub for a released model; return None after a warning without either.
 
     Raises:
-        ConversionError: if the indices are not 0, 1, 2, ...
+        ConversionError: if the number of names is not `num_labels`.
     """
-    if str(path).endswith(".json"):
-        labels = read_json(path)
-        labels = dict(enumerate(labels)) if isinstance(labels, list) else _indexed(labels, path)
+    groups = dict(release.label_groups or {}) if release else {}
+    file = path or (release.label_file if release else None)
+    names: list[str] | None
+    if path is not None:
+        names = _grouped_labels(path, groups) if groups else read_labels(path)
     else:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        labels = dict(enumerate(line.strip() for line in lines if line.strip()))
-    if sorted(labels) != list(range(len(labels))):
-        raise ConversionError(f"{path}: the label indices must be 0 to {len(labels) - 1} without a gap.")
-    return {index: str(labels[index]) for index in sorted(labels)}
+        names = _labels_from_hub(file) if file else None
+        if names is None:
+            warn("the labels have no names, only numbers; give --labels FILE")
+            names = _prefixed({group: [f"LABEL_{n}" for n in range(size)] for group, size in groups.items()}) or None
+    if names is not None and len(names) != num_labels:
+        found = counted(len(names), "label")
+        raise ConversionError(f"{file} names {found}, but the classifier has {num_labels} outputs.")
+    return names
 
 
-def _indexed(labels: Any, path: str | Path) -> dict[int, Any]:
-    try:
-        return {int(index): label for index, label in labels.items()}
-    except (AttributeError, ValueError) as error:
-        raise ConversionError(f"{path} is neither a list of labels nor a map from index to label.") from error
-
-
-def labels_from_hub(file_name: str) -> dict[int, str] | None:
+def _labels_from_hub(file_name: str) -> list[str] | None:
     """Read labels from the Hub's data set of label files; return None after a warning if that fails."""
     try:
         path = hf_hub_download(LABEL_FILES_REPOSITORY, file_name, repo_type="dataset")
@@ -51,6 +58,21 @@ def labels_from_hub(file_name: str) -> dict[int, str] | None:
     return read_labels(path)
 
 
-def set_labels(config: PretrainedConfig, labels: Mapping[int, str]) -> None:
-    config.id2label = dict(labels)
-    config.label2id = {label: index for index, label in labels.items()}
+def _grouped_labels(path: str, groups: Mapping[str, int]) -> list[str]:
+    """Read lists of names by group, or one list of all names in the order of the groups."""
+    stored = {group: list(names) for group, names in read_label_groups(path).items()}
+    if set(stored) != set(groups):
+        names, start = [name for names in stored.values() for name in names], 0
+        for group, size in groups.items():
+            stored[group], start = names[start : start + size], start + size
+        stored[group] += names[start:]  # extra names are reported below
+    for group, size in groups.items():
+        if len(stored[group]) != size:
+            sizes = " and ".join(f"{size} of {group}" for group, size in groups.items())
+            raise ConversionError(f"{path} names {len(stored[group])} of {group}; expected {sizes}, in this order.")
+    return _prefixed({group: stored[group] for group in groups})
+
+
+def _prefixed(groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """Prefix names with their group (`noun: pan`), so that a name in two groups is two labels."""
+    return [f"{group}: {name.removeprefix(f'{group}: ')}" for group, names in groups.items() for name in names]

@@ -1,27 +1,41 @@
-"""Write ONNX models of a classifier, in float32 and int8, and run them in onnxruntime."""
-
-from __future__ import annotations
+"""Write ONNX models of a classifier, in float32 and int8, describe them, and run them in onnxruntime."""
 
 import contextlib
+import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import torch
-from onnxruntime.capi import onnxruntime_pybind11_state
-from onnxruntime.quantization import QuantType, quantize_dynamic
 from torch import nn
 
+import vivit_hf
+
+from ..configuration_vivit import ViViTConfig
+from ..initialisation.model_processor import value_range
 from ..modeling_vivit import ViViTForVideoClassification
-from .command import warn
-from .onnx_format import DEFAULT_OPSET, INPUT, MOST_BYTES_IN_ONE_FILE, OUTPUT, Clip, clip_shape
+from ..video_processing_vivit import ViViTVideoProcessor
+from .command import DEFAULT_OPSET
+from .parity import clip_shape
+from .terminal import needs_extra, warn
 from .weight_files import ConversionError
 
+
+with needs_extra("export"):
+    import onnx
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+
+INPUT, OUTPUT = "pixel_values", "logits"
+LEAST_OPSET = 18  # the oldest that torch exports to by itself
+MOST_BYTES_IN_ONE_FILE = 2_000_000_000  # protobuf files, graph included, are limited to 2 GiB
+
+Clip = Callable[[], torch.Tensor]  # loads one clip (1, frames, channels, height, width)
 
 # onnxruntime has an error class for every status code, but no common base class.
 _KINDS = [kind for kind in vars(onnxruntime_pybind11_state).values() if isinstance(kind, type)]
@@ -190,3 +204,42 @@ def onnx_logits(path: Path, clips: Sequence[Clip], batches: Sequence[int]) -> to
 def size_of(path: Path) -> int:
     """Return the size of a model in bytes, including the file of external weights."""
     return sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+
+
+def input_shape(config: ViViTConfig) -> list[str | int]:
+    return ["batch", *clip_shape(config)]
+
+
+def describe_shape(shape: Sequence[str | int]) -> str:
+    return f"({', '.join(map(str, shape))})"
+
+
+def labels_by_index(config: ViViTConfig) -> dict[str, str]:
+    return {str(index): str(config.id2label[index]) for index in range(config.num_labels)}
+
+
+def name_of(source: str | Path) -> str:
+    """Return the last part of a path, so that no local folders are published, or a Hub id unchanged."""
+    return Path(source).resolve().name if Path(source).exists() else str(source)
+
+
+def onnx_metadata(source: str, config: ViViTConfig, processor: ViViTVideoProcessor) -> dict[str, str]:
+    """Return what the graph itself does not state, as text; numbers, lists and maps are JSON."""
+    low, high = value_range(processor)
+    shape = describe_shape(input_shape(config))
+    metadata = {
+        "model": name_of(source),
+        "attention_type": config.attention_type,
+        "expects": f"{INPUT} {shape} of float32: RGB, black {low:.6g} and white {high:.6g}",
+        "num_frames": str(config.num_frames),
+        "num_channels": str(config.num_channels),
+        "image_size": json.dumps(list(config.frame_size)),
+        "value_range": json.dumps([round(low, 6), round(high, 6)]),
+        "id2label": json.dumps(labels_by_index(config), ensure_ascii=False),
+        "vivit_hf_version": vivit_hf.__version__,
+    }
+    if config.problem_type is not None:
+        metadata["problem_type"] = config.problem_type
+    if config.label_groups is not None:
+        metadata["label_groups"] = json.dumps(config.label_groups, ensure_ascii=False)
+    return metadata

@@ -5,9 +5,7 @@ Running a whole clip of 32 frames takes minutes on a small machine. The embeddin
 tokens, but the layers only on the tokens of the first and last time step, which attention allows.
 """
 
-from __future__ import annotations
-
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -22,12 +20,13 @@ TOLERANCE = 1e-4  # in float32; absolute, or relative to the largest value if th
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-def random_clip(config: Any, seed: int = 0) -> torch.Tensor:
+def clip_shape(config: ViViTConfig) -> tuple[int, ...]:
+    return config.num_frames, config.num_channels, *config.frame_size
+
+
+def random_clip(config: ViViTConfig, seed: int = 0) -> torch.Tensor:
     """Return a clip (1, frames, channels, height, width) with values in [-1, 1]."""
-    size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(1, config.num_frames, config.num_channels, height, width, generator=generator) * 2 - 1
+    return torch.rand(1, *clip_shape(config), generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def chosen_steps(config: ViViTConfig) -> list[int]:

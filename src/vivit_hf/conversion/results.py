@@ -1,41 +1,66 @@
-"""Write, upload and describe the result of a conversion."""
+"""Run a conversion: read its processor, write its result whole, upload it, and describe it."""
 
-from __future__ import annotations
-
-import contextlib
-import math
+import argparse
+import importlib
+import pickle
 import re
 import shutil
+import sys
 import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from huggingface_hub.errors import HfHubHTTPError
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from httpx import HTTPError  # of the client that huggingface_hub uses
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 import vivit_hf
 
 from ..configuration_vivit import ViViTConfig
-from ..data.escaping import one_line
 from ..hub.model_card import write_model_card
 from ..video_processing_vivit import ViViTVideoProcessor
-from .weight_files import ConversionError, read_json
+from .terminal import one_line, print_table, warn
+from .weight_files import ConversionError, has_processor, read_json
 
 
-MAX_SHARD_SIZE = "5GB"
+# Raised for wrong files, wrong options and an unreachable Hub. Any other error is a bug and shows its traceback.
+_EXPECTED_ERRORS = (
+    *(OSError, ValueError, RuntimeError, EOFError, MemoryError, ModuleNotFoundError, HTTPError),
+    *(SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile, StrictDataclassError),
+)
 
-# Base class of the HTTP client's errors: requests' or httpx', depending on the version of huggingface_hub.
-HTTPError: Any = HfHubHTTPError.__bases__[0]
+
+def run(module: str, args: argparse.Namespace) -> int:
+    """
+    Call the `convert` of a module and print what it returns; return 0, or 1 after one line on standard error.
+
+    With `push_to_hub`, the result is then uploaded.
+    """
+    verbosity, has_progress_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # the result lists unused and new weights itself
+    logging.disable_progress_bar()
+    try:
+        importlib.import_module(f".{module}", __package__).convert(args).print()
+        if repository := vars(args).get("push_to_hub"):
+            _push(args.output, repository, args.private)
+    except _EXPECTED_ERRORS as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_progress_bar:
+            logging.enable_progress_bar()
+    return 0
 
 
-@contextlib.contextmanager
+@contextmanager
 def whole_folder(output: str | Path) -> Iterator[Path]:
     """
     Yield a temporary folder beside `output`; rename it to `output` on success, and remove it on any error.
@@ -60,22 +85,23 @@ def whole_folder(output: str | Path) -> Iterator[Path]:
 
 
 def save(
-    model: PreTrainedModel,
-    processor: ViViTVideoProcessor,
-    folder: Path,
-    name: str,
-    *,
-    base_model: str | None = None,
-    report: Any = None,
-    datasets: list[str] | None = None,
+    args: argparse.Namespace, folder: Path, model: PreTrainedModel, processor: ViViTVideoProcessor, **card: Any
 ) -> None:
-    """Save model, processor and a model card for `name` that states the origin of the weights."""
-    model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    """Save model and processor, and a model card with the given arguments of `write_model_card`."""
+    model.save_pretrained(folder, max_shard_size="5GB")
     processor.save_pretrained(folder)
-    write_model_card(folder, model, repo_id=name, base_model=base_model, report=report, datasets=datasets)
+    write_model_card(folder, model, repo_id=args.push_to_hub or Path(args.output).name, **card)
 
 
-def push(folder: str, repository: str, private: bool) -> None:
+def read_processor(source: str) -> ViViTVideoProcessor | None:
+    """Read the processor beside the weights of a folder or Hub id; return None after a warning if there is none."""
+    if has_processor(source):
+        return ViViTVideoProcessor.from_pretrained(source)
+    warn(f"{source} has no preprocessor_config.json; using values in [-1, 1], as the official models do")
+    return None
+
+
+def _push(folder: str, repository: str, private: bool) -> None:
     """Upload the model and processor in a finished folder with their own `push_to_hub`."""
     config = read_json(Path(folder) / "config.json")
     package = vivit_hf if config["model_type"] == ViViTConfig.model_type else transformers
@@ -86,7 +112,7 @@ def push(folder: str, repository: str, private: bool) -> None:
         processor.push_to_hub(repository, private=private)
     except (OSError, ValueError, RuntimeError, HTTPError) as error:
         raise ConversionError(f"{folder} is complete, but was not uploaded to {repository}: {error}") from error
-    print_line(f"uploaded to {repository}")
+    print_table(("uploaded to", repository))
 
 
 @dataclass
@@ -120,18 +146,6 @@ class Result:
         )
 
 
-def print_table(*rows: tuple[str, str]) -> None:
-    """Print rows of a heading and a text; names from files cannot add markup or control characters."""
-    table = Table("", "", show_header=False)
-    for heading, text in rows:
-        table.add_row(heading, Text(one_line(text)))
-    Console().print(table)
-
-
-def print_line(text: str) -> None:
-    Console().print(Text(one_line(text)))
-
-
 def shortened(names: Iterable[str], limit: int = 8) -> str:
     """List names with layer numbers replaced by N, each once; merge whole layers if there are more than `limit`."""
     names = list(names)
@@ -140,7 +154,3 @@ def shortened(names: Iterable[str], limit: int = 8) -> str:
         kinds = list(dict.fromkeys(re.sub(r"(?<=[._/]N[./]).*", "*", kind) for kind in kinds))
     listing = ", ".join(kinds[:limit]) + (f", and {len(kinds) - limit} more kinds" if len(kinds) > limit else "")
     return f"{len(names)}: {listing}" if names else ""
-
-
-def count_parameters(model: torch.nn.Module) -> int:
-    return sum(math.prod(parameter.shape) for parameter in model.parameters())

@@ -1,15 +1,17 @@
 """Read flax msgpack checkpoints of google-research/scenic without flax."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import numpy as np
 
+from .terminal import needs_extra
 from .weight_files import ConversionError
+
+
+with needs_extra("conversion"):
+    import msgpack
 
 
 # Layouts of the released files: flax's older optimiser state, and the newer train state.

@@ -1,14 +1,8 @@
-"""Configurations and label names of the ViViT models that google-research/scenic has released."""
+"""The ViViT models that google-research/scenic has released."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from .command import warn
-from .label_files import labels_from_hub, read_labels
-from .weight_files import ConversionError, read_json
 
 
 @dataclass(frozen=True)
@@ -75,47 +69,3 @@ RELEASES = {
         datasets=("epic-kitchens-100",),
     ),
 }
-
-
-def find_labels(path: str | None, release: Release | None, num_labels: int) -> dict[int, str] | None:
-    """
-    Read label names from a file, or from the Hub for a released model; return None after a warning without either.
-
-    Raises:
-        ConversionError: if the number of names is not `num_labels`.
-    """
-    groups = dict(release.label_groups or {}) if release else {}
-    file = path or (release.label_file if release else None)
-    labels: dict[int, str] | None
-    if path is not None:
-        labels = _grouped_labels(path, groups) if groups else read_labels(path)
-    else:
-        labels = labels_from_hub(file) if file else None
-        if labels is None:
-            warn("the labels have no names, only numbers; give --labels FILE")
-            labels = _prefixed({group: [f"LABEL_{n}" for n in range(size)] for group, size in groups.items()}) or None
-    if labels is not None and len(labels) != num_labels:
-        raise ConversionError(f"{file} names {len(labels)} labels, but the classifier has {num_labels} outputs.")
-    return labels
-
-
-def _grouped_labels(path: str, groups: Mapping[str, int]) -> dict[int, str]:
-    """Read a JSON map from group to list of names, or one list of all names in the order of the groups."""
-    stored = read_json(path) if path.endswith(".json") else None
-    if not isinstance(stored, dict) or set(stored) != set(groups):
-        names = list(read_labels(path).values())
-        stored, start = {}, 0
-        for group, size in groups.items():
-            stored[group], start = names[start : start + size], start + size
-        stored[group] += names[start:]  # extra names are reported below
-    for group, size in groups.items():
-        if len(stored[group]) != size:
-            sizes = " and ".join(f"{size} of {group}" for group, size in groups.items())
-            raise ConversionError(f"{path} names {len(stored[group])} of {group}; expected {sizes}, in this order.")
-    return _prefixed({group: stored[group] for group in groups})
-
-
-def _prefixed(groups: Mapping[str, Sequence[str]]) -> dict[int, str]:
-    """Prefix names with their group (`noun: pan`), so that a name in two groups is two labels."""
-    names = [f"{group}: {name.removeprefix(f'{group}: ')}" for group, names in groups.items() for name in names]
-    return dict(enumerate(names))

@@ -1,8 +1,6 @@
 """Configurations and weights of google-research/scenic's ViViT as ours."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +8,7 @@ import torch
 
 from ..configuration_vivit import ViViTConfig
 from ..modeling_vivit import ViViTForVideoClassification
-from .weight_files import ConversionError
+from .weight_files import ConversionError, from_flax
 
 
 def config_from_scenic(
@@ -69,103 +67,52 @@ def config_from_scenic(
     return ViViTConfig(**{**fields, **overrides})
 
 
-# Conversions of official arrays to tensors. Dense kernels are (in, out), projections to heads (in, heads, head_dim),
-# projections from heads (heads, head_dim, out), and convolutions (time, height, width, in, out).
-def _keep(array: np.ndarray) -> np.ndarray:
-    return array
+_PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "o_proj"}
 
 
-def _flat(array: np.ndarray) -> np.ndarray:
-    return array.reshape(-1)
-
-
-def _dense(array: np.ndarray) -> np.ndarray:
-    return array.T
-
-
-def _to_heads(array: np.ndarray) -> np.ndarray:
-    return array.reshape(array.shape[0], -1).T
-
-
-def _from_heads(array: np.ndarray) -> np.ndarray:
-    return array.reshape(-1, array.shape[-1]).T
-
-
-def _convolution(array: np.ndarray) -> np.ndarray:
-    return np.moveaxis(array, (-1, -2), (0, 1))
-
-
-Mapped = tuple[str, str, Callable[[np.ndarray], np.ndarray]]
-
-
-def _linear(official: str, ours: str, bias: bool = True) -> Iterator[Mapped]:
-    yield f"{official}/kernel", f"{ours}.weight", _dense
-    if bias:
-        yield f"{official}/bias", f"{ours}.bias", _keep
-
-
-def _layernorm(official: str, ours: str) -> Iterator[Mapped]:
-    yield f"{official}/scale", f"{ours}.weight", _keep
-    yield f"{official}/bias", f"{ours}.bias", _keep
-
-
-def _attention(official: str, ours: str, bias: bool) -> Iterator[Mapped]:
-    for name, projection in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
-        yield f"{official}/{name}/kernel", f"{ours}.{projection}.weight", _to_heads
-        if bias:
-            yield f"{official}/{name}/bias", f"{ours}.{projection}.bias", _flat
-    yield f"{official}/out/kernel", f"{ours}.o_proj.weight", _from_heads
-    yield f"{official}/out/bias", f"{ours}.o_proj.bias", _keep
-
-
-def _mlp(official: str, ours: str) -> Iterator[Mapped]:
-    yield from _linear(f"{official}/Dense_0", f"{ours}.fc1")
-    yield from _linear(f"{official}/Dense_1", f"{ours}.fc2")
-
-
-def _encoder(official: str, ours: str, norm: str, num_layers: int, config: ViViTConfig) -> Iterator[Mapped]:
-    for index in range(num_layers):
-        block, layer = f"{official}/encoderblock_{index}", f"{ours}.layer.{index}"
-        if config.attention_type == "factorised_self_attention":
-            for axis in ("space", "time"):
-                yield from _layernorm(f"{block}/LayerNorm_{axis}", f"{layer}.layernorm_{axis}")
-                names = f"{block}/MultiHeadDotProductAttention_{axis}", f"{layer}.attention_{axis}"
-                yield from _attention(*names, config.qkv_bias)
-            yield from _layernorm(f"{block}/LayerNorm_mlp", f"{layer}.layernorm_after")
-            yield from _mlp(f"{block}/MlpBlock", f"{layer}.mlp")
-        else:
-            yield from _layernorm(f"{block}/LayerNorm_0", f"{layer}.layernorm_before")
-            yield from _attention(f"{block}/MultiHeadDotProductAttention_0", f"{layer}.attention", config.qkv_bias)
-            yield from _layernorm(f"{block}/LayerNorm_1", f"{layer}.layernorm_after")
-            yield from _mlp(f"{block}/MlpBlock_0", f"{layer}.mlp")
-    yield from _layernorm(f"{official}/encoder_norm", norm)
-
-
-def name_map(config: ViViTConfig) -> list[Mapped]:
-    """Return (official name, our name, conversion of the array) for every parameter of a model with this config."""
-
-    def pairs() -> Iterator[Mapped]:
-        two_encoders = config.attention_type == "factorised_encoder"
-        encoder = "SpatialTransformer" if two_encoders else "Transformer"
-        yield "embedding/kernel", "vivit.embeddings.patch_embeddings.projection.weight", _convolution
-        yield "embedding/bias", "vivit.embeddings.patch_embeddings.projection.bias", _keep
+def name_map(config: ViViTConfig) -> dict[str, str]:
+    """Return the official name of every parameter of a model with this config, and ours."""
+    two_encoders = config.attention_type == "factorised_encoder"
+    encoders = [("SpatialTransformer" if two_encoders else "Transformer", "", config.num_hidden_layers)]
+    if two_encoders and config.num_temporal_layers:
+        encoders.append(("TemporalTransformer", "temporal_", config.num_temporal_layers))
+    modules = {"embedding": "vivit.embeddings.patch_embeddings.projection"}
+    arrays = {}
+    for official, prefix, num_layers in encoders:
+        ours = f"vivit.{prefix}embeddings"
+        arrays[f"{official}/posembed_input/pos_embedding"] = f"{ours}.position_embeddings"
         if config.pooling == "cls":
-            yield f"cls_{encoder}" if two_encoders else "cls", "vivit.embeddings.cls_token", _keep
-        yield f"{encoder}/posembed_input/pos_embedding", "vivit.embeddings.position_embeddings", _keep
-        yield from _encoder(encoder, "vivit.encoder", "vivit.layernorm", config.num_hidden_layers, config)
-        if two_encoders and config.num_temporal_layers:
-            encoder, ours = "TemporalTransformer", "vivit.temporal_embeddings"
-            if config.pooling == "cls":
-                yield f"cls_{encoder}", f"{ours}.cls_token", _keep
-            yield f"{encoder}/posembed_input/pos_embedding", f"{ours}.position_embeddings", _keep
-            norm, layers = "vivit.temporal_layernorm", config.num_temporal_layers
-            yield from _encoder(encoder, "vivit.temporal_encoder", norm, layers, config)
-        if config.representation_size is not None:
-            yield from _linear("pre_logits", "vivit.pre_logits")
-        if config.num_labels:
-            yield from _linear("output_projection", "classifier")
+            arrays[f"cls_{official}" if two_encoders else "cls"] = f"{ours}.cls_token"
+        for index in range(num_layers):
+            block, layer = f"{official}/encoderblock_{index}", f"vivit.{prefix}encoder.layer.{index}"
+            modules |= {f"{block}/{theirs}": f"{layer}.{part}" for theirs, part in _layer_modules(config).items()}
+        modules[f"{official}/encoder_norm"] = f"vivit.{prefix}layernorm"
+    if config.representation_size is not None:
+        modules["pre_logits"] = "vivit.pre_logits"
+    if config.num_labels:
+        modules["output_projection"] = "classifier"
+    for official, ours in modules.items():
+        arrays[f"{official}/{'scale' if 'layernorm' in ours else 'kernel'}"] = f"{ours}.weight"
+        if config.qkv_bias or not ours.endswith(("q_proj", "k_proj", "v_proj")):
+            arrays[f"{official}/bias"] = f"{ours}.bias"
+    return arrays
 
-    return list(pairs())
+
+def _layer_modules(config: ViViTConfig) -> dict[str, str]:
+    """Return the official names of the modules in a layer, and ours."""
+    if config.attention_type == "factorised_self_attention":
+        attentions = {f"MultiHeadDotProductAttention_{axis}": f"attention_{axis}" for axis in ("space", "time")}
+        norms = {f"LayerNorm_{axis}": f"layernorm_{axis}" for axis in ("space", "time")}
+        norms["LayerNorm_mlp"], mlp = "layernorm_after", "MlpBlock"
+    else:
+        attentions = {"MultiHeadDotProductAttention_0": "attention"}
+        norms, mlp = {"LayerNorm_0": "layernorm_before", "LayerNorm_1": "layernorm_after"}, "MlpBlock_0"
+    projections = {
+        f"{official}/{theirs}": f"{ours}.{projection}"
+        for official, ours in attentions.items()
+        for theirs, projection in _PROJECTIONS.items()
+    }
+    return {**norms, **projections, f"{mlp}/Dense_0": "mlp.fc1", f"{mlp}/Dense_1": "mlp.fc2"}
 
 
 def state_dict_from_scenic(params: Mapping[str, np.ndarray], config: ViViTConfig) -> dict[str, torch.Tensor]:
@@ -181,20 +128,19 @@ def state_dict_from_scenic(params: Mapping[str, np.ndarray], config: ViViTConfig
     """
     with torch.device("meta"):
         expected = ViViTForVideoClassification(config).state_dict()
-    mapping = name_map(config)
-    problems = [f"missing: {official} (for {ours})" for official, ours, _ in mapping if official not in params]
-    known = {official for official, _, _ in mapping}
-    problems += [f"no place for: {name} {np.shape(params[name])}" for name in sorted(set(params) - known)]
+    arrays = name_map(config)
+    problems = [f"missing: {official} (for {ours})" for official, ours in arrays.items() if official not in params]
+    problems += [f"no place for: {name} {np.shape(params[name])}" for name in sorted(params.keys() - arrays.keys())]
+    problems += [f"not mapped: {ours}" for ours in sorted(expected.keys() - set(arrays.values()))]
     state_dict = {}
-    for official, ours, convert in mapping:
+    for official, ours in arrays.items():
         if official not in params:
             continue
-        tensor = torch.from_numpy(np.array(convert(np.asarray(params[official])), order="C"))
+        tensor = torch.from_numpy(np.array(from_flax(ours, np.asarray(params[official])), order="C"))
         if tensor.shape != expected[ours].shape:
             shapes = f"{tuple(tensor.shape)}, but the model's {ours} is {tuple(expected[ours].shape)}"
             problems.append(f"wrong shape: {official} gives {shapes}")
         state_dict[ours] = tensor
-    problems += [f"not mapped: {name}" for name in sorted(set(expected) - {ours for _, ours, _ in mapping})]
     problems += _head_problems(params, config)
     if problems:
         listing = "\n  ".join(problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else []))

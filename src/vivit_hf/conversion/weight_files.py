@@ -1,9 +1,8 @@
 """Find and read files of weights and settings in a folder or Hub repository, without executing anything in them."""
 
-from __future__ import annotations
-
 import functools
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 
@@ -39,40 +38,48 @@ def find_file(source: str, name: str) -> Path | None:
     Without a connection, or with HF_HUB_OFFLINE, the cache is used.
 
     Raises:
-        ConversionError: if there is no such folder or repository, or if the Hub does not answer and the cache does not
-            tell whether the file exists.
+        OSError: if there is no such folder or repository, or if the Hub does not answer and the cache does not tell
+            whether the file exists.
     """
     if Path(source).is_dir():
         return path if (path := Path(source) / name).is_file() else None
-    nowhere = f"There is no folder {source} here"
-    if not _HUB_ID.fullmatch(source):
-        raise ConversionError(f"{nowhere}, and models of the Hub are named like owner/name.")
-    if (reason := _why_hub_is_silent(source, nowhere)) is not None:
+    if (reason := why_hub_is_silent(source)) is not None:
         cached = try_to_load_from_cache(source, name)
         if isinstance(cached, str):
             return Path(cached)
         is_known = isinstance(try_to_load_from_cache(source, "config.json"), str)
         if is_known and (cached is not None or constants.HF_HUB_OFFLINE):
             return None
-        raise ConversionError(f"{nowhere}, and the Hub cannot be asked for {source}/{name}: {reason}")
+        raise OSError(f"there is no folder {source!r}, and the Hub cannot be asked for {source}/{name}: {reason}")
     try:
         return Path(hf_hub_download(source, name))
-    except LocalEntryNotFoundError as error:  # the connection broke
-        raise ConversionError(f"{source}/{name} cannot be downloaded from the Hub: {error}") from error
-    except EntryNotFoundError:
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
+        raise OSError(f"{source}/{name} cannot be downloaded from the Hub: {error}") from error
+
+
+def why_hub_is_silent(name: str) -> str | None:
+    """
+    Return None for a folder and for a model that the Hub has, or the reason why the Hub cannot be asked.
+
+    Raises OSError at once if there is neither such a folder nor such a model on the Hub. transformers alone would try
+    to download every file several times.
+    """
+    if os.path.isdir(name):
         return None
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise ConversionError(f"{source}/{name} cannot be downloaded from the Hub: {error}") from error
+    if not _HUB_ID.fullmatch(name) or os.path.exists(name):
+        raise OSError(f"there is no folder {name!r}, and models on the Hub are named like 'owner/name'")
+    return _ask(name)
 
 
 @functools.cache
-def _why_hub_is_silent(source: str, nowhere: str) -> str | None:
-    """Return None if the Hub has the repository, else why it cannot be asked; raise a ConversionError if it has not."""
+def _ask(name: str) -> str | None:
     try:
-        HfApi().model_info(source, timeout=_HUB_TIMEOUT)
+        HfApi().model_info(name, timeout=_HUB_TIMEOUT)
     except RepositoryNotFoundError as error:
-        raise ConversionError(f"{nowhere}, and the Hub has no model of that name that you may read.") from error
-    except Exception as error:  # the HTTP client and its errors depend on the version of huggingface_hub
+        raise OSError(f"there is no folder {name!r}, and the Hub has no public model of that name") from error
+    except Exception as error:  # huggingface_hub lets the errors of its HTTP client and its own pass
         return next(iter(str(error).strip().splitlines()), type(error).__name__)
     return None
 
@@ -178,3 +185,16 @@ def as_float32(array: np.ndarray) -> np.ndarray:
     if array.dtype == np.dtype("V2"):
         return (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return np.asarray(array, dtype=np.float32)
+
+
+def from_flax(name: str, array: np.ndarray) -> np.ndarray:
+    """Convert an array from flax's layout to that of the parameter of this name in torch; comments give the shapes."""
+    if name.endswith("projection.weight"):
+        return np.moveaxis(array, (-1, -2), (0, 1))  # ([time,] height, width, in, out) -> (out, in, ...)
+    if name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")):
+        return array.reshape(-1)  # (heads, head_dim) -> (out,)
+    if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+        return array.reshape(len(array), -1).T  # (in, heads, head_dim) -> (out, in)
+    if name.endswith("o_proj.weight"):
+        return array.reshape(-1, array.shape[-1]).T  # (heads, head_dim, out) -> (out, in)
+    return array.T if array.ndim == 2 else array  # (in, out) -> (out, in)

@@ -81,32 +81,11 @@ class LabelMap:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike, has_several: bool = False) -> LabelMap:
-        """Read label names from a file.
+        """Read label names from a file, in one of the forms of `read_label_groups`.
 
-        Supported are one name per line; a CSV with a column `key` or `name`; a JSON list; a JSON map from names to
-        indices (as in Something-Something) or from indices to names; and a JSON map from groups to lists of names.
-        Raises AnnotationError for any other content.
+        Raises AnnotationError for another form, and for a group with fewer than two labels or with one twice.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise AnnotationError(f"{path}: there is no such label file.")
-        text = read_text(path)
-        if path.suffix == ".json":
-            with json_errors(path):
-                stored = json.loads(text)
-            if isinstance(stored, dict) and stored and all(isinstance(names, list) for names in stored.values()):
-                groups = {group: tuple(map(str, names)) for group, names in stored.items()}
-            else:
-                groups = {ONE_GROUP: _ordered_names(stored, path)}
-        elif path.suffix == ".csv":
-            rows = list(csv.DictReader(text.splitlines()))
-            column = next((name for name in ("key", "name") if rows and name in rows[0]), None)
-            if column is None:
-                raise AnnotationError(f"{path}:1: there is no column 'key' or 'name' that holds the labels.")
-            groups = {ONE_GROUP: tuple(row[column] for row in rows)}
-        else:
-            groups = {ONE_GROUP: tuple(line.strip() for line in text.splitlines() if line.strip())}
-        return cls(groups, has_several).checked(str(path))
+        return cls(read_label_groups(path), has_several).checked(str(path))
 
     def checked(self, source: str) -> LabelMap:
         """Return the label map. Raises AnnotationError if a group has fewer than two names, or one of them twice."""
@@ -216,6 +195,33 @@ def to_probabilities(logits: torch.Tensor, label_map: LabelMap) -> torch.Tensor:
     if label_map.has_several:
         return logits.sigmoid()
     return torch.cat([part.softmax(dim=-1) for part in logits.split(label_map.sizes, dim=-1)], dim=-1)
+
+
+def read_label_groups(path: str | os.PathLike) -> dict[str, tuple[str, ...]]:
+    """
+    Read label names by group from a file; without groups, all of them are in the group "".
+
+    Supported are one name per line; a CSV with a column `key` or `name`; a JSON list; a JSON map from names to
+    indices (as in Something-Something) or from indices to names; and a JSON map from groups to lists of names.
+    Raises AnnotationError for any other content.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise AnnotationError(f"{path}: there is no such label file.")
+    text = read_text(path)
+    if path.suffix == ".json":
+        with json_errors(path):
+            stored = json.loads(text)
+        if isinstance(stored, dict) and stored and all(isinstance(names, list) for names in stored.values()):
+            return {group: tuple(map(str, names)) for group, names in stored.items()}
+        return {ONE_GROUP: _ordered_names(stored, path)}
+    if path.suffix == ".csv":
+        rows = list(csv.DictReader(text.splitlines()))
+        column = next((name for name in ("key", "name") if rows and name in rows[0]), None)
+        if column is None:
+            raise AnnotationError(f"{path}:1: there is no column 'key' or 'name' that holds the labels.")
+        return {ONE_GROUP: tuple(row[column] for row in rows)}
+    return {ONE_GROUP: tuple(line.strip() for line in text.splitlines() if line.strip())}
 
 
 def _ordered_names(stored: Any, path: Path) -> tuple[str, ...]:

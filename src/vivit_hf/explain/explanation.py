@@ -1,7 +1,5 @@
 """Explain one clip: the frames that the model saw, its labels, and the relevance of every token."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Heat maps over the frames of a clip."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

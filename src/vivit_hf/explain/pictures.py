@@ -1,7 +1,5 @@
 """Pictures and videos of an explanation: a sheet (.png), or the clip with the heat map over it (.gif, .mp4)."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from fractions import Fraction

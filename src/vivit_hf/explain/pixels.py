@@ -1,7 +1,5 @@
 """From the model's input back to pictures."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

@@ -6,8 +6,6 @@ passed back through the attention of each layer, as a vector: no matrices are mu
 over time and over space (Models 2, 3 and 4) is never expanded to a matrix of all tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

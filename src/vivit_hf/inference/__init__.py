@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from .streaming import StreamingClassifier as StreamingClassifier
     from .streaming import WindowPrediction as WindowPrediction
     from .timeline import video_timeline as video_timeline
+    from .timeline import watch_video as watch_video
     from .views import average_views as average_views
     from .views import describe_views as describe_views
     from .views import predict_views as predict_views
-    from .watch import watch_video as watch_video
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
@@ -53,8 +53,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "prediction": "VideoPrediction predict_videos",
         "segments": "Segment merge_windows",
         "streaming": "StreamingClassifier WindowPrediction",
-        "timeline": "video_timeline",
+        "timeline": "video_timeline watch_video",
         "views": "average_views describe_views predict_views",
-        "watch": "watch_video",
     },
 )

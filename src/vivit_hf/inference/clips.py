@@ -1,7 +1,5 @@
 """Run a model on clips, some at a time, and encode every tubelet that clips share only once."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -7,8 +7,6 @@ below 0.3, or is about as strong in the frames before and after. So a cut is a c
 also three times the median change of its window: a flicker, a fade and noise are not cuts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from statistics import median
 

@@ -1,7 +1,5 @@
 """The small trained model that ships in the package, and its sample videos."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

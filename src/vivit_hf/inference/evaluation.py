@@ -1,7 +1,5 @@
 """Evaluate a model on labelled videos, on any number of processes with the same scores."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -15,8 +13,7 @@ from accelerate.utils import gather_object  # type: ignore[import-untyped]
 from ..data.annotations import AnnotationError, LabelledVideo, read_videos
 from ..data.labels import LabelMap
 from ..video_processing_vivit import ViViTVideoProcessor
-from .confusion_matrix import confusion_matrix
-from .metrics import classification_metrics
+from .metrics import classification_metrics, confusion_matrix
 from .prediction import VideoPrediction, predict_videos
 from .views import describe_views
 
@@ -43,7 +40,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         if not self.is_readable.any():
-            raise ValueError(f"None of the {len(self.videos)} videos can be read: {self.predictions[0].error}")
+            raise ValueError(f"None of the videos can be read: {self.predictions[0].error}")
 
     @cached_property
     def is_readable(self) -> np.ndarray:

@@ -1,9 +1,9 @@
 """The files of an evaluation: scores, every probability, a table per class, and the confusion matrix."""
 
-from __future__ import annotations
-
 import csv
 import json
+import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import numpy as np
 from ..data.annotations import LabelledVideo
 from ..data.whole_files import as_utf8, written_whole
 from ..video_sources import source_name
-from .confusion_matrix import class_accuracies, draw_confusion_matrix
 from .evaluation import Evaluation
+from .metrics import class_accuracies
 
 
 def save_evaluation(evaluation: Evaluation, folder: Path, **settings: Any) -> None:
@@ -50,6 +50,37 @@ def _write_classes(folder: Path, evaluation: Evaluation, matrix: np.ndarray) -> 
         csv.writer(file).writerows(rows)
     title = f"top-1 {evaluation.metrics['top1']:.1%}: {evaluation.protocol}"
     draw_confusion_matrix(matrix, names, folder / "confusion_matrix.png", title)
+
+
+def draw_confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: Path, title: str) -> None:
+    """
+    Save a picture of a confusion matrix (classes, classes). Colours show shares of each row. Needs matplotlib.
+
+    Class names are written for up to 100 classes, counts for up to 20.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    size = len(names)
+    side = min(40.0, max(4.0, 0.28 * size + 2.5))
+    figure = Figure(figsize=(side + 1, side), layout="constrained", dpi=100)
+    FigureCanvasAgg(figure)
+    axes: Any = figure.add_subplot()
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    figure.colorbar(image, ax=axes, label="share of the videos of a class", shrink=0.8)
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_title(textwrap.fill(title, round(12 * side)), fontsize=9)
+    if size <= 100:
+        axes.set_xticks(range(size), names, rotation=90, fontsize=8)
+        axes.set_yticks(range(size), names, fontsize=8)
+    if size <= 20:
+        for row, column in np.ndindex(size, size):
+            if matrix[row, column]:
+                colour = "white" if shares[row, column] > 0.5 else "black"
+                text = str(matrix[row, column])
+                axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
+    figure.savefig(path)
 
 
 def _write_predictions(path: Path, evaluation: Evaluation) -> None:

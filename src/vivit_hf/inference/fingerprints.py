@@ -1,7 +1,5 @@
 """Fingerprints of stored models: if two are equal, the models give the same answers on the same clips."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

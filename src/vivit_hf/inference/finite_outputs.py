@@ -1,7 +1,5 @@
 """Refuse NaN and infinite scores, which would otherwise be drawn or printed like an answer."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -25,14 +23,10 @@ def check_finite(output: torch.Tensor, model: Any, pixel_values: torch.Tensor | 
         name for name, parameter in model.named_parameters() if not parameter.is_meta and not parameter.isfinite().all()
     ]
     if broken:
-        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-        cause = (
-            f"its weights do too ({', '.join(broken[:3])}{more}): the checkpoint is damaged or its training diverged"
-        )
+        names = ", ".join(broken[:3]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
+        cause = f"So do its weights ({names}): the checkpoint is damaged or its training diverged."
     elif pixel_values is not None and not pixel_values.isfinite().all():
-        cause = "so do its `pixel_values`: check the frames and the scaling of the processor"
+        cause = "So do its `pixel_values`: check the frames and the scaling of the processor."
     else:
-        cause = (
-            f"its weights do not: the numbers overflow in {model.dtype} (float32 is safest), or the frames hold such"
-        )
-    raise NonFiniteError(f"The output of the {type(model).__name__} holds NaN or infinite numbers, and {cause}.")
+        cause = f"Its weights do not: its numbers overflow in {model.dtype}; try float32, and check the frames."
+    raise NonFiniteError(f"The output of the {type(model).__name__} contains NaN or infinite numbers. {cause}")

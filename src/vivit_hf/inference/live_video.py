@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..frame_conversion import FrameConverter, FrameShape, FrameSize, FrameWindow
+from ..frame_conversion import FrameConverter, FrameShape, FrameSize
 from ..limits_vivit import check_choice, check_positive_integer
 from ..video_container import decoder_max_pixels, demuxed, open_container
 from ..video_sources import VideoDecodingError, VideoLimits, is_pipe, open_pipe, source_name
@@ -53,7 +53,7 @@ class LiveVideo:
             frame, so that the newest is never late, and counts it in `num_dropped`. "wait" makes the source wait and
             loses nothing, which suits pipes and files.
         queue_size: frames that may wait.
-        size, window: see `VideoReader.frames_at`. Frames are resized and cropped in the thread.
+        size: see `VideoReader.frames_at`. Frames are resized in the thread.
         timeout: seconds without data from the network, or without a writer of a named pipe, until the source counts as
             broken.
         limits: `VideoLimits`; only `max_pixels` and `max_streams` apply to live sources.
@@ -71,7 +71,6 @@ class LiveVideo:
         policy: str = "drop_oldest",
         queue_size: int = 32,
         size: FrameSize | None = None,
-        window: FrameWindow | None = None,
         timeout: float = 30.0,
         limits: VideoLimits | None = None,
     ):
@@ -81,7 +80,7 @@ class LiveVideo:
         self.queue_size = check_positive_integer("queue_size", queue_size)
         self.name = source_name(source)
         self.num_received = self.num_dropped = self.num_rejected_packets = 0
-        self._shape: FrameShape = (size, window)
+        self._shape: FrameShape = (size, None)
         self._waiting: deque[tuple[float, np.ndarray]] = deque()
         self._changed = threading.Condition()
         self._error: Exception | None = None

@@ -1,12 +1,11 @@
 """
-Scores of video classification: top-1 and top-5, balanced accuracy, noun-verb actions, mean average precision, and
-whether they are better than chance.
+Scores of video classification: top-1 and top-5, balanced accuracy, noun-verb actions, mean average precision, whether
+they are better than chance, and which classes are confused.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -171,3 +170,39 @@ def collapsed_class(predictions: np.ndarray, labels: np.ndarray) -> int | None:
     winner = int(counts.argmax())
     is_collapsed = counts[winner] >= _COLLAPSE * len(predictions) and (labels == winner).mean() < (1 + _COLLAPSE) / 3
     return winner if is_collapsed else None
+
+
+class ClassAccuracy(NamedTuple):
+    """The accuracy on the videos of one class, and the class that they are most often mistaken for ("" if none)."""
+
+    name: str
+    videos: int
+    accuracy: float
+    mistaken_for: str
+
+
+def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """
+    Count how many videos of class i (rows) are predicted as class j (columns), int64 (classes, classes).
+
+    Args:
+        logits: (videos, classes).
+        labels: class indices, (videos,) or (videos, 1); -100 is ignored.
+    """
+    labels = np.asarray(labels).reshape(-1)
+    counted = labels != IGNORED
+    num_classes = logits.shape[1]
+    places = labels[counted] * num_classes + logits[counted].argmax(axis=1)
+    return np.bincount(places, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def class_accuracies(matrix: np.ndarray, names: Sequence[str]) -> list[ClassAccuracy]:
+    """Return the accuracy of every class of a confusion matrix, in its order; NaN for a class without videos."""
+    rows = []
+    for index, name in enumerate(names):
+        total, others = int(matrix[index].sum()), matrix[index].copy()
+        others[index] = 0
+        mistaken_for = names[int(others.argmax())] if others.any() else ""
+        accuracy = float(matrix[index, index] / total) if total else float("nan")
+        rows.append(ClassAccuracy(name, total, accuracy, mistaken_for))
+    return rows

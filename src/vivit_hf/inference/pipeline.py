@@ -1,7 +1,5 @@
 """The "video-classification" pipeline of transformers, with frames as `ViViTVideoProcessor` samples them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from transformers.pipelines.video_classification import VideoClassificationPipeline

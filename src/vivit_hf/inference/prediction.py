@@ -1,7 +1,5 @@
 """Classify video files: decode the views of each file once, in worker processes, and average their scores."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

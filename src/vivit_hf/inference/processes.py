@@ -1,7 +1,5 @@
 """Share work among the processes that `torchrun` or `accelerate launch` has started; one process needs no launcher."""
 
-from __future__ import annotations
-
 import os
 
 from accelerate import PartialState  # type: ignore[import-untyped]

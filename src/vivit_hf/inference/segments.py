@@ -10,8 +10,6 @@ overlap it:
     cells      |0 |01|012 |12 |2 |
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -94,9 +92,6 @@ class _Run(Segment):
     def duration(self) -> float:
         return self.end - self.start
 
-    def is_short(self, min_duration: float | None) -> bool:
-        return self.duration < self.shortest(min_duration)
-
     def shortest(self, min_duration: float | None) -> float:
         """The least duration of a segment of its own, seconds."""
         if min_duration is not None:
@@ -110,7 +105,7 @@ def _without_short(runs: Iterable[_Run], min_duration: float | None) -> Iterator
     kept: Segment | None = None  # the last run that is long enough
     short: list[_Run] = []  # the runs since
     for run in runs:
-        if run.is_short(min_duration):
+        if run.duration < run.shortest(min_duration):
             short.append(run)
             continue
         begin = short[0].start if short else run.start

@@ -5,8 +5,6 @@ Every shard is a parquet file that is written whole or not at all. run.json hold
 answers of different models or settings never mix.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path

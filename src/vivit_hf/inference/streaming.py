@@ -14,8 +14,6 @@ If the hop is not a whole number of tubelets, successive windows cut the frames 
 needs tokens of its own (see `StreamingClassifier.tubelets_per_window`). The other variants run on every whole window.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Sequence
@@ -175,11 +173,6 @@ class StreamingClassifier:
         if not self.reuses_tubelets:
             return int(self.model.config.grid_size[0])
         return min(self._num_tubelets, self.hop // math.gcd(self.hop, self._tubelet))
-
-    @property
-    def window_frames(self) -> int:
-        """Sampled frames in a window."""
-        return self._num_frames
 
     def push(self, frames: Any, times: float | Sequence[float] | None = None) -> list[WindowPrediction]:
         """

@@ -1,6 +1,4 @@
-"""The timeline of a video file: what happens when, by a sliding window, in constant memory."""
-
-from __future__ import annotations
+"""What happens when in a video file or a live source, by a sliding window, in constant memory."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -13,6 +11,7 @@ from ..video_decoding import VideoReader
 from ..video_processing_vivit import ViViTVideoProcessor, reader_size
 from ..video_sources import VideoLimits, part_of_video
 from .clips import BATCH
+from .live_video import LiveVideo
 from .segments import Segment, merge_windows
 from .streaming import StreamingClassifier, WindowPrediction
 
@@ -70,3 +69,48 @@ def video_timeline(
     """
     windows = file_windows(model, processor, source, hop=hop)
     return list(merge_windows(windows, model.config, min_score=min_score, min_duration=min_duration))
+
+
+def live_windows(
+    model: Any, processor: ViViTVideoProcessor, live: LiveVideo, *, hop: int | None = None
+) -> Iterator[WindowPrediction]:
+    """
+    Classify a sliding window over a live source, each window as soon as its last frame has arrived.
+
+    When the source ends, the last window ends with its last frame.
+
+    Args:
+        model, processor, hop: see `StreamingClassifier`.
+        live: the source. Pass `size=reader_size(processor)` to it, so that its thread resizes the frames.
+
+    Raises, also during the iteration:
+        VideoDecodingError: if the source breaks off.
+        ValueError, NonFiniteError: see `StreamingClassifier`.
+    """
+    stream = StreamingClassifier(model, processor, hop=hop)
+    for seconds, frame in live:
+        yield from stream.push(frame, seconds)
+    yield from stream.flush()
+    yield from stream.last_window()
+
+
+def watch_video(
+    model: Any,
+    processor: ViViTVideoProcessor,
+    live: LiveVideo,
+    *,
+    hop: int | None = None,
+    min_score: float = 0.0,
+    min_duration: float | None = None,
+) -> Iterator[Segment]:
+    """
+    Yield the segments of a live source, each once it has ended; see `live_windows` and `merge_windows`.
+
+    ```python
+    with LiveVideo("rtsp://camera/stream", size=reader_size(processor)) as camera:
+        for segment in watch_video(model, processor, camera):
+            print(segment.start, segment.end, segment.label)
+    ```
+    """
+    windows = live_windows(model, processor, live, hop=hop)
+    return merge_windows(windows, model.config, min_score=min_score, min_duration=min_duration)

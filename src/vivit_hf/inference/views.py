@@ -6,12 +6,12 @@ A video's views are averaged as class probabilities ("probabilities", the softma
 `describe_views` with every score.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 
+from ..data.escaping import counted
 from ..data.labels import LabelMap
+from ..initialisation.model_processor import describe_frames
 from ..limits_vivit import check_choice
 from ..video_processing_vivit import ViViTVideoProcessor
 from .clips import BATCH, predict_clips
@@ -68,19 +68,5 @@ def describe_views(
     processor: ViViTVideoProcessor, num_clips: int, num_crops: int, averaging: str = "probabilities"
 ) -> str:
     """Describe the views that a score comes from, on one line: clips, crops, frame rate, sizes and averaging."""
-    rate = f"stride {processor.frame_stride}"
-    if processor.frames_per_second is not None:
-        rate = f"{processor.frames_per_second:g} per second"
-    if processor.frame_sampling == "uniform":
-        rate = "spread over the video"
-    parts = [f"{num_clips} clip{'s' * (num_clips > 1)} x {num_crops} crop{'s' * (num_crops > 1)}"]
-    parts[0] += f" of {processor.num_frames} frames, {rate}"
-    if processor.do_resize:
-        edge = processor.size.get("shortest_edge")
-        sides = f"short side {edge}" if edge else f"{processor.size['height']} x {processor.size['width']}"
-        parts.append(f"resized to {sides}")
-    if processor.do_center_crop:
-        parts.append(f"cropped to {processor.crop_size['height']} x {processor.crop_size['width']}")
-    if num_clips * num_crops > 1:
-        parts.append(f"{averaging} averaged")
-    return ", ".join(parts)
+    views = f"{counted(num_clips, 'clip')} x {counted(num_crops, 'crop')} of {describe_frames(processor)}"
+    return f"{views}, {averaging} averaged" if num_clips * num_crops > 1 else views

@@ -1,5 +1,5 @@
 """
-Make the video processor of a model, for conversion, fine-tuning and others.
+Make the video processor of a model, for conversion, fine-tuning and others, and describe one in words.
 
 The short side of a frame is resized to a multiple of the crop, and the crop has the size of the model, so that videos
 of any shape become clips that the model accepts.
@@ -7,6 +7,8 @@ of any shape become clips that the model accepts.
 
 from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from ..configuration_vivit import ViViTConfig
 from ..frame_sampling import fixed_crops
@@ -118,3 +120,34 @@ def check_processor(processor: ViViTVideoProcessor, config: ViViTConfig) -> None
                 f"videos of {frame[0]} x {frame[1]} pixels, but the model expects {wanted}: set `num_frames`, `size` "
                 "and `crop_size` of the processor, and do_center_crop=True."
             )
+
+
+def describe_frames(processor: ViViTVideoProcessor) -> str:
+    """Describe the frames of a clip on one line: their number, their distance, and how they are resized and cropped."""
+    rate = f"stride {processor.frame_stride}"
+    if processor.frames_per_second is not None:
+        rate = f"{processor.frames_per_second:g} per second"
+    if processor.frame_sampling == "uniform":
+        rate = "spread over the video"
+    parts = [f"{processor.num_frames} frames, {rate}"]
+    if processor.do_resize:
+        edge = processor.size.get("shortest_edge")
+        sides = f"short side {edge}" if edge else f"{processor.size['height']} x {processor.size['width']}"
+        parts.append(f"resized to {sides}")
+    if processor.do_center_crop:
+        parts.append(f"cropped to {processor.crop_size['height']} x {processor.crop_size['width']}")
+    return ", ".join(parts)
+
+
+def describe_processor(processor: ViViTVideoProcessor) -> str:
+    """Describe the frames of a clip and the values of their pixels."""
+    low, high = value_range(processor)
+    return f"{describe_frames(processor)}, values in [{low:.3g}, {high:.3g}]"
+
+
+def value_range(processor: ViViTVideoProcessor) -> tuple[float, float]:
+    """Return the smallest and largest pixel value that the processor gives for black and white, over all channels."""
+    channels = max(3, len(processor.image_mean))
+    extremes = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, channels, 1, 1)
+    values = processor.rescale_and_normalize(extremes)
+    return values.min().item(), values.max().item()
