@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from .initialisation.from_image import InitialisationReport as InitialisationReport
     from .initialisation.from_image import config_from_vit as config_from_vit
     from .initialisation.from_image import initialise_from_vit as initialise_from_vit
+    from .modeling_vivit import ViViTForPreTraining as ViViTForPreTraining
     from .modeling_vivit import ViViTForVideoClassification as ViViTForVideoClassification
     from .modeling_vivit import ViViTModel as ViViTModel
     from .modeling_vivit import ViViTPreTrainedModel as ViViTPreTrainedModel
@@ -65,7 +66,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "inference.finite_outputs": "NonFiniteError",
         "inference.streaming": "StreamingClassifier",
         "initialisation.from_image": "InitialisationReport config_from_vit initialise_from_vit",
-        "modeling_vivit": "ViViTForVideoClassification ViViTModel ViViTPreTrainedModel",
+        "modeling_vivit": "ViViTForPreTraining ViViTForVideoClassification ViViTModel ViViTPreTrainedModel",
         "video_decoding": "VideoReader",
         "video_processing_vivit": "ViViTVideoProcessor",
         "video_sources": "VideoDecodingError",
@@ -82,12 +83,17 @@ def _register_config() -> None:
 
 
 def _register_models() -> None:
-    from transformers.models.auto.modeling_auto import AutoModel, AutoModelForVideoClassification
+    from transformers.models.auto.modeling_auto import (
+        AutoModel,
+        AutoModelForPreTraining,
+        AutoModelForVideoClassification,
+    )
 
     from .configuration_vivit import ViViTConfig
-    from .modeling_vivit import ViViTForVideoClassification, ViViTModel
+    from .modeling_vivit import ViViTForPreTraining, ViViTForVideoClassification, ViViTModel
 
     AutoModel.register(ViViTConfig, ViViTModel, exist_ok=True)
+    AutoModelForPreTraining.register(ViViTConfig, ViViTForPreTraining, exist_ok=True)
     AutoModelForVideoClassification.register(ViViTConfig, ViViTForVideoClassification, exist_ok=True)
 
 

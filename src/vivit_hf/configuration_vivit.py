@@ -19,6 +19,7 @@ from .limits_vivit import (
     check_label_groups,
     check_labels,
     check_limit,
+    check_positive_number,
     check_probability,
     check_scale,
     check_tubelet_size,
@@ -141,6 +142,10 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
         label_groups (`dict`, *optional*):
             Names and sizes of several classifications that share one output, in the order of the output, such as
             `{"noun": 300, "verb": 97}` for EPIC-Kitchens. `num_labels` is their sum; the loss is their mean.
+        mask_ratio (`float`, defaults to 0.9): `ViViTForPreTraining` only: share of the places to mask.
+        decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads (`int`, *optional*):
+            `ViViTForPreTraining` only: width, layers and heads of its decoder. By default it has half of the
+            encoder's heads, each of the same size, and a quarter of its layers.
 
     Raises:
         ValueError: for values and combinations that no model can have. Values are checked whenever a field is set,
@@ -187,6 +192,10 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
     initializer_range: float | int = setting(0.02, check_scale)
     label_groups: dict[str, int] | None = setting(None, check_label_groups)
     problem_type: str | None = setting(None, check_choice, choices=PROBLEM_TYPES)
+    mask_ratio: float | int = setting(0.9, check_positive_number, most=0.999)
+    decoder_hidden_size: int | None = setting(None, check_count)
+    decoder_num_hidden_layers: int | None = setting(None, check_count)
+    decoder_num_attention_heads: int | None = setting(None, check_count)
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._fill_in_defaults()
@@ -253,6 +262,14 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
             time = num_frames // patch_time
         return time, height // patch_height, width // patch_width
 
+    @property
+    def decoder_sizes(self) -> tuple[int, int, int]:
+        """(width, layers, heads) of the decoder of `ViViTForPreTraining`."""
+        half = (self.num_attention_heads + 1) // 2
+        width = self.decoder_hidden_size or half * (self.hidden_size // self.num_attention_heads)
+        layers = self.decoder_num_hidden_layers or max(1, self.num_hidden_layers // 4)
+        return width, layers, self.decoder_num_attention_heads or half
+
     # Validation
 
     def check(self) -> None:
@@ -304,14 +321,19 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
                 )
 
     def _check_heads(self) -> None:
-        for name in ("num_attention_heads", "temporal_num_attention_heads"):
-            heads = getattr(self, name)
-            if heads is not None and self.hidden_size % heads:
-                divisors = [n for n in range(1, 2 * heads + 1) if self.hidden_size % n == 0]
+        decoder_width, _, decoder_heads = self.decoder_sizes
+        for prefix, width, heads in (
+            ("", self.hidden_size, self.num_attention_heads),
+            ("temporal_", self.hidden_size, self.temporal_num_attention_heads),
+            ("decoder_", decoder_width, decoder_heads),
+        ):
+            if heads is not None and width % heads:
+                divisors = [n for n in range(1, 2 * heads + 1) if width % n == 0]
                 nearest = min(divisors, key=lambda n: abs(n - heads))
+                of = "decoder_" if prefix == "decoder_" else ""
                 raise ValueError(
-                    f"`hidden_size={self.hidden_size}` does not divide into `{name}={heads}` heads; "
-                    f"use for example `{name}={nearest}`."
+                    f"`{of}hidden_size={width}` does not divide into `{prefix}num_attention_heads={heads}` heads; "
+                    f"use for example `{prefix}num_attention_heads={nearest}`."
                 )
         if self.attention_type == "factorised_dot_product_attention" and self.num_attention_heads % 2:
             raise ValueError(

@@ -33,6 +33,9 @@ LIMITS: dict[str, int] = {
     "temporal_num_attention_heads": 4_096,
     "intermediate_size": 1_048_576,
     "temporal_intermediate_size": 1_048_576,
+    "decoder_hidden_size": 65_536,
+    "decoder_num_hidden_layers": 1_000,
+    "decoder_num_attention_heads": 4_096,
     "representation_size": 1_048_576,
     "num_labels": 262_144,
     "label_groups": 1_024,  # groups

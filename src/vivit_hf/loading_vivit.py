@@ -29,6 +29,7 @@ logger = logging.get_logger(__name__)
 AUTO_MAP = {
     "AutoConfig": "configuration_vivit.ViViTConfig",
     "AutoModel": "modeling_vivit.ViViTModel",
+    "AutoModelForPreTraining": "modeling_vivit.ViViTForPreTraining",
     "AutoModelForVideoClassification": "modeling_vivit.ViViTForVideoClassification",
 }
 
@@ -74,9 +75,9 @@ class CheckpointMixin(_Base):
         keep it. All other arguments are those of `transformers.PreTrainedModel.from_pretrained`.
 
         Raises:
-            ValueError: if a key of the checkpoint has no place in the model; if a parameter of the model other than
-                the classifier is not in the checkpoint; if a file is damaged, needs code in it to be run, or names
-                files outside its folder.
+            ValueError: if a key of the checkpoint has no place in the model, other than a classifier, or the decoder
+                of pretraining, that this class does not have; if a parameter of the model is not in the checkpoint,
+                other than those; if a file is damaged, needs code in it to be run, or names files outside its folder.
         """
         source = pretrained_model_name_or_path
         hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
@@ -212,24 +213,30 @@ def _check_files(source: Any, hub: dict[str, Any]) -> None:
 
 
 def _account_for_keys(model: Any, info: dict[str, Any], source: Any, ignore_mismatched_sizes: bool) -> None:
-    """Raise a ValueError unless checkpoint and model have the same parameters, the classifier aside."""
-
-    def is_head(name: str) -> bool:
-        return name.startswith("classifier.")
-
-    has_head = hasattr(model, "classifier") and not isinstance(model.classifier, nn.Identity)
-    unused_head = [] if has_head else sorted(filter(is_head, info["unexpected_keys"]))
+    """Raise a ValueError unless checkpoint and model have the same parameters, classifier and decoder aside."""
+    own = set(model.state_dict())
+    has_head = {head: any(name.startswith(head) for name in own) for head in ("classifier.", "decoder.")}
+    unused = {
+        head: sorted(name for name in info["unexpected_keys"] if name.startswith(head) and not has_head[head])
+        for head in has_head
+    }
+    left_out = {name for names in unused.values() for name in names}
+    # A classifier may be new, and a decoder, but not a part of a decoder.
+    is_new_decoder = {name for name in own if name.startswith("decoder.")} <= set(info["missing_keys"])
+    new = ("classifier.", "decoder.") if is_new_decoder else ("classifier.",)
     problems = {
-        "in the checkpoint, without a place in the model": [n for n in info["unexpected_keys"] if n not in unused_head],
-        "in the model, but not in the checkpoint": [n for n in info["missing_keys"] if not is_head(n)],
+        "in the checkpoint, without a place in the model": [n for n in info["unexpected_keys"] if n not in left_out],
+        "in the model, but not in the checkpoint": [n for n in info["missing_keys"] if not n.startswith(new)],
         "of another shape in the checkpoint": [
             f"{name} {tuple(there)} -> {tuple(here)}"
             for name, there, here in info["mismatched_keys"]
-            if not (is_head(name) or ignore_mismatched_sizes)
+            if not (name.startswith("classifier.") or ignore_mismatched_sizes)
         ],
     }
-    if unused_head and hasattr(model, "classifier"):
-        logger.warning("Left out %s: the model has no labels (`num_labels=0`).", ", ".join(unused_head))
+    if unused["classifier."] and hasattr(model, "classifier"):
+        logger.warning("Left out %s: the model has no labels (`num_labels=0`).", ", ".join(unused["classifier."]))
+    if unused["decoder."]:
+        logger.warning("Left out the decoder of masked pretraining (%d tensors).", len(unused["decoder."]))
     lines = [
         f"  {len(names)} {what}: {', '.join(sorted(names)[:8])}{', ...' if len(names) > 8 else ''}\n"
         for what, names in problems.items()

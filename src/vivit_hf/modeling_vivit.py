@@ -15,6 +15,7 @@ Shapes are written in the words batch, time, space, hidden. A clip becomes a gri
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
@@ -244,6 +245,29 @@ class ViViTTubeletEmbeddings(nn.Module):
         return patches.permute(0, 2, 3, 4, 1)  # (batch, time, height, width, hidden)
 
 
+def take_places(tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """(batch, time, space, hidden), places (batch, n) -> (batch, time, n, hidden)."""
+    return tokens.gather(2, places[:, None, :, None].expand(-1, tokens.shape[1], -1, tokens.shape[3]))
+
+
+def take_patches(pixel_values: torch.Tensor, places: torch.Tensor, config: ViViTConfig) -> torch.Tensor:
+    """
+    Return the patches at some places of the space side by side, as a clip that is one patch high.
+
+    (batch, frames, channels, height, width), places (batch, n) ->
+    (batch, frames, channels, patch height, n * patch width).
+    """
+    _, patch_height, patch_width = config.tubelet_size
+    batch, frames, channels, height, width = pixel_values.shape
+    rows, columns = height // patch_height, width // patch_width
+    patches = pixel_values[..., : rows * patch_height, : columns * patch_width]
+    patches = patches.reshape(batch, frames, channels, rows, patch_height, columns, patch_width)
+    clips = torch.arange(batch, device=places.device)[:, None]
+    # (batch, n, frames, channels, patch height, patch width)
+    patches = patches.permute(0, 3, 5, 1, 2, 4, 6)[clips, places // columns, places % columns]
+    return patches.permute(0, 2, 3, 4, 1, 5).flatten(4)
+
+
 PATCH_EMBEDDINGS = {"tubelet": ViViTTubeletEmbeddings, "uniform_frame_sampling": ViViTUniformFrameEmbeddings}
 
 
@@ -275,26 +299,37 @@ class ViViTEmbeddings(nn.Module):
         return (1, *grid[1:]) if self.config.attention_type == "factorised_encoder" else grid
 
     def forward(
-        self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = False,
+        visible: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         (batch, frames, channels, height, width) -> tokens (batch, time, space, hidden), class token (1, 1, hidden).
+
+        With `visible`, places of the space (batch, n), only the tubelets there are embedded: (batch, time, n, hidden).
         """
         check_pixel_values(pixel_values, self.config, interpolate_pos_encoding)
+        grid = None
+        if visible is not None:
+            grid = self.config.grid_size_of(pixel_values.shape[1], *pixel_values.shape[3:])
+            pixel_values = take_patches(pixel_values, visible, self.config)
         pixel_values = pixel_values.to(self.position_embeddings.dtype)
         tokens = self.patch_embeddings(pixel_values)  # (batch, time, height, width, hidden)
+        grid = grid or tuple(tokens.shape[1:4])
         positions = resample_position_embeddings(
             self.position_embeddings,
-            new_grid=self.position_grid(tuple(tokens.shape[1:4])),
+            new_grid=self.position_grid(grid),
             old_grid=self.grid,
             num_prefix_tokens=self.num_prefix_tokens,
         )
         tokens = tokens.flatten(2, 3)  # (batch, time, space, hidden)
-        space = tokens.shape[2]
-        # (1, time * space, hidden) -> (1, time, space, hidden), with time = 1 in Model 2
-        tokens = tokens + positions[:, self.num_prefix_tokens :].unflatten(1, (-1, space))
         class_token = None if self.cls_token is None else self.cls_token + positions[:, :1]
-        return tokens, class_token
+        # (1, time * space, hidden) -> (1, time, space, hidden), with time = 1 in Model 2
+        positions = positions[:, self.num_prefix_tokens :].unflatten(1, (-1, grid[1] * grid[2]))
+        if visible is not None:
+            positions = take_places(positions.expand(len(visible), -1, -1, -1), visible)
+        return tokens + positions, class_token
 
 
 class ViViTTemporalEmbeddings(nn.Module):
@@ -430,14 +465,21 @@ class ViViTTemporalDotProductAttention(ViViTDotProductAttention):
 class ViViTAttention(nn.Module):
     """Multi-head self-attention along the axis that `dot_product` attends over."""
 
-    def __init__(self, config: ViViTConfig, dot_product: type[ViViTDotProductAttention], num_heads: int | None = None):
+    def __init__(
+        self,
+        config: ViViTConfig,
+        dot_product: type[ViViTDotProductAttention],
+        num_heads: int | None = None,
+        hidden_size: int | None = None,
+    ):
         super().__init__()
+        hidden = hidden_size or config.hidden_size
         self.num_heads = num_heads or config.num_attention_heads
-        self.head_dim = config.hidden_size // self.num_heads
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.head_dim = hidden // self.num_heads
+        self.q_proj = nn.Linear(hidden, hidden, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden, hidden, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden, hidden, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(hidden, hidden)
         self.dot_product = dot_product(config, self.head_dim)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[ViViTKwargs]) -> torch.Tensor:
@@ -478,11 +520,11 @@ class ViViTFactorisedDotProductAttention(ViViTAttention):
 
 
 class ViViTMLP(nn.Module):
-    def __init__(self, config: ViViTConfig, intermediate_size: int | None = None):
+    def __init__(self, config: ViViTConfig, intermediate_size: int | None = None, hidden_size: int | None = None):
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, intermediate_size or config.intermediate_size)
+        self.fc1 = nn.Linear(hidden_size or config.hidden_size, intermediate_size or config.intermediate_size)
         self.activation = ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(self.fc1.out_features, config.hidden_size)
+        self.fc2 = nn.Linear(self.fc1.out_features, self.fc1.in_features)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -520,17 +562,19 @@ class ViViTLayer(GradientCheckpointingLayer):
         drop_path_rate: float = 0.0,
         num_heads: int | None = None,
         intermediate_size: int | None = None,
+        hidden_size: int | None = None,
     ):
         super().__init__()
-        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = self.build_attention(config, num_heads)
-        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = ViViTMLP(config, intermediate_size)
+        hidden = hidden_size or config.hidden_size
+        self.layernorm_before = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
+        self.attention = self.build_attention(config, num_heads, hidden)
+        self.layernorm_after = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
+        self.mlp = ViViTMLP(config, intermediate_size, hidden)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = ViViTDropPath(drop_path_rate)
 
-    def build_attention(self, config: ViViTConfig, num_heads: int | None) -> ViViTAttention:
-        return ViViTAttention(config, ViViTDotProductAttention, num_heads)
+    def build_attention(self, config: ViViTConfig, num_heads: int | None, hidden_size: int) -> ViViTAttention:
+        return ViViTAttention(config, ViViTDotProductAttention, num_heads, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[ViViTKwargs]) -> torch.Tensor:
         """(batch, tokens, hidden) -> (batch, tokens, hidden); in Model 4 (batch, time, space, hidden) both."""
@@ -566,7 +610,7 @@ class ViViTFactorisedSelfAttentionLayer(GradientCheckpointingLayer):
 class ViViTFactorisedDotProductAttentionLayer(ViViTLayer):
     """Model 4: a `ViViTLayer` with half of its heads over time and half over space (section 3.3.4)."""
 
-    def build_attention(self, config: ViViTConfig, num_heads: int | None) -> ViViTAttention:
+    def build_attention(self, config: ViViTConfig, num_heads: int | None, hidden_size: int) -> ViViTAttention:
         return ViViTFactorisedDotProductAttention(config)
 
 
@@ -632,6 +676,8 @@ class ViViTPreTrainedModel(AutoClassMixin, CheckpointMixin, PreTrainedModel):
             init.normal_(module.position_embeddings, std=self.config.initializer_range)
             if module.cls_token is not None:
                 init.zeros_(module.cls_token)
+        if isinstance(module, ViViTDecoder):
+            init.normal_(module.mask_token, std=self.config.initializer_range)
 
     @torch.no_grad()
     def resize_position_embeddings(
@@ -764,10 +810,16 @@ class ViViTModel(ViViTPreTrainedModel):
     ) -> torch.Tensor:
         """Model 2's spatial encoder: (batch, time, space, hidden) -> a pooled token per step, (batch, time, hidden)."""
         batch, time = tokens.shape[:2]
+        tokens = self.encode_frames(tokens, class_token, **kwargs)  # (batch * time, 1 + space, hidden)
+        return self.pool(tokens).unflatten(0, (batch, time))  # (batch, time, hidden)
+
+    def encode_frames(
+        self, tokens: torch.Tensor, class_token: torch.Tensor | None, **kwargs: Unpack[ViViTKwargs]
+    ) -> torch.Tensor:
+        """Model 2's spatial encoder: (batch, time, space, hidden) -> all tokens, (batch * time, 1 + space, hidden)."""
         tokens = tokens.flatten(0, 1)  # (batch * time, space, hidden)
         tokens = _prepend_class_token(tokens, class_token)  # (batch * time, 1 + space, hidden)
-        tokens = self.layernorm(self.encoder(tokens, **kwargs))
-        return self.pool(tokens).unflatten(0, (batch, time))  # (batch, time, hidden)
+        return self.layernorm(self.encoder(tokens, **kwargs))
 
     def encode_time(self, steps: torch.Tensor, **kwargs: Unpack[ViViTKwargs]) -> tuple[torch.Tensor, torch.Tensor]:
         """Model 2's temporal encoder: (batch, time, hidden) -> (batch, 1 + time, hidden), pooled (batch, hidden)."""
@@ -879,6 +931,269 @@ class ViViTForVideoClassification(ViViTPreTrainedModel):
         return dict(zip(groups, logits.split(list(groups.values()), dim=-1), strict=True))
 
 
+# Masked pretraining
+
+
+def random_tube_masks(
+    batch: int,
+    space: int,
+    mask_ratio: float,
+    generator: torch.Generator | None = None,
+    device: torch.device | None = None,
+) -> torch.Tensor:
+    """
+    Draw the places of the space to mask in all time steps (Tong et al., "VideoMAE", NeurIPS 2022, section 3.2).
+
+    Masked are `int(mask_ratio * space)` places of each clip, as in the official code, but at least 1 and at most all
+    but one.
+
+    Returns:
+        bool (batch, space), True where masked.
+
+    Raises:
+        ValueError: if a time step has a single place.
+    """
+    if space < 2:
+        raise ValueError("A time step has a single tubelet, which cannot be masked and visible: use smaller tubelets.")
+    num_masked = min(max(int(mask_ratio * space), 1), space - 1)
+    return torch.rand(batch, space, generator=generator, device=device).argsort(dim=1) < num_masked
+
+
+def split_places(bool_masked_pos: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Return the visible and the masked places of masks (batch, space), each ascending: int64 (batch, number of places).
+
+    Raises:
+        ValueError: unless all clips have the same number of masked places, with at least one place of each kind.
+    """
+    counts = bool_masked_pos.sum(dim=1).tolist()
+    space = bool_masked_pos.shape[1]
+    if len(set(counts)) != 1 or not 0 < counts[0] < space:
+        raise ValueError(
+            f"`bool_masked_pos` masks {sorted(set(counts))} of {space} places; expected the same number in every clip, "
+            f"from 1 to {space - 1}."
+        )
+    places = bool_masked_pos.to(torch.uint8).argsort(dim=1, stable=True)  # False comes first
+    visible, masked = places.split([space - counts[0], counts[0]], dim=1)
+    return visible, masked
+
+
+def patch_pixels(pixel_values: torch.Tensor, config: ViViTConfig) -> torch.Tensor:
+    """
+    Cut clips into the patches that become tokens.
+
+    (batch, frames, channels, height, width) -> (batch, time, space, pixels, channels), the pixels of a patch in the
+    order time, height, width.
+    """
+    if config.embedding_type == "uniform_frame_sampling":
+        pixel_values = pixel_values[:, _sampled_frames(pixel_values.shape[1], config.num_sampled_frames)]
+    (batch, frames, channels, height, width), (kt, kh, kw) = pixel_values.shape, config.tubelet_size
+    time, rows, columns = frames // kt, height // kh, width // kw
+    patches = pixel_values[:, : time * kt, :, : rows * kh, : columns * kw]
+    patches = patches.reshape(batch, time, kt, channels, rows, kh, columns, kw)
+    patches = patches.permute(0, 1, 4, 6, 2, 5, 7, 3)  # (batch, time, height, width, kt, kh, kw, channels)
+    return patches.flatten(4, 6).flatten(2, 3)  # (batch, time, space, pixels, channels)
+
+
+def normalise_patches(patches: torch.Tensor) -> torch.Tensor:
+    """
+    Subtract the mean of each patch and channel, and divide by the standard deviation, as VideoMAE does.
+
+    (..., pixels, channels) -> (..., pixels, channels).
+    """
+    variance, mean = torch.var_mean(patches, dim=-2, keepdim=True)
+    return (patches - mean) / (variance.sqrt() + 1e-6)
+
+
+def sine_cosine_positions(num_positions: int, hidden_size: int, like: torch.Tensor) -> torch.Tensor:
+    """
+    Return fixed position embeddings (Vaswani et al., 2017, section 3.5), as VideoMAE's decoder has them.
+
+    Returns:
+        (num_positions, hidden_size), with the dtype and device of `like`.
+    """
+    channels = torch.arange(hidden_size, device=like.device)
+    places = torch.arange(num_positions, device=like.device)
+    angles = places[:, None] / 10_000 ** (2 * (channels // 2) / hidden_size)  # (positions, hidden)
+    return torch.where(channels % 2 == 0, angles.sin(), angles.cos()).to(like.dtype)
+
+
+class ViViTDecoder(nn.Module):
+    """A few narrow layers that predict the pixels of masked tubelets (Tong et al., 2022, section 3.3)."""
+
+    def __init__(self, config: ViViTConfig):
+        super().__init__()
+        hidden, num_layers, num_heads = config.decoder_sizes
+        inner = max(1, config.intermediate_size * hidden // config.hidden_size)
+        self.embedding = nn.Linear(config.hidden_size, hidden)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, hidden))
+        layers = [ViViTLayer(config, 0.0, num_heads, inner, hidden) for _ in range(num_layers)]
+        self.layer = nn.ModuleList(layers)
+        self.layernorm = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
+        self.projection = nn.Linear(hidden, math.prod(config.tubelet_size) * config.num_channels)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        visible: torch.Tensor,
+        masked: torch.Tensor,
+        time: int,
+        **kwargs: Unpack[ViViTKwargs],
+    ) -> torch.Tensor:
+        """
+        Args:
+            tokens: the encoder's output, one sequence per clip in Model 1, one per time step in Model 2:
+                (sequences, context + visible tokens, hidden). The context has no place: the class token, or the
+                temporal encoder's output of the step.
+            visible, masked: the places of the space, (batch, number of places).
+            time: the number of time steps of a clip.
+
+        Returns:
+            (sequences, masked tokens, pixels of a patch * channels).
+        """
+        space, per_clip = visible.shape[1] + masked.shape[1], len(tokens) // len(visible)
+        tokens = self.embedding(tokens)  # (sequences, context + visible tokens, decoder hidden)
+        positions = sine_cosine_positions(time // per_clip * space, tokens.shape[-1], like=tokens)
+        positions = positions.unflatten(0, (-1, space))  # (time, space, decoder hidden), with time = 1 in Model 2
+        seen, unseen = (
+            # (time, batch, places, decoder hidden) -> (sequences, time * places, decoder hidden)
+            positions[:, places].transpose(0, 1).flatten(1, 2).repeat_interleave(per_clip, dim=0)
+            for places in (visible, masked)
+        )
+        context = tokens.shape[1] - seen.shape[1]
+        tokens = torch.cat([tokens[:, :context], tokens[:, context:] + seen, self.mask_token + unseen], dim=1)
+        for layer in self.layer:
+            tokens = layer(tokens, **kwargs)  # (sequences, context + visible + masked tokens, decoder hidden)
+        return self.projection(self.layernorm(tokens[:, -unseen.shape[1] :]))
+
+
+def _encode_visible_spatio_temporal(
+    vivit: ViViTModel, tokens: torch.Tensor, class_token: torch.Tensor | None, **kwargs: Unpack[ViViTKwargs]
+) -> torch.Tensor:
+    """Model 1: (batch, time, visible, hidden) -> (batch, 1 + time * visible, hidden)."""
+    return vivit.encode_spatio_temporal(tokens, class_token, **kwargs)[0]
+
+
+def _encode_visible_factorised_encoder(
+    vivit: ViViTModel, tokens: torch.Tensor, class_token: torch.Tensor | None, **kwargs: Unpack[ViViTKwargs]
+) -> torch.Tensor:
+    """
+    Model 2: (batch, time, visible, hidden) -> (batch * time, 1 + visible, hidden).
+
+    The first token is the temporal encoder's output of the step: the only way from one step to another.
+    """
+    batch, time, visible, _ = tokens.shape
+    frames = vivit.encode_frames(tokens, class_token, **kwargs)  # (batch * time, 1 + visible, hidden)
+    steps = vivit.pool(frames).unflatten(0, (batch, time))  # (batch, time, hidden)
+    steps = vivit.encode_time(steps, **kwargs)[0][:, -time:]  # (batch, time, hidden), without the class token
+    return torch.cat([steps.flatten(0, 1).unsqueeze(1), frames[:, -visible:]], dim=1)
+
+
+VISIBLE_ENCODERS: dict[str, Callable[..., torch.Tensor]] = {
+    "spatio_temporal": _encode_visible_spatio_temporal,
+    "factorised_encoder": _encode_visible_factorised_encoder,
+}
+
+
+@dataclass
+class ViViTForPreTrainingOutput(ModelOutput):
+    """
+    The output of `ViViTForPreTraining`.
+
+    loss: mean squared error of the normalised pixels of all masked tubelets, ().
+    logits: their prediction, (batch, time, masked places, pixels of a tubelet * channels), masked places ascending;
+        the values in the order time, height, width, channels.
+    bool_masked_pos: the masks, bool (batch, space).
+    hidden_states, attentions: on request those of the encoders, as in `ViViTModel`, then those of the decoder.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    bool_masked_pos: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class ViViTForPreTraining(ViViTPreTrainedModel):
+    """
+    ViViT with a decoder for masked pretraining on videos without labels: Models 1 and 2.
+
+    A mask hides the same places in all time steps (tube masking, Tong et al., "VideoMAE", NeurIPS 2022). The encoder
+    sees the visible tubelets alone, and the decoder predicts the normalised pixels of the others. In Model 2 it decodes
+    each time step from its visible tokens and the temporal encoder's output of the step, so that both encoders learn.
+    """
+
+    _auto_class = "AutoModelForPreTraining"
+    accepts_loss_kwargs = False  # the loss is a mean over the batch, which `Trainer` then averages over batches
+
+    def __init__(self, config: ViViTConfig):
+        super().__init__(config)
+        if config.attention_type not in VISIBLE_ENCODERS:
+            raise ValueError(
+                f"Pretraining with tube masks does not work with `attention_type={config.attention_type!r}`: Models 3 "
+                "and 4 attend over time at one place, and a tube hides a place at all times. Use one of "
+                f"{', '.join(map(repr, VISIBLE_ENCODERS))}."
+            )
+        if math.prod(config.tubelet_size) < 2 or math.prod(config.grid_size[1:]) < 2:
+            raise ValueError(
+                f"`tubelet_size={tuple(config.tubelet_size)}` on frames of {config.frame_size} pixels: a time step has "
+                "a single tubelet, or a tubelet a single pixel. Expected at least two of both."
+            )
+        self.vivit = ViViTModel(config)
+        self.decoder = ViViTDecoder(config)
+        if self.vivit.pre_logits is not None:
+            # It follows the pooling, which has no part in pretraining. Processes that train together must not wait for
+            # its gradient.
+            self.vivit.pre_logits.requires_grad_(False)
+        self.post_init()
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs: Unpack[ViViTKwargs],
+    ) -> ViViTForPreTrainingOutput:
+        """
+        Args:
+            pixel_values: (batch, frames, channels, height, width), floats in [-1, 1].
+            bool_masked_pos: the places to mask in all time steps, bool (batch, space), with the same number in every
+                clip. By default they are drawn at random, `config.mask_ratio` of them.
+            interpolate_pos_encoding: as in `ViViTModel`.
+
+        Raises:
+            ValueError: for clips or masks of another shape, and for masks with different numbers of places.
+        """
+        _check_arguments(kwargs)
+        check_values(pixel_values, self.config)
+        for name in ("output_attentions", "output_hidden_states"):
+            kwargs.setdefault(name, getattr(self.config, name))
+        batch, frames, _, height, width = pixel_values.shape
+        time, rows, columns = self.config.grid_size_of(frames, height, width)
+        space = rows * columns
+        if bool_masked_pos is None:
+            bool_masked_pos = random_tube_masks(batch, space, self.config.mask_ratio, device=pixel_values.device)
+        if bool_masked_pos.dtype != torch.bool or bool_masked_pos.shape != (batch, space):
+            raise ValueError(
+                f"`bool_masked_pos` must be bool (batch, space) = {(batch, space)}, one mask for all time steps, but "
+                f"got {bool_masked_pos.dtype} {tuple(bool_masked_pos.shape)}."
+            )
+        visible, masked = split_places(bool_masked_pos)
+        # (batch, time, visible, hidden)
+        tokens, class_token = self.vivit.embeddings(pixel_values, interpolate_pos_encoding, visible)
+        encode_visible = VISIBLE_ENCODERS[self.config.attention_type]
+        tokens = encode_visible(self.vivit, tokens, class_token, **kwargs)  # (sequences, 1 + visible tokens, hidden)
+        logits = self.decoder(tokens, visible, masked, time, **kwargs)
+        logits = logits.reshape(batch, time, masked.shape[1], -1)  # (batch, time, masked, patch)
+
+        patches = patch_pixels(pixel_values, self.config)  # (batch, time, space, pixels, channels)
+        targets = take_places(patches.flatten(3), masked).unflatten(3, patches.shape[3:])
+        targets = targets.to(torch.promote_types(targets.dtype, torch.float32))
+        loss = nn.functional.mse_loss(logits.to(targets.dtype), normalise_patches(targets).flatten(3))
+        return ViViTForPreTrainingOutput(loss=loss, logits=logits, bool_masked_pos=bool_masked_pos)
+
+
 # Loss
 
 
@@ -978,4 +1293,4 @@ def _fit(labels: torch.Tensor, shape: torch.Size, logits: torch.Tensor, problem_
     return labels.reshape(shape)
 
 
-__all__ = ["ViViTForVideoClassification", "ViViTModel", "ViViTPreTrainedModel"]
+__all__ = ["ViViTForPreTraining", "ViViTForVideoClassification", "ViViTModel", "ViViTPreTrainedModel"]
