@@ -28,6 +28,7 @@ from .limits_vivit import (
     with_value_errors,
 )
 from .model_files import AutoClassMixin, named_json_errors
+from .presets_vivit import PRESETS
 
 
 ATTENTION_TYPES = (
@@ -64,36 +65,6 @@ _TRANSFORMERS_VIVIT_FIELDS = (
     "intermediate_size hidden_act hidden_dropout_prob attention_probs_dropout_prob initializer_range layer_norm_eps "
     "qkv_bias id2label label2id problem_type dtype torch_dtype output_hidden_states output_attentions return_dict"
 ).split()
-
-_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
-_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
-_VARIANTS: dict[str, dict[str, Any]] = {
-    "": {"attention_type": "spatio_temporal"},
-    "-fe": {"attention_type": "factorised_encoder", "num_temporal_layers": 4},
-    "-fe-average-pool": {"attention_type": "factorised_encoder", "num_temporal_layers": 0},
-    "-fsa": {"attention_type": "factorised_self_attention"},
-    "-fdpa": {"attention_type": "factorised_dot_product_attention"},
-}
-_PRESETS: dict[str, dict[str, Any]] = {
-    f"vivit-{size}-16x2{suffix}": {**widths, **variant}
-    for size, widths in (("b", _BASE), ("l", _LARGE))
-    for suffix, variant in _VARIANTS.items()
-}
-_PRESETS["vivit-l-16x2-fe-epic-kitchens"] = _PRESETS["vivit-l-16x2-fe"]
-_PRESETS["vivit-l-16x2-fe-ssv2"] = {**_PRESETS["vivit-l-16x2-fe"], "image_size": 256}
-_PRESETS["vivit-l-16x2-fe"] = {**_PRESETS["vivit-l-16x2-fe"], "num_temporal_layers": 24}  # as trained on Kinetics
-_PRESETS["vivit-tiny"] = {
-    "attention_type": "factorised_encoder",
-    "num_frames": 16,
-    "image_size": 64,
-    "tubelet_size": (2, 16, 16),
-    "hidden_size": 96,
-    "num_hidden_layers": 4,
-    "num_temporal_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 192,
-    "initializer_range": 0.1,  # about 1 / sqrt(hidden_size); with the 0.02 of wide models it hardly learns
-}
 
 
 @with_value_errors
@@ -156,7 +127,7 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
 
     model_type = "vivit_hf"
     _auto_class = "AutoConfig"
-    presets: ClassVar[tuple[str, ...]] = tuple(_PRESETS)
+    presets: ClassVar[tuple[str, ...]] = tuple(PRESETS)
     if TYPE_CHECKING:  # None is replaced when a configuration is made
         id2label: Any
         label2id: Any
@@ -384,12 +355,12 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
         Raises:
             ValueError: for an unknown name.
         """
-        if name not in _PRESETS:
-            nearest = difflib.get_close_matches(name, _PRESETS, n=1, cutoff=0.0)[0]
+        if name not in PRESETS:
+            nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
             raise ValueError(
-                f"No preset is called {name!r}; did you mean {nearest!r}? There are: {', '.join(_PRESETS)}."
+                f"No preset is called {name!r}; did you mean {nearest!r}? There are: {', '.join(PRESETS)}."
             )
-        return cls(**{**_PRESETS[name], **overrides})
+        return cls(**{**PRESETS[name], **overrides})
 
     @classmethod
     def get_config_dict(
