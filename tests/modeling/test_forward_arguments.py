@@ -43,6 +43,7 @@ def test_an_empty_batch_is_an_error(case, implementation):
 UNIFORM = ["uniform_frames", "uniform_frames_factorised_encoder"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", UNIFORM)
 @pytest.mark.parametrize("interpolate", [False, True])
 @torch.no_grad()
@@ -56,6 +57,7 @@ def test_uniform_frames_compile_with_symbols_for_sizes(case, interpolate):
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", UNIFORM)
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 @torch.no_grad()

@@ -314,7 +314,7 @@ def test_a_model_with_groups_trains_and_is_saved_with_them(tmp_path):
         ({"label_groups": {"noun": 5}}, "at least two groups"),
         (
             {"label_groups": {"noun": 4, "verb": 0}},
-            "label_groups=.*'verb': 0.* must be the names of at least two groups of labels and their sizes",
+            "label_groups=.*'verb': 0.* must be the sizes of at least two groups by name",
         ),
         ({"label_groups": GROUPS, "num_labels": 6}, "are 7 labels, but there are 6"),
         ({"label_groups": GROUPS, "num_labels": 7, "problem_type": "regression"}, "does not go with `label_groups`"),

@@ -161,6 +161,7 @@ def test_compiles_as_one_graph_with_the_same_output_and_gradients(case, backend,
     assert_same((actual[0], original), expected, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph_for_training_with_chance_and_for_every_output(variant):
     torch.compiler.reset()
     config = tiny_config(
