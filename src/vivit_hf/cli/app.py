@@ -10,12 +10,14 @@ import typer
 from .classify import classify
 from .convert import PASS_ON, convert, export
 from .demo import demo
+from .embed import embed
 from .evaluate import evaluate
 from .explain import explain
 from .finetune import finetune
 from .inspect import inspect
 from .output import EscapingGroup, escape_logs, say
 from .scan import scan
+from .search import search
 from .timeline import timeline
 from .watch import watch
 
@@ -29,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (classify, timeline, watch, explain, inspect, scan, demo):
+for command in (classify, timeline, watch, explain, embed, search, inspect, scan, demo):
     app.command()(command)
 # The options of evaluate.py are spelled with underscores, like those of the other training scripts.
 app.command(context_settings={"token_normalize_func": lambda name: name.replace("_", "-")})(evaluate)

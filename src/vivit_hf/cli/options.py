@@ -120,9 +120,12 @@ def load(
     needs_labels: bool = True,
     allow_private_addresses: bool = False,
     needs_gradients: bool = False,
+    image_frames: int | None = None,
 ) -> tuple[Any, Any]:
     """
     Load a model, in eval mode and optimised unless gradients are needed, and its processor.
+
+    With `image_frames`, an image model is taken as well, for clips of that many frames (see `vivit_from_image`).
 
     Exits with 2 and the reason if that fails or they do not fit together.
     """
@@ -137,7 +140,8 @@ def load(
     place = find_device(device)
     if model in ViViTConfig.presets:
         raise typer.BadParameter(f"{model!r} is a preset without weights; `inspect` describes it", param_hint="--model")
-    loaded, processor = _from_pretrained(model, dtype, {"allow_private_addresses": allow_private_addresses})
+    limits = {"allow_private_addresses": allow_private_addresses}
+    loaded, processor = _from_pretrained(model, dtype, limits, image_frames)
     if needs_labels and not loaded.config.num_labels:
         fail(f"The model {model} has no classifier (num_labels is 0): choose one that was trained on labels.", code=2)
     clip = (loaded.config.num_frames, *loaded.config.frame_size)
@@ -155,15 +159,20 @@ def load(
     return loaded, processor
 
 
-def _from_pretrained(model: str, dtype: str, video_limits: dict[str, Any]) -> tuple[Any, Any]:
+def _from_pretrained(model: str, dtype: str, video_limits: dict[str, Any], image_frames: int | None) -> tuple[Any, Any]:
     import torch
     from safetensors import SafetensorError
 
+    from ..conversion.image_features import is_image_model, vivit_from_image
     from ..modeling_vivit import ViViTForVideoClassification
     from ..video_processing_vivit import ViViTVideoProcessor
 
     try:
         where = find_model(model)
+        if image_frames is not None and is_image_model(model):
+            loaded, processor = vivit_from_image(model, image_frames)
+            processor.video_limits = {**(processor.video_limits or {}), **video_limits}
+            return loaded.to(getattr(torch, dtype)), processor
         loaded = ViViTForVideoClassification.from_pretrained(model, dtype=getattr(torch, dtype), **where)
         processor = ViViTVideoProcessor.from_pretrained(model, video_limits=video_limits, **where)
     except SafetensorError as error:

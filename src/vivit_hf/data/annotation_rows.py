@@ -37,8 +37,11 @@ class Row:
     where: str
 
 
-def read_rows(path: Path) -> tuple[list[Row], list[str]]:
-    """Return the rows of a file and its column names. Raises AnnotationError for a file that cannot be parsed."""
+def read_rows(path: Path, needs_labels: bool = True) -> tuple[list[Row], list[str]]:
+    """Return the rows of a file and its column names. Raises AnnotationError for a file that cannot be parsed.
+
+    A list of paths has the folders as labels, if they are needed.
+    """
     text, suffix, name = read_text(path), path.suffix.lower(), as_utf8(path)
     if suffix == ".json":
         rows = list(_json_rows(name, text))
@@ -46,7 +49,7 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
         rows = list(_json_lines(name, text))
     elif suffix in (".csv", ".tsv", ".txt"):
         is_list = _listed_path(next((line for line in text.split("\n") if line.strip()), ""))
-        rows = list(_list_rows(name, text) if is_list else _csv_rows(name, text))
+        rows = list(_list_rows(name, text, needs_labels) if is_list else _csv_rows(name, text))
     else:
         raise AnnotationError(
             f"{path}: expected a folder or a .csv, .tsv, .txt, .json, .jsonl or .ndjson file of annotations."
@@ -137,7 +140,7 @@ def _listed_path(line: str) -> tuple[str, str] | None:
     return (found[1], found[2]) if found and found[1].lower().endswith(_VIDEO_ENDINGS) else None
 
 
-def _list_rows(path: str, text: str) -> Iterator[Row]:
+def _list_rows(path: str, text: str, needs_labels: bool) -> Iterator[Row]:
     """Read paths with the folder as the class. Class numbers, if present, must match the folders one to one."""
     by_folder: dict[str, tuple[str, int]] = {}
     by_number: dict[str, tuple[str, int]] = {}
@@ -145,6 +148,9 @@ def _list_rows(path: str, text: str) -> Iterator[Row]:
         if not content.strip():
             continue
         listed = _listed_path(content)
+        if listed and not needs_labels:
+            yield Row({"path": listed[0]}, f"{path}:{line}")
+            continue
         folder = PurePath(listed[0]).parent.name if listed else ""
         if listed is None or not folder:
             raise AnnotationError(f"{path}:{line}: expected a path like Class/file.mp4, got {content.strip()!r:.80}.")

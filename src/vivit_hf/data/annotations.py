@@ -112,6 +112,7 @@ def read_videos(
     split_column: str = "auto",
     group_column: str | None = None,
     choose_splits: ChooseSplits | None = None,
+    needs_labels: bool = True,
 ) -> Annotations:
     """Read the videos of a folder or an annotation file.
 
@@ -125,12 +126,13 @@ def read_videos(
             `LABEL_COLUMNS`. Several label columns are label groups, with one label per group.
         label_separator: the separator between several labels in one cell. With None, a cell is one label. A list in
             JSON always holds several labels.
-        missing_videos: "error", or "skip" to leave out videos without a file, which are common in Kinetics.
+        missing_videos: "error", "skip" to leave out videos without a file, which are common in Kinetics, or "keep".
         split_column: the column of split names (see `SPLIT_NAMES`); "auto" takes the first of `SPLIT_COLUMNS`, if
             any, and "none" ignores splits.
         group_column: the column of units that a split must not divide, such as patients, tapes or speakers.
         choose_splits: a function that returns the splits to read, given the name of the column and the number of rows
             in each split. By default all are read. Rows of other splits need neither a label nor a file.
+        needs_labels: False reads plain files without a column of labels, and lists of paths without class folders.
 
     Raises:
         AnnotationError: if the source does not exist or has no videos, a column, label or video is missing, or the
@@ -146,10 +148,12 @@ def read_videos(
         if not metadata:
             return Annotations(_class_folders(source, split_column, group_column))
         source = metadata[0]
-    rows, columns = read_rows(source)
+    rows, columns = read_rows(source, needs_labels)
     root = Path(source.parent if video_root is None else video_root)
     if not root.is_dir():
         raise AnnotationError(f"{root}: there is no such folder, but the videos of {source} are expected in it.")
+    if not needs_labels and label_columns is None:
+        label_columns = ()
     kind, video_column, label_columns = _layout(source, columns, annotation_format, video_column, label_columns)
     used = (group_column, video_column, *label_columns, *_COLUMNS_OF_FORMAT.get(kind, ()))
     if group_column is not None:
@@ -194,7 +198,8 @@ def _layout(
     if kind != "plain":
         return kind, "", ()
     video_column = find_column(f"{source}:1", columns, video_column, VIDEO_COLUMNS, "paths")
-    label_columns = label_columns or [find_column(f"{source}:1", columns, None, LABEL_COLUMNS, "labels")]
+    if label_columns is None:
+        label_columns = [find_column(f"{source}:1", columns, None, LABEL_COLUMNS, "labels")]
     for name in label_columns:
         find_column(f"{source}:1", columns, name, (), "labels")
     return kind, video_column, label_columns
@@ -304,7 +309,9 @@ def _seconds(row: Row, name: str) -> float:
 
 def _present(videos: list[LabelledVideo], source: Path, missing_videos: str) -> list[LabelledVideo]:
     """Return the videos with an existing file or an address; raise AnnotationError for the others, or skip them."""
-    check_choice("missing_videos", missing_videos, ("error", "skip"))
+    check_choice("missing_videos", missing_videos, ("error", "skip", "keep"))
+    if missing_videos == "keep":
+        return videos
     there: dict[str, bool] = {}
     missing = []
     for one in videos:

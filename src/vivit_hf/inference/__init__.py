@@ -1,4 +1,4 @@
-"""What a user does with a trained model: faster inference, predictions, features, streams, scores."""
+"""What a user does with a trained model: faster inference, predictions, features, search, streams, scores."""
 
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from .pipeline import ViViTVideoClassificationPipeline as ViViTVideoClassificationPipeline
     from .prediction import VideoPrediction as VideoPrediction
     from .prediction import predict_videos as predict_videos
+    from .search import find_duplicates as find_duplicates
+    from .search import search_features as search_features
     from .segments import Segment as Segment
     from .segments import merge_windows as merge_windows
     from .streaming import StreamingClassifier as StreamingClassifier
@@ -51,6 +53,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "optimization": "OptimizationReport optimize restore",
         "pipeline": "ViViTVideoClassificationPipeline",
         "prediction": "VideoPrediction predict_videos",
+        "search": "find_duplicates search_features",
         "segments": "Segment merge_windows",
         "streaming": "StreamingClassifier WindowPrediction",
         "timeline": "video_timeline watch_video",

@@ -15,5 +15,5 @@ def process_group(use_cpu: bool = False) -> PartialState:
     state = PartialState(cpu=use_cpu)
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != state.num_processes:
-        raise ValueError(f"{started} processes were started, but each is alone: add --use_cpu.")
+        raise ValueError(f"{started} processes were started, but each is alone: add --use_cpu, or --device cpu.")
     return state

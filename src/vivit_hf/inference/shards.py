@@ -1,12 +1,12 @@
 """
-Classify any number of videos in shards, so that a run that was killed goes on where it stopped.
+Work on any number of videos in shards, so that a run that was killed goes on where it stopped.
 
 Every shard is a parquet file that is written whole or not at all. run.json holds the settings of the run, so that
 answers of different models or settings never mix.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,14 @@ from .prediction import VideoPrediction
 
 
 class OtherRunError(ValueError):
-    """The output folder holds the answers of a run with other settings."""
+    """The output holds the results of a run with other settings."""
+
+    @classmethod
+    def at(cls, path: Path, reason: str) -> "OtherRunError":
+        return cls(
+            f"{as_utf8(path)} holds another run ({reason}): choose another output, or --overwrite to delete its "
+            "results and start anew."
+        )
 
 
 def shard_starts(folder: Path, num_videos: int, shard_size: int) -> dict[Path, int]:
@@ -38,16 +45,19 @@ def check_run(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     """
     path = folder / "run.json"
     stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    compared = [name for name in settings if name != "model"]
-    changed = [name for name in compared if stored is not None and stored.get(name) != settings[name]]
-    is_other = bool(changed) or (stored is None and any(_shards(folder)))
+    is_other = bool(changes(stored, settings)) if stored is not None else any(_shards(folder))
     if is_other and not overwrite:
-        listed = ", ".join(f"{name} {_shown((stored or {}).get(name))} -> {_shown(settings[name])}" for name in changed)
-        raise OtherRunError(
-            f"{as_utf8(folder)} holds another run ({listed or 'run.json is missing'}): choose another --output_dir, or "
-            "--overwrite to delete its answers and start anew."
-        )
+        raise OtherRunError.at(folder, changes(stored, settings) if stored is not None else "run.json is missing")
     return is_other or stored is None
+
+
+def changes(stored: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Return the settings that differ from those of a stored run, with both values; empty if it is the same run."""
+    return ", ".join(
+        f"{name} {_shown(stored.get(name))} -> {_shown(value)}"
+        for name, value in settings.items()
+        if name != "model" and stored.get(name) != value
+    )
 
 
 def start_run(folder: Path, settings: dict[str, Any]) -> None:
