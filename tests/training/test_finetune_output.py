@@ -108,6 +108,17 @@ def test_training_stops_early_with_the_best_model(data, tmp_path):
     assert all(torch.equal(one, best[name]) for name, one in load_file(tmp_path / "model.safetensors").items())
 
 
+def test_lora_ends_with_the_averaged_adapter_of_the_best_checkpoint(data, trained, tmp_path):
+    peft = pytest.importorskip("peft")
+    given = {"lora_rank": 2, "ema_decay": 0.5, "early_stopping_patience": 1, "model_name_or_path": trained}
+    run(data, tmp_path, **given, max_steps=-1, num_train_epochs=2)
+    best = json.loads((tmp_path / "trainer_state.json").read_text())["best_model_checkpoint"]
+    model = peft.PeftModel.from_pretrained(ViViTForVideoClassification.from_pretrained(trained), best)
+    expected = model.merge_and_unload().state_dict()
+    for name, one in load_file(tmp_path / "model.safetensors").items():
+        torch.testing.assert_close(one, expected[name], msg=name)
+
+
 def test_early_stopping_without_evaluations_is_said_to_have_no_effect(data, tmp_path, capsys):
     run(data, tmp_path, early_stopping_patience=1, eval_strategy="no")
     assert "no evaluations during training, so --early_stopping_patience has no effect" in capsys.readouterr().out

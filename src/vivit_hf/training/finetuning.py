@@ -137,7 +137,20 @@ class FineTuning:
             counts = " and ".join(f"{len(files)} {split}" for split, files in damaged.items())
             self.say(f"Files that could not be read ({counts}): see {folder / 'damaged_files.json'}")
         model = ViViTForVideoClassification.from_pretrained(folder)
-        card = self._card(results)
+        scores = {
+            name.removeprefix("eval_"): value
+            for name, value in results.items()
+            if name.endswith(("top1", "top5", "_map")) and isinstance(value, float)
+        }
+        source, dataset = self.start.source, self.arguments.data.dataset_name
+        card: dict[str, Any] = {
+            "base_model": source if source not in ViViTConfig.presets else None,
+            "report": self.start.report,
+            "datasets": dataset if is_repo_id(dataset) else None,
+            "metrics": ["accuracy"],
+            "results": scores,
+            "protocol": results.get("eval_protocol"),
+        }
         write_model_card(folder, model, repo_id=training.hub_model_id, **card)
         if not self.push:
             return
@@ -151,23 +164,6 @@ class FineTuning:
                 f"finetune: the model is saved in {folder}, but it could not be pushed to {repository}: {error}"
             ) from error
         self.say(f"Uploaded to {repository}.")
-
-    def _card(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Return what the model card says about the run."""
-        scores = {
-            name.removeprefix("eval_"): value
-            for name, value in results.items()
-            if name.endswith(("top1", "top5", "_map")) and isinstance(value, float)
-        }
-        dataset = self.arguments.data.dataset_name
-        return {
-            "base_model": self.start.source if self.start.is_pretrained else None,
-            "report": self.start.report,
-            "datasets": dataset if is_repo_id(dataset) else None,
-            "metrics": ["accuracy"],
-            "results": scores,
-            "protocol": results.get("eval_protocol"),
-        }
 
 
 def prepare(arguments: Arguments, echo: Say = print) -> FineTuning:
@@ -257,7 +253,7 @@ def check_fit(training: FineTuningArguments, splits: Splits) -> None:
             if getattr(training, name):
                 raise ValueError(f"--{name} needs training videos: leave it or --do_eval out.")
         return
-    if not splits.is_streamed:
+    if isinstance(splits.train, list):
         return
     for name in ("class_weights", "balanced_sampling"):
         if getattr(training, name):

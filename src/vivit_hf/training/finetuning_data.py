@@ -29,10 +29,6 @@ class Splits:
     validation: Videos | None
     label_map: LabelMap
 
-    @property
-    def is_streamed(self) -> bool:
-        return isinstance(self.train, StreamedVideos)
-
 
 def load_splits(data: DataArguments, seed: int, say: Say, own_labels: LabelMap | None = None) -> Splits:
     """Read and check the data of a run. No video is opened.

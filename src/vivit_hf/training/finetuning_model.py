@@ -43,10 +43,6 @@ class Start:
     source: str
     report: InitialisationReport | None = None
 
-    @property
-    def is_pretrained(self) -> bool:
-        return self.source not in ViViTConfig.presets
-
 
 @dataclass
 class Settings:
@@ -179,20 +175,15 @@ def _from_vivit(request: _Request) -> Start:
         model = _load_vivit(request, stored, settings)
     start = Start(model, _processor(model.config, processor, settings, source), source)
     _say_settings(start, settings, processor is not None, say)
-    _say_overridden(request, settings)
-    return start
-
-
-def _say_overridden(request: _Request, settings: Settings) -> None:
-    """Print the settings of the recipe that those of the ViViT override."""
     for recipe, values in request.recipes.items():
         overridden = [
             f"{name} {round(values[name], 3) if isinstance(values[name], float) else values[name]}"
             for name, origin in settings.origins.items()
-            if origin == request.source and values.get(name) not in (None, settings.values[name])
+            if origin == source and values.get(name) not in (None, settings.values[name])
         ]
         if overridden:
-            request.say(f"  {request.source} overrides these settings of {recipe}: {', '.join(overridden)}")
+            say(f"  {source} overrides these settings of {recipe}: {', '.join(overridden)}")
+    return start
 
 
 def _settings_of(config: ViViTConfig, processor: ViViTVideoProcessor | None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from .clips import StreamedClips, StreamedVideo
@@ -134,9 +134,7 @@ class StreamPosition(TrainerCallback, ExportableState):
     def __init__(self) -> None:
         self.epoch, self.first_step = 0, 0
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **settings: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **settings: Any) -> None:
         if not (control.should_training_stop or control.should_epoch_stop):
             self.epoch, self.first_step = self.epoch + 1, state.global_step
 

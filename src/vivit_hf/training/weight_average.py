@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 
 AVERAGE_FILE = "weight_average.pt"
@@ -33,22 +33,16 @@ class WeightAverage(TrainerCallback):
         """Return the parameters that are trained, by name."""
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **settings: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **settings: Any) -> None:
         if not self.average:  # else `load` has filled it
             self.average = {name: one.detach().float().clone() for name, one in self.trained().items()}
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **settings: Any
-    ) -> None:
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **settings: Any) -> None:
         decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
         current = [one.detach().float() for one in self.trained().values()]
         get_ema_multi_avg_fn(decay)(list(self.average.values()), current, None)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **settings: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **settings: Any) -> None:
         with torch.no_grad():
             for name, average in self.average.items():
                 self.model.get_parameter(name).copy_(average)
