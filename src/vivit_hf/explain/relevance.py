@@ -301,6 +301,3 @@ def _gradient_rule(backbone: Any, recorded: Recorded) -> torch.Tensor:
 def _shares(relevance: torch.Tensor) -> torch.Tensor:
     total = relevance.sum()
     return relevance / total if total > 0 else torch.full_like(relevance, 1 / relevance.numel())
-
-
-__all__ = ["Relevance", "attention_rollout", "gradient_relevance"]

@@ -44,9 +44,5 @@ def _without_breaks(text: str) -> str:
 
 def shorten(text: str, fits: Callable[[str], bool]) -> str:
     """Cut the text until it fits, with an ellipsis at the end."""
-    if fits(text):
-        return text
-    length = len(text)
-    while length and not fits(text[:length].rstrip() + "..."):
-        length -= 1
-    return text[:length].rstrip() + "..."
+    cuts = (f"{text[:length].rstrip()}..." for length in range(len(text), 0, -1))
+    return text if fits(text) else next(filter(fits, cuts), "...")

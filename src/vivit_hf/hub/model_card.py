@@ -35,6 +35,55 @@ _STARTED_FROM = "Started from "
 _EMPTY_FORM = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
 
 
+_USE = """## Use
+
+With the package `vivit_hf` installed:
+
+```python
+{package}```
+
+Without it, `transformers` runs the code in this repository (read it first, as any code that you download and run):
+
+```python
+import torch
+from transformers import AutoImageProcessor, {auto_class}
+
+
+repository = "{{repo_id}}"
+processor = AutoImageProcessor.from_pretrained(repository, trust_remote_code=True)
+model = {auto_class}.from_pretrained(repository, trust_remote_code=True)
+
+inputs = processor("video.mp4", return_tensors="pt")
+with torch.no_grad():
+{outputs}```"""
+_CLASSIFIER_USE = _USE.format(
+    package="""from transformers import pipeline
+
+import vivit_hf  # makes the model known to transformers
+
+
+classify = pipeline("video-classification", model="{repo_id}")
+print(classify("video.mp4"))
+""",
+    auto_class="AutoModelForVideoClassification",
+    outputs="""    logits = model(**inputs).logits.mean(dim=0)  # over the views of the video
+for index in logits.argsort(descending=True)[:5].tolist():
+    print(model.config.id2label[index], logits[index].item())
+""",
+)
+_BACKBONE_USE = _USE.format(
+    package="""from vivit_hf import ViViTModel, ViViTVideoProcessor
+
+
+processor = ViViTVideoProcessor.from_pretrained("{repo_id}")
+model = ViViTModel.from_pretrained("{repo_id}")
+features = model(**processor("video.mp4")).pooler_output
+""",
+    auto_class="AutoModel",
+    outputs="    features = model(**inputs).pooler_output\n",
+)
+
+
 class InitialisationSummary(Protocol):
     """The part of `InitialisationReport` that a card needs."""
 
@@ -201,9 +250,7 @@ def _description(model: Any, repo_id: str, initialisation: str, results: str) ->
     parts = [
         f"A Video Vision Transformer, {PAPER}, in the implementation of `vivit_hf`.",
         f"| | |\n| --- | --- |\n{rows}",
-        "## Use\n\nWith the package `vivit_hf` installed:\n\n" + _code(_package_snippet(model, repo_id)),
-        "Without it, `transformers` runs the code in this repository (read it first, as any code that you "
-        "download and run):\n\n" + _code(_remote_code_snippet(model, repo_id)),
+        (_CLASSIFIER_USE if hasattr(model, "classifier") else _BACKBONE_USE).format(repo_id=repo_id),
         "Reading video files requires PyAV (`pip install av`); lists of frames and arrays do not.",
     ]
     if results:
@@ -258,48 +305,3 @@ def _amount(number: int) -> str:
         if number >= factor:
             return f"{number / factor:.1f} {unit}"
     return f"{number} "
-
-
-def _code(code: str) -> str:
-    return f"```python\n{code}```"
-
-
-def _package_snippet(model: Any, repo_id: str) -> str:
-    if hasattr(model, "classifier"):
-        return (
-            "from transformers import pipeline\n\n"
-            "import vivit_hf  # makes the model known to transformers\n\n\n"
-            f'classify = pipeline("video-classification", model="{repo_id}")\n'
-            'print(classify("video.mp4"))\n'
-        )
-    return (
-        "from vivit_hf import ViViTModel, ViViTVideoProcessor\n\n\n"
-        f'processor = ViViTVideoProcessor.from_pretrained("{repo_id}")\n'
-        f'model = ViViTModel.from_pretrained("{repo_id}")\n'
-        'features = model(**processor("video.mp4")).pooler_output\n'
-    )
-
-
-def _remote_code_snippet(model: Any, repo_id: str) -> str:
-    name = "AutoModelForVideoClassification" if hasattr(model, "classifier") else "AutoModel"
-    lines = [
-        "import torch",
-        f"from transformers import AutoImageProcessor, {name}\n\n",
-        f'repository = "{repo_id}"',
-        "processor = AutoImageProcessor.from_pretrained(repository, trust_remote_code=True)",
-        f"model = {name}.from_pretrained(repository, trust_remote_code=True)\n",
-        'inputs = processor("video.mp4", return_tensors="pt")',
-        "with torch.no_grad():",
-    ]
-    if hasattr(model, "classifier"):
-        lines += [
-            "    logits = model(**inputs).logits.mean(dim=0)  # over the views of the video",
-            "for index in logits.argsort(descending=True)[:5].tolist():",
-            "    print(model.config.id2label[index], logits[index].item())\n",
-        ]
-    else:
-        lines += ["    features = model(**inputs).pooler_output\n"]
-    return "\n".join(lines)
-
-
-__all__ = ["read_initialisation", "write_model_card"]

@@ -4,13 +4,10 @@ Read the frames of live sources: cameras, network streams and pipes, which canno
 A thread decodes. Its policy decides what happens to frames that arrive faster than they are taken.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 from collections import deque
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -123,12 +120,10 @@ class LiveVideo:
         if self._file is not None:
             self._file.close()
 
-    def __enter__(self) -> LiveVideo:
+    def __enter__(self) -> "LiveVideo":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -423,5 +423,3 @@ def blockwise_attention_forward(
 
 
 ALL_ATTENTION_FUNCTIONS.register("blockwise", blockwise_attention_forward)
-
-__all__ = ["OptimizationReport", "optimize", "optimize_if_plain", "optimized", "restore"]

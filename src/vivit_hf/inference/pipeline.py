@@ -49,6 +49,3 @@ class ViViTVideoClassificationPipeline(VideoClassificationPipeline):
         if isinstance(self.model.config, ViViTConfig):
             check_finite(model_outputs.logits, self.model)
         return super().postprocess(model_outputs, *args, **kwargs)
-
-
-__all__ = ["ViViTVideoClassificationPipeline"]

@@ -10,7 +10,7 @@ overlap it:
     cells      |0 |01|012 |12 |2 |
 """
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -143,9 +143,9 @@ def _boundary(kept: Segment, run: _Run, middle: float, min_duration: float | Non
 def _most_of(runs: Sequence[_Run]) -> Segment:
     """Return one segment for runs that are all too short, with the label that has the most probability in all."""
     start, end = runs[0].start, runs[-1].end
-    totals: dict[str, float] = {}
+    totals: dict[str, float] = defaultdict(float)
     for run in runs:
-        totals[run.label] = totals.get(run.label, 0.0) + run.score * run.duration
+        totals[run.label] += run.score * run.duration
     label = max(totals, key=totals.__getitem__)
     return Segment(start, end, label, totals[label] / max(end - start, 1e-9))
 
