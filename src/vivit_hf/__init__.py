@@ -45,13 +45,17 @@ if TYPE_CHECKING:
     from .inference.demo_model import demo_model_path as demo_model_path
     from .inference.finite_outputs import NonFiniteError as NonFiniteError
     from .inference.streaming import StreamingClassifier as StreamingClassifier
-    from .initialisation.from_image import InitialisationReport as InitialisationReport
-    from .initialisation.from_image import config_from_vit as config_from_vit
-    from .initialisation.from_image import initialise_from_vit as initialise_from_vit
-    from .modeling_vivit import ViViTForPreTraining as ViViTForPreTraining
-    from .modeling_vivit import ViViTForVideoClassification as ViViTForVideoClassification
-    from .modeling_vivit import ViViTModel as ViViTModel
-    from .modeling_vivit import ViViTPreTrainedModel as ViViTPreTrainedModel
+    from .initialisation.from_image import (
+        InitialisationReport as InitialisationReport,
+        config_from_vit as config_from_vit,
+        initialise_from_vit as initialise_from_vit,
+    )
+    from .modeling_vivit import (
+        ViViTForPreTraining as ViViTForPreTraining,
+        ViViTForVideoClassification as ViViTForVideoClassification,
+        ViViTModel as ViViTModel,
+        ViViTPreTrainedModel as ViViTPreTrainedModel,
+    )
     from .video_decoding import VideoReader as VideoReader
     from .video_processing_vivit import ViViTVideoProcessor as ViViTVideoProcessor
     from .video_sources import VideoDecodingError as VideoDecodingError

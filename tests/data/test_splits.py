@@ -6,8 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from vivit_hf.data.annotations import AnnotationError, LabelledVideo, read_videos
 from vivit_hf.data.labels import shared_units, split_videos

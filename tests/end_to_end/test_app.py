@@ -29,8 +29,7 @@ from selenium.common.exceptions import TimeoutException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
-from video_files import damage_packet
-from video_files import write_video as write_any_video
+from video_files import damage_packet, write_video as write_any_video
 
 from vivit_hf import NonFiniteError, ViViTForVideoClassification, ViViTVideoProcessor, demo_model_path
 

@@ -6,8 +6,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tiny_models import ATTENTION_TYPES, make_model, tiny_config
 from video_files import write_video
 

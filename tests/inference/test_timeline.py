@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 from moving_shapes import MOTIONS, Scene, write_video
-from video_files import damage_packet
-from video_files import write_video as write_test_video
+from video_files import damage_packet, write_video as write_test_video
 
 from vivit_hf import (
     VideoDecodingError,

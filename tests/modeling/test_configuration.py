@@ -6,8 +6,7 @@ import json
 import pickle
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from tiny_models import ATTENTION_TYPES, CASES, case_config, tiny_config
 from transformers import AutoConfig
 

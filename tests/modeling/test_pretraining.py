@@ -6,8 +6,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_models import CASES, case_config, make_clips, make_model, tiny_config
 from transformers import AutoModel, AutoModelForPreTraining, AutoModelForVideoClassification

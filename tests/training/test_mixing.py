@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from vivit_hf.data.labels import LabelMap
 from vivit_hf.training.mixing import ClipCollator, cutmix, cutmix_box, mixup, soft_labels

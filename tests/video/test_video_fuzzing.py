@@ -16,8 +16,7 @@ import av
 import numpy as np
 import pytest
 from av.video.reformatter import VideoReformatter
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from video_files import EXACT, write_kind
 
 from vivit_hf.frame_decoders import SeekingDecoder

@@ -9,8 +9,10 @@ if TYPE_CHECKING:
     from .image_arrays import ImageSource as ImageSource
     from .image_sources import read_image_source as read_image_source
     from .scenic_checkpoint import read_scenic_checkpoint as read_scenic_checkpoint
-    from .scenic_weights import config_from_scenic as config_from_scenic
-    from .scenic_weights import state_dict_from_scenic as state_dict_from_scenic
+    from .scenic_weights import (
+        config_from_scenic as config_from_scenic,
+        state_dict_from_scenic as state_dict_from_scenic,
+    )
     from .weight_files import ConversionError as ConversionError
 
 __getattr__, __dir__, __all__ = lazy_exports(

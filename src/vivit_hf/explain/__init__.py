@@ -7,14 +7,14 @@ from .. import lazy_exports
 
 if TYPE_CHECKING:
     from .batch_picture import draw_batch as draw_batch
-    from .explanation import Explanation as Explanation
-    from .explanation import explain_clip as explain_clip
+    from .explanation import Explanation as Explanation, explain_clip as explain_clip
     from .heat import draw_overlay as draw_overlay
-    from .pictures import draw_explanation as draw_explanation
-    from .pictures import save_explanation as save_explanation
-    from .relevance import Relevance as Relevance
-    from .relevance import attention_rollout as attention_rollout
-    from .relevance import gradient_relevance as gradient_relevance
+    from .pictures import draw_explanation as draw_explanation, save_explanation as save_explanation
+    from .relevance import (
+        Relevance as Relevance,
+        attention_rollout as attention_rollout,
+        gradient_relevance as gradient_relevance,
+    )
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,

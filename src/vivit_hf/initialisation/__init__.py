@@ -6,14 +6,13 @@ from .. import lazy_exports
 
 
 if TYPE_CHECKING:
-    from .from_image import InitialisationReport as InitialisationReport
-    from .from_image import config_from_vit as config_from_vit
-    from .from_image import initialise_from_vit as initialise_from_vit
-    from .inspection import ModelPart as ModelPart
-    from .inspection import describe_model as describe_model
-    from .inspection import inspect_parts as inspect_parts
-    from .model_processor import check_processor as check_processor
-    from .model_processor import processor_for as processor_for
+    from .from_image import (
+        InitialisationReport as InitialisationReport,
+        config_from_vit as config_from_vit,
+        initialise_from_vit as initialise_from_vit,
+    )
+    from .inspection import ModelPart as ModelPart, describe_model as describe_model, inspect_parts as inspect_parts
+    from .model_processor import check_processor as check_processor, processor_for as processor_for
 
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,

@@ -7,24 +7,14 @@ from .. import lazy_exports
 
 if TYPE_CHECKING:
     from .augmentation import ClipAugmentation as ClipAugmentation
-    from .clips import ClipSampler as ClipSampler
-    from .clips import StreamedClips as StreamedClips
-    from .clips import VideoClips as VideoClips
-    from .finetuning import FineTuning as FineTuning
-    from .finetuning import prepare as prepare
+    from .clips import ClipSampler as ClipSampler, StreamedClips as StreamedClips, VideoClips as VideoClips
+    from .finetuning import FineTuning as FineTuning, prepare as prepare
     from .finetuning_arguments import parse_arguments as parse_arguments
     from .finetuning_model import add_lora as add_lora
-    from .mixing import ClipCollator as ClipCollator
-    from .mixing import cutmix as cutmix
-    from .mixing import mixup as mixup
-    from .mixing import soft_labels as soft_labels
-    from .overfitting import OverfitReport as OverfitReport
-    from .overfitting import overfit_one_batch as overfit_one_batch
-    from .parameters import freeze as freeze
-    from .parameters import gradient_norms as gradient_norms
-    from .parameters import parameter_groups as parameter_groups
-    from .recipes import RECIPES as RECIPES
-    from .recipes import Recipe as Recipe
+    from .mixing import ClipCollator as ClipCollator, cutmix as cutmix, mixup as mixup, soft_labels as soft_labels
+    from .overfitting import OverfitReport as OverfitReport, overfit_one_batch as overfit_one_batch
+    from .parameters import freeze as freeze, gradient_norms as gradient_norms, parameter_groups as parameter_groups
+    from .recipes import RECIPES as RECIPES, Recipe as Recipe
     from .trainer import ClipTrainer as ClipTrainer
 
 __getattr__, __dir__, __all__ = lazy_exports(
