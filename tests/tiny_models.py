@@ -21,6 +21,8 @@ CASES: dict[str, dict[str, Any]] = {
         "embedding_type": "uniform_frame_sampling",
     },
     "mean_pooling": {"attention_type": "factorised_encoder", "pooling": "mean"},
+    "temporal_mean_pooling": {"attention_type": "factorised_encoder", "temporal_pooling": "mean"},
+    "temporal_attention_pooling": {"attention_type": "factorised_encoder", "temporal_pooling": "attention"},
     "max_pooling_pre_logits": {"attention_type": "spatio_temporal", "pooling": "max", "representation_size": 12},
     "sum_pooling": {"attention_type": "factorised_dot_product_attention", "pooling": "sum"},
     "other_temporal_widths": {
@@ -81,9 +83,13 @@ def make_clips(config: ViViTConfig, batch: int = 2, seed: int = 1, **sizes: Any)
 
 
 def token_counts(config: ViViTConfig) -> tuple[int, int, int]:
-    """(time, space, class tokens) of a clip."""
+    """(time, space, class tokens) of a clip; Model 2 may have none over time, see `num_temporal_class_tokens`."""
     time, height, width = config.grid_size
     return time, height * width, int(config.pooling == "cls")
+
+
+def num_temporal_class_tokens(config: ViViTConfig) -> int:
+    return int((config.temporal_pooling or config.pooling) == "cls")
 
 
 def first(outputs: Any) -> torch.Tensor:

@@ -40,9 +40,11 @@ ATTENTION_TYPES = (
 EMBEDDING_TYPES = ("tubelet", "uniform_frame_sampling")
 ATTENTION_ORDERS = ("space_time", "time_space")
 POOLINGS = ("cls", "mean", "max", "sum")
+TEMPORAL_POOLINGS = (*POOLINGS, "concatenate", "attention")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 
+_POOLING_ALIASES = {"token": "cls", "gap": "mean", "gmp": "max", "gsp": "sum"}
 # US spellings and the names of google-research/scenic projects/vivit are accepted, and stored in the paper's form.
 _ALIASES = {
     "attention_type": {
@@ -54,7 +56,8 @@ _ALIASES = {
         "factorized_dot_product_attention": "factorised_dot_product_attention",
     },
     "embedding_type": {"3d_conv": "tubelet", "temporal_sampling": "uniform_frame_sampling"},
-    "pooling": {"token": "cls", "gap": "mean", "gmp": "max", "gsp": "sum"},
+    "pooling": _POOLING_ALIASES,
+    "temporal_pooling": _POOLING_ALIASES,
     # Both compute the tanh approximation in separate operations; the fused one is the same function.
     "hidden_act": {"gelu_fast": "gelu_pytorch_tanh", "gelu_new": "gelu_pytorch_tanh"},
 }
@@ -101,6 +104,12 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
         pooling (`str`, *optional*):
             `"cls"` (class token), `"mean"`, `"max"` or `"sum"`. The default is `"cls"` for Models 1 and 2, and `"mean"`
             for Models 3 and 4, which have no class token.
+        temporal_pooling (`str`, *optional*):
+            Model 2 only: how the tokens of the time steps become one vector. The default is `pooling`; without a
+            temporal encoder, `"mean"`. With anything but `"cls"` the temporal encoder has no class token, so that it
+            can start as a mean over time while each step keeps its class token. Beside the values of `pooling` there
+            are `"concatenate"`, (batch, time * hidden), which keeps the order of the steps and fixes their number, and
+            `"attention"`, a mean weighted by the similarity of each token to a learned query.
         representation_size (`int`, *optional*): Width of a dense layer with tanh between pooling and classifier.
         hidden_act (`str`, defaults to `"gelu_pytorch_tanh"`):
             The default is the tanh-approximated GELU of the official code in one operation. `gelu_fast` and `gelu_new`
@@ -153,6 +162,9 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
     temporal_num_attention_heads: int | None = setting(None, check_count)
     temporal_intermediate_size: int | None = setting(None, check_count)
     pooling: str | None = setting(None, check_choice, choices=POOLINGS, aliases=_ALIASES["pooling"])  # type: ignore[no-redef]
+    temporal_pooling: str | None = setting(
+        None, check_choice, choices=TEMPORAL_POOLINGS, aliases=_ALIASES["temporal_pooling"]
+    )
     representation_size: int | None = setting(None, check_count)
     hidden_act: str = setting("gelu_pytorch_tanh", check_choice, choices=ACT2FN, aliases=_ALIASES["hidden_act"])
     hidden_dropout_prob: float | int = setting(0.0, check_probability)
@@ -241,6 +253,18 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
         layers = self.decoder_num_hidden_layers or max(1, self.num_hidden_layers // 4)
         return width, layers, self.decoder_num_attention_heads or half
 
+    @property
+    def pooling_over_time(self) -> str:
+        """How Model 2 pools time steps: `temporal_pooling`, or if it is None what the paper's models do."""
+        if self.temporal_pooling is not None:
+            return self.temporal_pooling
+        return self.pooling if self.num_temporal_layers else "mean"
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of the pooled tokens: `hidden_size`, or time * `hidden_size` with `temporal_pooling="concatenate"`."""
+        return self.hidden_size * (self.grid_size[0] if self.temporal_pooling == "concatenate" else 1)
+
     # Validation
 
     def check(self) -> None:
@@ -261,6 +285,7 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
                 f"`pooling='cls'` needs a class token, which `attention_type='{self.attention_type}'` does not have; "
                 "use `pooling='mean'` (the official one), 'max' or 'sum'."
             )
+        self._check_temporal_pooling()
 
     def validate_output_attentions(self) -> None:
         """Part of `@strict`: allow `output_attentions`, which our layers support with every implementation."""
@@ -312,6 +337,21 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
                 "(Model 4) gives half of the heads to time and half to space; use an even number."
             )
 
+    def _check_temporal_pooling(self) -> None:
+        if self.temporal_pooling is None:
+            return
+        if self.attention_type != "factorised_encoder":
+            raise ValueError(
+                f"`temporal_pooling={self.temporal_pooling!r}` has no meaning with `attention_type="
+                f"{self.attention_type!r}`, which pools all tokens at once; leave it out and use `pooling`, or use "
+                "`attention_type='factorised_encoder'`."
+            )
+        if self.temporal_pooling == "cls" and not self.num_temporal_layers:
+            raise ValueError(
+                "`temporal_pooling='cls'` needs a temporal encoder, whose class token it pools, but "
+                "`num_temporal_layers=0`; use 'mean' or another pooling, or add temporal layers."
+            )
+
     def _check_label_groups(self) -> None:
         if self.label_groups is None:
             return
@@ -338,7 +378,7 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
             layers += self.num_temporal_layers * hidden * (4 * hidden + 2 * inner)
         embeddings = hidden * (math.prod(self.tubelet_size) * self.num_channels + time * height * width)
         features = self.representation_size or 0
-        return layers + embeddings + hidden * features + (features or hidden) * self.num_labels
+        return layers + embeddings + self.pooled_size * features + (features or self.pooled_size) * self.num_labels
 
     # Loading and presets
 

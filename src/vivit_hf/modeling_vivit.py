@@ -43,6 +43,7 @@ POOLINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "mean": lambda tokens: tokens.mean(dim=1),
     "max": lambda tokens: tokens.amax(dim=1),
     "sum": lambda tokens: tokens.sum(dim=1),
+    "concatenate": lambda tokens: tokens.flatten(1),  # over time alone, where the number of tokens is fixed
 }
 
 
@@ -337,7 +338,7 @@ class ViViTTemporalEmbeddings(nn.Module):
 
     def __init__(self, config: ViViTConfig):
         super().__init__()
-        self.num_prefix_tokens = int(config.pooling == "cls")
+        self.num_prefix_tokens = int(config.pooling_over_time == "cls")
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size)) if self.num_prefix_tokens else None
         self.grid = (config.grid_size[0], 1, 1)
         num_positions = self.num_prefix_tokens + math.prod(self.grid)
@@ -639,6 +640,27 @@ class ViViTEncoder(nn.Module):
         return hidden_states
 
 
+class ViViTAttentionPooling(nn.Module):
+    """
+    A mean of tokens, weighted by the softmax of their scaled dot products with a learned query.
+
+    The query starts at zero, so that the pooling starts as the plain mean.
+    """
+
+    def __init__(self, config: ViViTConfig):
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(config.hidden_size))
+
+    def weights(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens, hidden) -> (batch, tokens), float32 or wider; each row sums to 1."""
+        scores = (tokens * self.query).sum(dim=-1) * self.query.shape[0] ** -0.5
+        return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(batch, tokens, hidden) -> (batch, hidden)."""
+        return (self.weights(tokens).to(tokens.dtype).unsqueeze(-1) * tokens).sum(dim=1)
+
+
 # Models
 
 
@@ -676,7 +698,9 @@ class ViViTPreTrainedModel(AutoClassMixin, CheckpointMixin, PreTrainedModel):
             init.normal_(module.position_embeddings, std=self.config.initializer_range)
             if module.cls_token is not None:
                 init.zeros_(module.cls_token)
-        if isinstance(module, ViViTDecoder):
+        elif isinstance(module, ViViTAttentionPooling):
+            init.zeros_(module.query)
+        elif isinstance(module, ViViTDecoder):
             init.normal_(module.mask_token, std=self.config.initializer_range)
 
     @torch.no_grad()
@@ -695,11 +719,18 @@ class ViViTPreTrainedModel(AutoClassMixin, CheckpointMixin, PreTrainedModel):
             num_sampled_frames: new number of frames that uniform frame sampling takes; unchanged if None.
 
         Raises:
-            ValueError: if the configuration would be invalid with the new sizes, or the weights are offloaded.
+            ValueError: if the configuration would be invalid with the new sizes, the weights are offloaded, or the
+                number of time steps would change in a model with `temporal_pooling="concatenate"`.
         """
         sizes = {"num_frames": num_frames, "image_size": image_size, "num_sampled_frames": num_sampled_frames}
         sizes = {name: size for name, size in sizes.items() if size is not None}
         new_config = ViViTConfig.from_dict(self.config.to_dict(), **sizes)
+        if new_config.pooled_size != self.config.pooled_size:
+            raise ValueError(
+                f"`temporal_pooling='concatenate'` fixes the number of time steps: the weights behind it take "
+                f"{self.config.grid_size[0]}, and the new sizes give {new_config.grid_size[0]}. Keep the number of "
+                "steps, or train a model with another `temporal_pooling`."
+            )
         model = self.base_model
         for embeddings in (model.embeddings, model.temporal_embeddings):
             if embeddings is not None:
@@ -718,8 +749,9 @@ class ViViTModel(ViViTPreTrainedModel):
     | variant | `last_hidden_state` | `pooler_output` |
     | --- | --- | --- |
     | Model 1 | (batch, 1 + time * space, hidden), class token first; no 1 unless `pooling="cls"` | (batch, hidden) |
-    | Model 2 | the temporal encoder's (batch, 1 + time, hidden), likewise | (batch, hidden) |
+    | Model 2 | the temporal encoder's (batch, 1 + time, hidden), likewise over time | (batch, hidden) |
     | Model 2, `num_temporal_layers=0` | one pooled token per time step: (batch, time, hidden) | their mean |
+    | Model 2, `temporal_pooling="concatenate"` | as above, without the 1 | (batch, time * hidden) |
     | Models 3, 4 | (batch, time * space, hidden) | (batch, hidden) |
 
     `last_hidden_state` follows the final LayerNorm. `pooler_output` is its pooling, followed by a dense layer and tanh
@@ -747,6 +779,7 @@ class ViViTModel(ViViTPreTrainedModel):
         self.temporal_embeddings: Any = None
         self.temporal_encoder: Any = None
         self.temporal_layernorm: Any = None
+        self.temporal_pooler: Any = None
         if config.attention_type == "factorised_encoder" and config.num_temporal_layers:
             self.temporal_embeddings = ViViTTemporalEmbeddings(config)
             make_layer = functools.partial(
@@ -756,9 +789,11 @@ class ViViTModel(ViViTPreTrainedModel):
             )
             self.temporal_encoder = ViViTEncoder(config, make_layer, config.num_temporal_layers)
             self.temporal_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if config.temporal_pooling == "attention":
+            self.temporal_pooler = ViViTAttentionPooling(config)
         self.pre_logits = None
         if config.representation_size is not None:
-            self.pre_logits = nn.Linear(config.hidden_size, config.representation_size)
+            self.pre_logits = nn.Linear(config.pooled_size, config.representation_size)
         self.post_init()
 
     @capture_outputs(tie_last_hidden_states=False)
@@ -824,10 +859,22 @@ class ViViTModel(ViViTPreTrainedModel):
     def encode_time(self, steps: torch.Tensor, **kwargs: Unpack[ViViTKwargs]) -> tuple[torch.Tensor, torch.Tensor]:
         """Model 2's temporal encoder: (batch, time, hidden) -> (batch, 1 + time, hidden), pooled (batch, hidden)."""
         if self.temporal_encoder is None:
-            return steps, steps.mean(dim=1)  # the paper's average-pool baseline, whatever the pooling over space
+            return steps, self.pool_time(steps)  # by default the paper's average-pool baseline
         tokens = self.temporal_embeddings(steps)  # (batch, 1 + time, hidden)
         tokens = self.temporal_layernorm(self.temporal_encoder(tokens, **kwargs))
-        return tokens, self.pool(tokens)
+        return tokens, self.pool_time(tokens)
+
+    def pool_time(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Model 2: (batch, [1 +] time, hidden) -> (batch, hidden), or (batch, time * hidden) by "concatenate"."""
+        if self.temporal_pooler is not None:
+            return self.temporal_pooler(tokens)
+        pooling = self.config.pooling_over_time
+        if pooling == "concatenate" and tokens.shape[1] != self.config.grid_size[0]:
+            raise ValueError(
+                f"`temporal_pooling='concatenate'` fixes the number of time steps: the model takes "
+                f"{self.config.grid_size[0]}, but got {tokens.shape[1]}."
+            )
+        return POOLINGS[pooling](tokens)
 
     def encode_steps(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
@@ -876,7 +923,7 @@ class ViViTForVideoClassification(ViViTPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.vivit = ViViTModel(config)
-        features = config.representation_size or config.hidden_size
+        features = config.representation_size or config.pooled_size
         self.classifier = nn.Linear(features, config.num_labels) if config.num_labels else nn.Identity()
         self.post_init()
 
@@ -1141,10 +1188,11 @@ class ViViTForPreTraining(ViViTPreTrainedModel):
             )
         self.vivit = ViViTModel(config)
         self.decoder = ViViTDecoder(config)
-        if self.vivit.pre_logits is not None:
-            # It follows the pooling, which has no part in pretraining. Processes that train together must not wait for
-            # its gradient.
-            self.vivit.pre_logits.requires_grad_(False)
+        for unused in (self.vivit.temporal_pooler, self.vivit.pre_logits):
+            # The pooling and what follows it have no part in pretraining. Processes that train together must not wait
+            # for their gradients.
+            if unused is not None:
+                unused.requires_grad_(False)
         self.post_init()
 
     @capture_outputs(tie_last_hidden_states=False)

@@ -40,7 +40,8 @@ SCRIPTS = {
 SHARED = "--help --output --push-to-hub --private --skip-parity "
 OPTIONS = {
     "convert vit": SHARED + "--source --num-heads --attention-type --attention-order --num-frames --tubelet-size "
-    "--image-size --embedding-type --num-sampled-frames --num-temporal-layers --pooling --labels --num-labels "
+    "--image-size --embedding-type --num-sampled-frames --num-temporal-layers --pooling --temporal-pooling "
+    "--temporal_pooling --labels --num-labels "
     "--tubelet-init --temporal-attention-init --temporal-encoder-init --position-init --seed --resize",
     "convert scenic": SHARED + "--checkpoint --model --model-config --num-frames --image-size --resize --labels",
     "convert transformers": SHARED + "--source --to",

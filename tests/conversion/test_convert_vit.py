@@ -111,6 +111,8 @@ def test_every_variant_is_compared_with_the_vit(folder, convert, attention_type,
         "--pooling mean",
         "--attention-type factorised_encoder --pooling mean --temporal-encoder-init copy_last --num-temporal-layers 1",
         "--attention-type factorised_encoder --num-temporal-layers 0 --pooling max",
+        "--attention-type factorised_encoder --temporal_pooling mean --num-temporal-layers 1",
+        "--attention-type factorised_encoder --temporal-pooling attention --num-temporal-layers 0",
         "--attention-type factorised_self_attention --temporal-attention-init copy --attention-order time_space",
         "--attention-type factorised_self_attention --temporal-attention-init random",
         "--attention-type factorised_self_attention --temporal-attention-init zero",
@@ -256,7 +258,7 @@ def test_a_full_output_folder_is_left_alone(tmp_path, folder, convert):
         ("--attention-type factorized_everything", "`attention_type='factorized_everything'` is not known"),
         ("--tubelet-size 2 16 16", "tubelet_size"),
         ("--num-frames 1", "Use a smaller tubelet or a larger clip"),
-        ("--attention-type factorised_encoder --temporal-encoder-init copy_last", "use `pooling='mean'`"),
+        ("--attention-type factorised_encoder --temporal-encoder-init copy_last", "use `temporal_pooling='mean'`"),
     ],
 )
 def test_options_that_no_model_can_have_are_refused(tmp_path, folder, convert, options, expected):

@@ -27,7 +27,7 @@ from vivit_hf.initialisation.model_processor import processor_for
 
 
 SCRIPT = ROOT / "conversion" / "export_onnx.py"
-CASES = [*ATTENTION_TYPES, "average_pool_baseline", "uniform_frames"]
+CASES = [*ATTENTION_TYPES, "average_pool_baseline", "uniform_frames", "temporal_attention_pooling"]
 LABELS = {0: "wave", 1: "Größe", 2: "run", 3: "sit", 4: "jump"}
 FILES = {MODEL_FILE, "config.json", "preprocessor_config.json", REPORT_FILE}
 

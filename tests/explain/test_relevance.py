@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from moving_shapes import MOTIONS, Scene
-from tiny_models import case_config, make_clips, make_model, tiny_config, token_counts
+from tiny_models import case_config, make_clips, make_model, num_temporal_class_tokens, tiny_config, token_counts
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTModel, ViViTVideoProcessor, demo_model_path
 from vivit_hf.configuration_vivit import ATTENTION_TYPES
@@ -80,8 +80,30 @@ def pooled_row(config: ViViTConfig, matrix: np.ndarray) -> np.ndarray:
     return matrix[0] if config.pooling == "cls" else matrix.mean(axis=0)
 
 
-def plain_relevance(config: ViViTConfig, attentions: list[np.ndarray], is_rollout: bool) -> np.ndarray:
-    """(time, height, width) of one clip; `attentions` as the model gives them, heads averaged."""
+def row_over_time(config: ViViTConfig, matrix: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    """The shares of the time steps: the class token's row, or the rows weighted as tokens are in the pooling."""
+    if weights is not None:
+        return weights @ matrix
+    return matrix[0][1:] if num_temporal_class_tokens(config) else matrix.mean(axis=0)
+
+
+def attention_pooling_weights(model, clips) -> np.ndarray | None:
+    """The softmax over the time steps of one clip, (time,), float64; None without a learned query."""
+    if model.vivit.temporal_pooler is None:
+        return None
+    with torch.no_grad():
+        tokens = model.vivit(clips).last_hidden_state[0].double().numpy()
+    scores = tokens @ model.vivit.temporal_pooler.query.detach().double().numpy() / np.sqrt(tokens.shape[1])
+    return np.exp(scores) / np.exp(scores).sum()
+
+
+def plain_relevance(
+    config: ViViTConfig, attentions: list[np.ndarray], is_rollout: bool, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """
+    (time, height, width) of one clip; `attentions` as the model gives them, heads averaged, and the `weights` of
+    attention pooling.
+    """
     time, space, prefix = token_counts(config)
     kept, passed = (0.5, 0.5) if is_rollout else (1.0, 1.0)
     if config.attention_type != "factorised_encoder":
@@ -91,7 +113,8 @@ def plain_relevance(config: ViViTConfig, attentions: list[np.ndarray], is_rollou
     spatial, temporal = attentions[: config.num_hidden_layers], attentions[config.num_hidden_layers :]
     steps = np.full(time, 1 / time)
     if temporal:
-        steps = pooled_row(config, product(dense_attentions(config, temporal, "temporal"), kept, passed))[prefix:]
+        matrix = product(dense_attentions(config, temporal, "temporal"), kept, passed)
+        steps = row_over_time(config, matrix, weights)
     result = np.empty((time, space))
     for step in range(time):
         matrix = product([one[step] for one in spatial], kept, passed)
@@ -105,7 +128,8 @@ def test_rollout_is_the_product_of_whole_matrices(case):
     model, clips = make_model(config), make_clips(config, batch=1)
     with torch.no_grad():
         attentions = model(clips, output_attentions=True).attentions
-    expected = plain_relevance(config, [one.double().mean(dim=1).numpy() for one in attentions], is_rollout=True)
+    means = [one.double().mean(dim=1).numpy() for one in attentions]
+    expected = plain_relevance(config, means, True, attention_pooling_weights(model, clips))
     relevance = attention_rollout(model, clips)
     np.testing.assert_allclose(relevance.space[0].numpy(), expected, rtol=1e-4)
 
@@ -119,7 +143,7 @@ def test_gradient_relevance_is_the_product_of_whole_matrices(case):
         (gradient * attention).clamp(min=0).mean(dim=1).detach().double().numpy()
         for gradient, attention in zip(gradients, outputs.attentions, strict=True)
     ]
-    expected = plain_relevance(config, weighed, is_rollout=False)
+    expected = plain_relevance(config, weighed, False, attention_pooling_weights(model, clips))
     relevance = gradient_relevance(model, clips, class_index=3)
     np.testing.assert_allclose(relevance.space[0].numpy(), expected, rtol=1e-3, atol=1e-7)
 
@@ -128,6 +152,14 @@ def test_the_baseline_without_temporal_encoder_rolls_out_to_equal_moments():
     config = case_config("average_pool_baseline")
     relevance = attention_rollout(make_model(config), make_clips(config))
     torch.testing.assert_close(relevance.time, torch.full((2, 4), 0.25))
+
+
+def test_attention_pooling_without_temporal_encoder_rolls_out_to_its_weights():
+    config = case_config("average_pool_baseline", temporal_pooling="attention")
+    model, clips = make_model(config), make_clips(config, batch=1)
+    relevance, expected = attention_rollout(model, clips), attention_pooling_weights(model, clips)
+    np.testing.assert_allclose(relevance.time[0].numpy(), expected, rtol=1e-4)
+    assert expected.std() > 1e-3
 
 
 def test_maps_do_not_depend_on_the_attention_implementation(config, explain):

@@ -64,7 +64,17 @@ def test_every_window_has_the_logits_of_the_whole_model(hop, tubelet, stride, ch
     assert stream.num_windows == len(windows) and stream.num_frames_seen == 60
 
 
-@pytest.mark.parametrize("changes", [{}, {"num_temporal_layers": 0}, {"pooling": "mean"}, {"representation_size": 12}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_temporal_layers": 0},
+        {"pooling": "mean"},
+        {"representation_size": 12},
+        {"temporal_pooling": "attention"},
+        {"temporal_pooling": "concatenate"},
+    ],
+)
 def test_every_kind_of_factorised_encoder_streams(changes):
     stream = make_stream(3, **changes)
     frames = make_frames(40)

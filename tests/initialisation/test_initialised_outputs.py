@@ -173,7 +173,73 @@ def test_copy_last_starts_as_an_average_over_time():
     assert torch.equal(vivit.state_dict()[name], vit.state_dict()["layers.1.attention.q_proj.weight"])
 
 
+@pytest.mark.parametrize("init", [None, "zero_output", "copy_last"])
+def test_with_temporal_pooling_the_encoder_starts_as_a_mean_of_class_tokens_and_learns(init):
+    """Up to the final LayerNorm, without scale and bias, the pooled output is the mean of the ViT's class tokens."""
+    vit = make_vit()
+    vivit = make_vivit(vit, "factorised_encoder", ViViTForVideoClassification, temporal_pooling="mean")
+    report = initialise_from_vit(vivit, vit, temporal_encoder_init=init)
+    clips = make_clips(vivit.config)
+    with torch.no_grad():
+        frames = [vit(clips[:, index]).last_hidden_state[:, 0] for index in range(1, 8, 2)]  # the central frames
+        steps = torch.stack(frames, dim=1).double()  # (batch, time, hidden)
+        centred = steps - steps.mean(dim=-1, keepdim=True)
+        variances = centred.square().mean(dim=-1, keepdim=True) + vivit.config.layer_norm_eps
+        expected = (centred / variances.sqrt()).mean(dim=1)
+        pooled = vivit.vivit(clips).pooler_output
+    torch.testing.assert_close(pooled.double(), expected, atol=1e-5, rtol=0)
+    assert expected.std(dim=0).mean() > 1e-2  # differs from clip to clip
+    copied = report.parameters["vivit.temporal_encoder.layer.0.attention.q_proj.weight"]
+    assert copied == ("copied" if init == "copy_last" else "newly initialised")
+    assert report.parameters["vivit.temporal_embeddings.position_embeddings"] == "zeroed"
+
+    temporal = {name: one for name, one in vivit.named_parameters() if ".temporal_" in name}
+    optimiser, with_gradient = torch.optim.SGD(vivit.parameters(), lr=0.1), set()
+    for _ in range(2):
+        optimiser.zero_grad()
+        vivit(clips, labels=torch.tensor([0, 1])).loss.backward()
+        with_gradient |= {name for name, one in temporal.items() if one.grad.abs().max() > 0}
+        optimiser.step()
+    # The softmax over keys does not see a bias that all of them share.
+    assert {name for name in temporal if "k_proj.bias" not in name} <= with_gradient
+
+
+def test_with_features_of_one_scale_the_pooled_output_is_their_mean_itself():
+    """A ViT whose final LayerNorm has neither scale nor bias gives steps that the temporal one leaves as they are."""
+    vit = make_vit()
+    torch.nn.init.ones_(vit.layernorm.weight)
+    torch.nn.init.zeros_(vit.layernorm.bias)
+    vivit = make_vivit(vit, "factorised_encoder", temporal_pooling="attention")
+    initialise_from_vit(vivit, vit)
+    clips = make_clips(vivit.config)
+    with torch.no_grad():
+        frames = [vit(clips[:, index]).last_hidden_state[:, 0] for index in range(1, 8, 2)]
+        pooled = vivit(clips).pooler_output
+    torch.testing.assert_close(pooled, torch.stack(frames).mean(dim=0), atol=1e-5, rtol=0)
+
+
+def test_temporal_pooling_may_start_random_and_without_encoder():
+    vit = make_vit()
+    vivit = make_vivit(vit, "factorised_encoder", temporal_pooling="mean")
+    before = vivit.temporal_encoder.layer[0].mlp.fc2.weight.clone()
+    initialise_from_vit(vivit, vit, temporal_encoder_init="random")
+    assert torch.equal(vivit.temporal_encoder.layer[0].mlp.fc2.weight, before) and before.any()
+    config = config_from_vit(
+        vit.config,
+        attention_type="factorised_encoder",
+        num_frames=8,
+        num_temporal_layers=0,
+        temporal_pooling="concatenate",
+    )
+    probe = ViViTModel(config).eval()
+    initialise_from_vit(probe, vit)
+    clips = make_clips(config)
+    with torch.no_grad():
+        frames = [vit(clips[:, index]).last_hidden_state[:, 0] for index in range(1, 8, 2)]
+        torch.testing.assert_close(probe(clips).pooler_output, torch.cat(frames, dim=1), atol=1e-5, rtol=0)
+
+
 def test_copy_last_is_refused_with_a_class_token():
     vit = make_vit()
-    with pytest.raises(ValueError, match="same logits for every video; use `pooling='mean'`"):
+    with pytest.raises(ValueError, match="same logits for every video; use `temporal_pooling='mean'`"):
         initialise_from_vit(make_vivit(vit, "factorised_encoder"), vit, temporal_encoder_init="copy_last")

@@ -32,6 +32,7 @@ def test_the_default_is_b_16x2_with_joint_attention():
         "intermediate_size": 3072,
         "num_temporal_layers": 4,
         "pooling": "cls",
+        "temporal_pooling": None,
         "representation_size": None,
         "hidden_act": "gelu_pytorch_tanh",
         "layer_norm_eps": 1e-6,
@@ -121,6 +122,10 @@ def test_other_spellings_are_stored_in_the_papers_form(name, given_value, stored
     assert getattr(ViViTConfig(**{name: given_value}), name) == stored
     from_file = ViViTConfig.from_dict({"model_type": "vivit_hf", name: given_value})
     assert getattr(from_file, name) == stored
+
+
+def test_the_official_names_of_poolings_are_known_over_time_too():
+    assert tiny_config("factorised_encoder", temporal_pooling="gap").temporal_pooling == "mean"
 
 
 @pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
@@ -231,6 +236,15 @@ WRONG = [
     ({"attention_order": "time-space"}, r"'time-space'` is not known. Did you mean 'time_space'"),
     ({"embedding_type": "tubelets"}, r"'tubelets'` is not known. Did you mean 'tubelet'"),
     ({"pooling": "average"}, r"`pooling='average'` is not known.*Expected one of 'cls', 'mean', 'max', 'sum'"),
+    ({"temporal_pooling": "average"}, r"`temporal_pooling='average'` is not known.*'concatenate', 'attention'"),
+    (
+        {"attention_type": "spatio_temporal", "temporal_pooling": "mean"},
+        r"`temporal_pooling='mean'` has no meaning with .*'spatio_temporal'.*use `attention_type='factorised_encoder'`",
+    ),
+    (
+        {"attention_type": "factorised_encoder", "temporal_pooling": "cls", "num_temporal_layers": 0},
+        r"`temporal_pooling='cls'` needs a temporal encoder.*use 'mean'",
+    ),
     ({"pooling": "Max"}, r"`pooling='Max'` is not known. Did you mean 'max'"),
     ({"hidden_act": "gelu_tanh_pytorch"}, r"`hidden_act='gelu_tanh_pytorch'` is not known. Did you mean 'gelu"),
     ({"attention_type": 3}, r"`attention_type=3`"),
@@ -356,6 +370,9 @@ def test_a_saved_configuration_is_the_same_configuration(case, tmp_path):
     assert copy.deepcopy(config).to_dict() == config.to_dict()
 
 
+_MODEL_2 = "factorised_encoder"
+
+
 @st.composite
 def configs(draw):
     attention_type = draw(st.sampled_from(ATTENTION_TYPES))
@@ -379,6 +396,9 @@ def configs(draw):
         "temporal_num_attention_heads": draw(st.sampled_from([None, 1, heads])),
         "temporal_intermediate_size": draw(st.none() | st.integers(1, 64)),
         "pooling": draw(st.sampled_from([None, "mean", "max", "sum"] + ([] if grid else ["cls"]))),
+        "temporal_pooling": draw(
+            st.sampled_from([None, "mean", "max", "concatenate", "attention"] if attention_type == _MODEL_2 else [None])
+        ),
         "representation_size": draw(st.none() | st.integers(1, 64)),
         "drop_path_rate": draw(st.floats(0, 0.99)),
         "hidden_dropout_prob": draw(st.floats(0, 0.99)),

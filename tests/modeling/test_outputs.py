@@ -2,10 +2,18 @@
 
 import pytest
 import torch
-from tiny_models import ATTENTION_TYPES, case_config, make_clips, make_model, tiny_config, token_counts
+from tiny_models import (
+    ATTENTION_TYPES,
+    case_config,
+    make_clips,
+    make_model,
+    num_temporal_class_tokens,
+    tiny_config,
+    token_counts,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 
-from vivit_hf import ViViTModel
+from vivit_hf import ViViTForVideoClassification, ViViTModel
 from vivit_hf.modeling_vivit import (
     ViViTDotProductAttention,
     ViViTSpatialDotProductAttention,
@@ -36,7 +44,7 @@ def documented_shapes(config):
         attentions = [(BATCH * time, heads, tokens, tokens)] * layers
         if not config.num_temporal_layers:
             return (BATCH, time, hidden), states, attentions
-        tokens, heads = prefix + time, config.temporal_num_attention_heads or heads
+        tokens, heads = num_temporal_class_tokens(config) + time, config.temporal_num_attention_heads or heads
         states += [(BATCH, tokens, hidden)] * (config.num_temporal_layers + 1)
         attentions += [(BATCH, heads, tokens, tokens)] * config.num_temporal_layers
         return (BATCH, tokens, hidden), states, attentions
@@ -203,12 +211,18 @@ def test_pooling_is_what_the_configuration_says(case):
         "mean": lambda: tokens.mean(1),
         "max": lambda: tokens.max(1).values,
         "sum": lambda: tokens.sum(1),
-    }["mean" if case == "average_pool_baseline" else model.config.pooling]()
+        "attention": lambda: attention_pooled(tokens, model.vivit.temporal_pooler.query),
+    }["mean" if case == "average_pool_baseline" else model.config.temporal_pooling or model.config.pooling]()
     if model.config.representation_size:
         pooled = torch.tanh(pooled @ model.vivit.pre_logits.weight.T + model.vivit.pre_logits.bias)
     torch.testing.assert_close(outputs.pooler_output, pooled, atol=1e-10, rtol=0)
     logits = pooled @ model.classifier.weight.T + model.classifier.bias
     torch.testing.assert_close(model(clips).logits, logits, atol=1e-10, rtol=0)
+
+
+def attention_pooled(tokens, query):
+    """Attention of a single query, whose keys and values are the tokens themselves."""
+    return torch.nn.functional.scaled_dot_product_attention(query.expand(len(tokens), 1, -1), tokens, tokens)[:, 0]
 
 
 ALLOWED = [
@@ -225,3 +239,74 @@ def test_every_pooling_works_where_it_is_allowed(attention_type, pooling):
     model = make_model(config, ViViTModel)
     assert ("embeddings.cls_token" in dict(model.named_parameters())) == (pooling == "cls")
     assert model(make_clips(config)).pooler_output.shape == (2, config.hidden_size)
+
+
+# Pooling over time
+
+
+@pytest.mark.parametrize("num_temporal_layers", [0, 2])
+@pytest.mark.parametrize("temporal_pooling", ["cls", "mean", "max", "sum", "concatenate", "attention"])
+def test_time_is_pooled_without_its_class_token_while_space_keeps_its_own(temporal_pooling, num_temporal_layers):
+    if (temporal_pooling, num_temporal_layers) == ("cls", 0):
+        return  # refused by the configuration
+    config = tiny_config(
+        "factorised_encoder", temporal_pooling=temporal_pooling, num_temporal_layers=num_temporal_layers
+    )
+    model, clips = make_model(config).double(), make_clips(config).double()
+    outputs = model.vivit(clips)
+    tokens = outputs.last_hidden_state
+    assert model.vivit.embeddings.cls_token is not None
+    assert tokens.shape == (2, 4 + (temporal_pooling == "cls"), 32)
+    expected = {
+        "cls": lambda: tokens[:, 0],
+        "mean": lambda: tokens.mean(1),
+        "max": lambda: tokens.max(1).values,
+        "sum": lambda: tokens.sum(1),
+        "concatenate": lambda: torch.stack([torch.cat(list(steps)) for steps in tokens]),
+        "attention": lambda: attention_pooled(tokens, model.vivit.temporal_pooler.query),
+    }[temporal_pooling]()
+    torch.testing.assert_close(outputs.pooler_output, expected, atol=1e-10, rtol=0)
+    logits = expected @ model.classifier.weight.T + model.classifier.bias
+    torch.testing.assert_close(model(clips).logits, logits, atol=1e-10, rtol=0)
+    torch.testing.assert_close(model.classify_steps(model.vivit.encode_steps(clips)), logits, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_a_temporal_pooling_of_its_own_may_equal_the_default(pooling):
+    one = make_model(tiny_config("factorised_encoder", pooling=pooling))
+    other = make_model(tiny_config("factorised_encoder", pooling=pooling, temporal_pooling=pooling))
+    assert torch.equal(one(make_clips(one.config)).logits, other(make_clips(one.config)).logits)
+
+
+def test_concatenated_steps_keep_their_order_and_may_be_represented():
+    config = tiny_config(
+        "factorised_encoder", temporal_pooling="concatenate", num_temporal_layers=0, representation_size=12
+    )
+    model, clips = make_model(config), make_clips(config)
+    assert model.vivit.pre_logits.weight.shape == (12, 4 * 32) and model.classifier.weight.shape == (5, 12)
+    flipped = clips.unflatten(1, (4, 2)).flip(1).flatten(1, 2)
+    assert (model(clips).logits - model(flipped).logits).abs().max() > 1e-2
+
+
+def test_concatenation_fixes_the_number_of_time_steps_and_says_so(tmp_path):
+    model = make_model(tiny_config("factorised_encoder", temporal_pooling="concatenate"))
+    with pytest.raises(ValueError, match=r"fixes the number of time steps: .* take 4, and the new sizes give 6"):
+        model.resize_position_embeddings(num_frames=12)
+    assert model.config.num_frames == 8 and model.vivit.temporal_embeddings.grid == (4, 1, 1)
+    longer = make_clips(model.config, num_frames=12)
+    with pytest.raises(ValueError, match="fixes the number of time steps: the model takes 4, but got 6"):
+        model(longer, interpolate_pos_encoding=True)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the new sizes give 2"):
+        ViViTForVideoClassification.from_pretrained(tmp_path, num_frames=4)
+    model.resize_position_embeddings(num_frames=9, image_size=(32, 48))  # still 4 steps
+    assert model(make_clips(model.config)).logits.shape == (2, 5)
+
+
+def test_a_new_learned_query_starts_as_the_mean():
+    config = tiny_config("factorised_encoder", temporal_pooling="attention")
+    model = ViViTModel(config)
+    outputs = model(make_clips(config))
+    torch.testing.assert_close(outputs.pooler_output, outputs.last_hidden_state.mean(dim=1))
+    outputs.pooler_output.square().sum().backward()
+    assert model.temporal_pooler.query.grad.abs().max() > 1e-3

@@ -123,6 +123,20 @@ def test_a_flag_that_cannot_be_is_named(vivit, given, message):
         start_from(vivit, SMALL, **given)
 
 
+def test_temporal_pooling_is_structure_that_the_weights_fix(vit, vivit):
+    start, printed = start_from(vit, num_temporal_layers=1, temporal_pooling="mean")
+    assert start.model.config.temporal_pooling == "mean" and "temporal_pooling mean" in printed
+    assert start.model.config.pooling == "cls", "space keeps its class token"
+    assert not start.model.vivit.temporal_encoder.layer[0].mlp.fc2.weight.any(), "the encoder starts without effect"
+    start.model.save_pretrained(vivit)
+    again, printed = start_from(vivit, temporal_pooling="mean")
+    assert again.model.config.temporal_pooling == "mean"
+    with pytest.raises(
+        ValueError, match="has temporal_pooling='mean', which its weights fix: leave --temporal_pooling"
+    ):
+        start_from(vivit, temporal_pooling="cls")
+
+
 def test_the_other_spelling_of_a_variant_is_no_contradiction(vivit):
     start_from(vivit, attention_type="factorized_encoder", tubelet_size="2,8,8", embedding_type="tubelet")
 

@@ -51,6 +51,12 @@ def sees_order(model):
     return not torch.allclose(logits, others, atol=1e-6, rtol=0)
 
 
+def test_lora_trains_a_new_learned_query_in_full(data, tmp_path, capsys):
+    run(data, tmp_path, lora_rank=2, num_temporal_layers=0, temporal_pooling="attention")
+    assert "trained in full, because they ignore the order of frames so far: temporal_pooler" in capsys.readouterr().out
+    assert ViViTForVideoClassification.from_pretrained(tmp_path).vivit.temporal_pooler.query.any()
+
+
 @pytest.mark.parametrize("is_converted", [False, True])
 def test_lora_from_an_image_vit_learns_the_order_of_frames(data, tmp_path, variant, is_converted, capsys):
     """Straight from the ViT, and from the ViViT that a conversion leaves."""

@@ -49,6 +49,10 @@ def test_freezing_space_leaves_what_is_of_time():
     freeze(model, "spatial")
     trained = {name.split(".")[1] for name, one in model.named_parameters() if one.requires_grad}
     assert trained == {"temporal_embeddings", "temporal_encoder", "temporal_layernorm", "weight", "bias"}
+    model = make("factorised_encoder", temporal_pooling="attention", num_temporal_layers=0)
+    freeze(model, "spatial")
+    trained = {name for name, one in model.named_parameters() if one.requires_grad}
+    assert trained == {"vivit.temporal_pooler.query", "classifier.weight", "classifier.bias"}
     model = make("factorised_self_attention")
     freeze(model, "spatial")
     for name, parameter in model.named_parameters():

@@ -84,6 +84,11 @@ def _add_vit(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--pooling", choices=("cls", "mean", "max", "sum"), help="how to pool tokens (default: depends on the variant)"
     )
+    model.add_argument(
+        *("--temporal-pooling", "--temporal_pooling"),
+        choices=("cls", "mean", "max", "sum", "concatenate", "attention"),
+        help="Model 2: how to pool time steps (default: as --pooling)",
+    )
     model.add_argument("--labels", metavar="FILE", help="class names: JSON list or map, or one per line")
     model.add_argument("--num-labels", type=int, help="number of classes without names; with neither, no classifier")
 
@@ -91,10 +96,14 @@ def _add_vit(parser: argparse.ArgumentParser) -> None:
     for name, help, *choices in (
         ("--tubelet-init", "tubelet kernels", "central_frame", "filter_inflation", "approximate_rank_pooling"),
         ("--temporal-attention-init", "Model 3", "zero_output", "zero", "copy", "random"),
-        ("--temporal-encoder-init", "Model 2", "random", "copy_last"),
         ("--position-init", "position embeddings", "tile", "tile_linear"),
     ):
         inits.add_argument(name, choices=choices, default=choices[0], help=help)
+    inits.add_argument(
+        "--temporal-encoder-init",
+        choices=("random", "zero_output", "copy_last"),
+        help="Model 2 (default: zero_output with a --temporal-pooling other than cls, else random)",
+    )
     inits.add_argument("--seed", type=int, default=0, help="seed for newly initialised weights")
 
     processor = parser.add_argument_group("processor (mean, standard deviation and resampling are the image model's)")

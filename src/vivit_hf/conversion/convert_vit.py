@@ -23,7 +23,7 @@ from .terminal import progress
 # Options that are fields of the configuration; if not given, the configuration's default applies.
 _CONFIG_OPTIONS = (
     "attention_type attention_order num_frames image_size tubelet_size embedding_type num_sampled_frames "
-    "num_temporal_layers pooling"
+    "num_temporal_layers pooling temporal_pooling"
 ).split()
 _NOT_USED = re.compile(r"deliberately unused \((.*)\)")  # in an `InitialisationReport`
 

@@ -48,7 +48,8 @@ def attention_rollout(model: Any, pixel_values: torch.Tensor) -> Relevance:
     connection. The map is the class token's row of their product or, if tokens are pooled without one, the mean row.
 
     - Model 1: the joint attention.
-    - Model 2: rollout in the temporal encoder gives the share of each time step (equal shares without that encoder);
+    - Model 2: rollout in the temporal encoder gives the share of each time step (without that encoder, the pooling over
+      time alone does: equal shares, or those of `temporal_pooling="attention"`);
       rollout in the spatial encoder spreads it over the positions of the step.
     - Model 3: attention over space and over time are separate sub-layers, in the configured order.
     - Model 4: half of the heads attend over time and half over space, so A is the mean of both.
@@ -191,9 +192,14 @@ def _recording(
         keep(recorded, module, weights)
         return context, None  # transformers' recorder, the next hook, keeps nothing
 
+    def pooler_hook(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        recorded[module] = module.weights(inputs[0].detach()).detach()  # type: ignore[operator]
+
     encoders = [backbone.encoder] + [backbone.temporal_encoder] * (backbone.temporal_encoder is not None)
     modules = [module for encoder in encoders for sublayer in _sublayers(encoder) for module, _ in sublayer]
     handles = [module.register_forward_hook(hook, prepend=True) for module in modules]
+    if (pooler := getattr(backbone, "temporal_pooler", None)) is not None:  # the code of older releases has none
+        handles.append(pooler.register_forward_hook(pooler_hook))
     try:
         with evaluating(model):
             yield recorded
@@ -253,9 +259,9 @@ def _pass_back(
     return relevance, attended
 
 
-def _pooled(config: Any, shares: torch.Tensor, num_tokens: int) -> torch.Tensor:
+def _pooled(pooling: str, shares: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """Spread the shares of the pooled outputs (sequences,) over the pooled tokens: (sequences, [1 +] num_tokens)."""
-    if config.pooling != "cls":
+    if pooling != "cls":
         return (shares / num_tokens)[:, None].repeat(1, num_tokens)
     return torch.cat([shares[:, None], shares.new_zeros(len(shares), num_tokens)], dim=1)
 
@@ -269,11 +275,16 @@ def _start(backbone: Any, recorded: Recorded, kept: float, passed: float) -> tor
     if config.is_token_grid:
         return (whole / (time * space)).repeat(time, space)
     if config.attention_type == "spatio_temporal":
-        return _pooled(config, whole, time * space)
-    if backbone.temporal_encoder is None:
-        return _pooled(config, (whole / time).repeat(time), space)
-    steps = _pass_back(backbone.temporal_encoder, recorded, _pooled(config, whole, time), kept, passed)[0]
-    return _pooled(config, steps[0, -time:], space)
+        return _pooled(config.pooling, whole, time * space)
+    has_encoder = backbone.temporal_encoder is not None
+    pooler: Any = getattr(backbone, "temporal_pooler", None)
+    steps = recorded.get(pooler)  # (1, time)
+    if steps is None:
+        pooling = getattr(config, "pooling_over_time", config.pooling if has_encoder else "mean")
+        steps = _pooled(pooling, whole, time)  # (1, [1 +] time)
+    if has_encoder:
+        steps, _ = _pass_back(backbone.temporal_encoder, recorded, steps, kept, passed)
+    return _pooled(config.pooling, steps[0, -time:], space)
 
 
 def _rollout(backbone: Any, recorded: Recorded) -> torch.Tensor:

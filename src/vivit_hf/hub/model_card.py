@@ -277,7 +277,7 @@ def _description(model: Any, repo_id: str, initialisation: str, results: str) ->
 def _facts(model: Any) -> list[tuple[str, str]]:
     config: ViViTConfig = model.config
     time, height, width = config.grid_size
-    layers = f"{config.num_hidden_layers} layers"
+    layers, over_time = f"{config.num_hidden_layers} layers", config.temporal_pooling
     if config.attention_type == "factorised_encoder":
         layers = f"{config.num_hidden_layers} spatial and {config.num_temporal_layers} temporal layers"
     parameters = list(model.parameters())
@@ -290,7 +290,7 @@ def _facts(model: Any) -> list[tuple[str, str]]:
         ("input", f"{config.num_frames} frames of {frame} pixels, {config.num_channels} channels"),
         ("tokens", f"{time} x {height} x {width} (`{config.embedding_type}`, {patch})"),
         ("encoder", f"{layers}, width {config.hidden_size}, {config.num_attention_heads} heads"),
-        ("pooling", f"`{config.pooling}`"),
+        ("pooling", f"`{config.pooling}`" + (f", over time `{over_time}`" if over_time else "")),
         ("parameters", f"{_amount(count)} ({dtype}, {_amount(size)}B)"),
     ]
     if hasattr(model, "classifier"):

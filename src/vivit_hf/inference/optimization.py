@@ -306,11 +306,11 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
 
 def _class_token_layers(backbone: Any) -> list[tuple[nn.Module, type[ClassTokenLayer]]]:
     """The last layers whose other tokens are not pooled, with the class for each."""
-    if backbone.config.pooling != "cls":
-        return []
-    is_encoder = backbone.config.attention_type == "factorised_encoder"
-    found = [(backbone.encoder.layer[-1], ClassTokenLayer if is_encoder else FinalClassTokenLayer)]
-    if backbone.temporal_encoder is not None:
+    config, found = backbone.config, []
+    if config.pooling == "cls":
+        is_encoder = config.attention_type == "factorised_encoder"
+        found.append((backbone.encoder.layer[-1], ClassTokenLayer if is_encoder else FinalClassTokenLayer))
+    if backbone.temporal_encoder is not None and config.pooling_over_time == "cls":
         found.append((backbone.temporal_encoder.layer[-1], FinalClassTokenLayer))
     return [(layer, cls) for layer, cls in found if type(layer) is ViViTLayer]
 

@@ -26,7 +26,7 @@ from .inflation import TUBELET_INITS, fold_layer_scales, image_to_video_position
 
 
 TEMPORAL_ATTENTION_INITS = ("zero_output", "zero", "copy", "random")
-TEMPORAL_ENCODER_INITS = ("random", "copy_last")
+TEMPORAL_ENCODER_INITS = ("random", "zero_output", "copy_last")
 POSITION_INITS = {"tile": "bicubic", "tile_linear": "align_corners_linear"}
 
 # Settings that decide what the weights compute, but do not show in their shapes.
@@ -141,7 +141,7 @@ def initialise_from_vit(
     *,
     tubelet_init: str = "central_frame",
     temporal_attention_init: str = "zero_output",
-    temporal_encoder_init: str = "random",
+    temporal_encoder_init: str | None = None,
     position_init: str = "tile",
 ) -> InitialisationReport:
     """
@@ -161,9 +161,12 @@ def initialise_from_vit(
             literally and starts from the same function, but hardly learns: while value and output projection are both
             zero, neither they nor query and key get a gradient, so only the output bias ever changes. "copy" follows
             the official code (attention copied, LayerNorm new); "random" keeps the initialisation.
-        temporal_encoder_init: Model 2 only. "random", or "copy_last": the ViT's last layers with zeroed output
-            projections and position embeddings, so that the encoder starts as an average over time of its normalised
-            inputs. "copy_last" needs `pooling="mean"`.
+        temporal_encoder_init: Model 2 only. "random", "zero_output" or "copy_last". "zero_output" zeroes the output
+            projections and position embeddings, so that the encoder starts as the identity up to its final LayerNorm,
+            which starts without scale and bias: with `temporal_pooling="mean"`, the pooled output starts as the mean
+            over time of the ViT's normalised features, and all weights learn. "copy_last" does the same to copies of
+            the ViT's last layers. Both need a pooling over time without a class token. The default is "zero_output"
+            with a `temporal_pooling` other than "cls", else "random".
         position_init: "tile" repeats over time, after bicubic resizing if the grid differs; "tile_linear" resizes like
             the official code (linear between aligned corners).
 
@@ -183,6 +186,9 @@ def initialise_from_vit(
     _check_is_vit(vit.config)
     model: ViViTModel = vivit.base_model
     config = model.config
+    if temporal_encoder_init is None:
+        starts_as_identity = config.num_temporal_layers and config.temporal_pooling not in (None, "cls")
+        temporal_encoder_init = "zero_output" if starts_as_identity else "random"
     _check_options(config, tubelet_init, temporal_attention_init, temporal_encoder_init, position_init)
     weights, source_names = _canonical_weights(vit)
     _check_sizes(config, vit.config, weights)
@@ -196,6 +202,8 @@ def initialise_from_vit(
     filler.copy("layernorm.bias")
     if temporal_encoder_init == "copy_last":
         _copy_last_layers(filler, config)
+    if temporal_encoder_init != "random":
+        _silence_temporal_layers(filler, config)
     account = filler.account(source_names)
 
     # Change the ViViT only now that everything is known to fit.
@@ -223,21 +231,25 @@ def _check_options(config: ViViTConfig, tubelet: str, attention: str, encoder: s
             "starts from the same function and learns.",
             stacklevel=3,
         )
-    if encoder == "copy_last" and (problem := _problem_of_copy_last(config)):
-        raise ValueError(f"`temporal_encoder_init='copy_last'` {problem}.")
+    if problem := _problem_of_temporal_encoder(config, encoder):
+        raise ValueError(f"`temporal_encoder_init={encoder!r}` {problem}.")
 
 
-def _problem_of_copy_last(config: ViViTConfig) -> str | None:
+def _problem_of_temporal_encoder(config: ViViTConfig, encoder: str) -> str | None:
+    if encoder == "random":
+        return None
     if config.attention_type != "factorised_encoder" or not config.num_temporal_layers:
         return (
             f"needs a temporal encoder, but the model has `attention_type={config.attention_type!r}` and "
             f"`num_temporal_layers={config.num_temporal_layers}`"
         )
-    if config.pooling != "mean":
+    if config.pooling_over_time == "cls":
         return (
-            f"with `pooling={config.pooling!r}`: the temporal layers start without effect, so a class token would give "
-            "the same logits for every video; use `pooling='mean'` or `temporal_encoder_init='random'`"
+            "with a class token over time: the temporal layers start without effect, so it would give the same logits "
+            "for every video; use `temporal_pooling='mean'` or `temporal_encoder_init='random'`"
         )
+    if encoder == "zero_output":
+        return None
     if config.num_temporal_layers > config.num_hidden_layers:
         return (
             f"needs {config.num_temporal_layers} layers for the temporal encoder, but the ViT has "
@@ -422,7 +434,17 @@ def _copy_last_layers(filler: _Filler, config: ViViTConfig) -> None:
     for index in range(config.num_temporal_layers):
         layer = f"temporal_encoder.layer.{index}"
         filler.copy_module(layer, f"encoder.layer.{first + index}")
+
+
+def _silence_temporal_layers(filler: _Filler, config: ViViTConfig) -> None:
+    """Let the temporal encoder start as the identity, and its final LayerNorm without scale and bias."""
+    for index in range(config.num_temporal_layers):
+        layer = f"temporal_encoder.layer.{index}"
         for projection in ("attention.o_proj", "mlp.fc2"):
             filler.fill(f"{layer}.{projection}.weight", 0.0, "zeroed")
             filler.fill(f"{layer}.{projection}.bias", 0.0, "zeroed")
     filler.fill("temporal_embeddings.position_embeddings", 0.0, "zeroed")
+    for name, value in (("weight", 1.0), ("bias", 0.0)):
+        filler.fill(f"temporal_layernorm.{name}", value, "newly initialised")
+    if "temporal_pooler.query" in filler.parameters:
+        filler.fill("temporal_pooler.query", 0.0, "zeroed")

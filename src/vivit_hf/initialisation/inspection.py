@@ -19,7 +19,12 @@ _PAPER_NAMES = {
 _PARTS = {
     "embeddings": ("vivit.embeddings",),
     "encoder": ("vivit.encoder", "vivit.layernorm"),
-    "temporal encoder": ("vivit.temporal_embeddings", "vivit.temporal_encoder", "vivit.temporal_layernorm"),
+    "temporal encoder": (
+        "vivit.temporal_embeddings",
+        "vivit.temporal_encoder",
+        "vivit.temporal_layernorm",
+        "vivit.temporal_pooler",
+    ),
     "pre-logits": ("vivit.pre_logits",),
     "classifier": ("classifier",),
 }
@@ -78,6 +83,7 @@ def describe_model(config: ViViTConfig) -> dict[str, Any]:
             "heads": config.num_attention_heads,
             "intermediate_size": config.intermediate_size,
             "pooling": config.pooling,
+            **({"temporal_pooling": config.temporal_pooling} if config.temporal_pooling else {}),
         },
         "parts": {part.name: {"parameters": part.parameters, "multiply_adds": part.multiply_adds} for part in parts},
         "parameters": sum(part.parameters for part in parts),

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 import yaml  # type: ignore[import-untyped]
 from transformers import HfArgumentParser, TrainingArguments
 
-from ..configuration_vivit import ATTENTION_TYPES, EMBEDDING_TYPES
+from ..configuration_vivit import ATTENTION_TYPES, EMBEDDING_TYPES, TEMPORAL_POOLINGS
 from ..data.annotations import FORMATS, AnnotationError
 from ..inference.views import AVERAGINGS
 from ..initialisation.from_image import TEMPORAL_ATTENTION_INITS, TEMPORAL_ENCODER_INITS, TUBELET_INITS
@@ -62,6 +62,11 @@ class ModelArguments:
     num_temporal_layers: int | None = _argument(
         None, "layers of Model 2's temporal encoder; 0 is the average-pool baseline"
     )
+    temporal_pooling: str | None = _argument(
+        None,
+        f"from an image ViT, Model 2: pooling over time, {', '.join(TEMPORAL_POOLINGS)} (default: as over space); with "
+        "another one than cls, the temporal encoder starts without effect, as a mean with mean",
+    )
     tubelet_init: str | None = _argument(
         None, f"from an image ViT: {', '.join(TUBELET_INITS)}, or random (default: central_frame)"
     )
@@ -69,7 +74,9 @@ class ModelArguments:
         None, f"from an image ViT, Model 3: {', '.join(TEMPORAL_ATTENTION_INITS)} (default: zero_output)"
     )
     temporal_encoder_init: str | None = _argument(
-        None, f"from an image ViT, Model 2: {', '.join(TEMPORAL_ENCODER_INITS)} (default: random)"
+        None,
+        f"from an image ViT, Model 2: {', '.join(TEMPORAL_ENCODER_INITS)} (default: zero_output with a "
+        "temporal_pooling other than cls, else random)",
     )
     num_frames: int | None = _argument(None, "frames of a clip (default: those of a ViViT, the recipe's, or 32)")
     image_size: int | None = _argument(

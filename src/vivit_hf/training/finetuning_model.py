@@ -23,11 +23,14 @@ from .recipes import RECIPES
 
 
 # Settings of the model and of its clips; the two of a pair exclude each other.
-STRUCTURE = ("attention_type", "embedding_type", "tubelet_size", "num_sampled_frames", "num_temporal_layers")
+STRUCTURE = (
+    *("attention_type", "embedding_type", "tubelet_size", "num_sampled_frames"),
+    *("num_temporal_layers", "temporal_pooling"),
+)
 SIZES = ("num_frames", "image_size")
 _SAMPLING = (("frame_stride", "frames_per_second"), ("resize", "resize_ratio"))
 _SETTINGS = (*((name,) for name in (*STRUCTURE, *SIZES)), *_SAMPLING)
-_INITS = {"tubelet_init": "central_frame", "temporal_attention_init": "zero_output", "temporal_encoder_init": "random"}
+_INITS = {"tubelet_init": "central_frame", "temporal_attention_init": "zero_output", "temporal_encoder_init": None}
 _LARGEST_DEFAULT_SIZE = 224  # image models of 384 and 518 pixels are common, and a clip has 16 times their tokens
 GIVEN, DEFAULT = "given", "default"
 _TUBELETS = "vivit.embeddings.patch_embeddings.projection.weight"
@@ -268,7 +271,7 @@ def _from_image(request: _Request) -> Start:
 
 def _initialise(model: ViViTForVideoClassification, vit: Any, arguments: ModelArguments) -> InitialisationReport:
     """Initialise a model from an image ViT; "random" keeps the tubelet kernel that the model was made with."""
-    inits = {name: getattr(arguments, name) or default for name, default in _INITS.items()}
+    inits: dict[str, Any] = {name: getattr(arguments, name) or default for name, default in _INITS.items()}
     if inits["tubelet_init"] != "random":
         return initialise_from_vit(model, vit, **inits)
     kernel = model.get_parameter(_TUBELETS).detach().clone()
@@ -291,7 +294,7 @@ def _say_settings(start: Start, settings: Settings, has_processor: bool, say: Sa
     rate = "frame_stride" if processor.frames_per_second is None else "frames_per_second"
     names = ["attention_type", "embedding_type", "tubelet_size", *SIZES]
     if config.attention_type == "factorised_encoder":
-        names.insert(1, "num_temporal_layers")
+        names[1:1] = ["num_temporal_layers", *(["temporal_pooling"] if config.temporal_pooling else [])]
     origins = settings.origins
     shown = [(origins.get(name, DEFAULT), f"{name} {getattr(config, name)}") for name in names]
     distance = "frame_sampling uniform" if is_uniform else f"{rate} {getattr(processor, rate)}"

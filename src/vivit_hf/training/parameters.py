@@ -10,7 +10,7 @@ from ..limits_vivit import check_choice
 
 FREEZINGS = ("none", "spatial", "all_but_head")
 _TEMPORAL = re.compile(
-    r"(^|\.)(temporal_embeddings|temporal_encoder|temporal_layernorm|attention_time|layernorm_time)\."
+    r"(^|\.)(temporal_embeddings|temporal_encoder|temporal_layernorm|temporal_pooler|attention_time|layernorm_time)\."
 )
 _LAYER = re.compile(r"(?:^|\.)(encoder|temporal_encoder)\.layer\.(\d+)\.")
 
@@ -44,8 +44,8 @@ def freeze(model: torch.nn.Module, what: str) -> list[str]:
             "freeze='spatial' leaves no temporal parameters to train: only Models 2 and 3 have parameters of their own "
             "for time. Use 'all_but_head', or LoRA."
         )
-    # Without temporal embeddings, a model tells time steps apart by the position embeddings of its tokens.
-    keeps_positions = what == "spatial" and not any(".temporal_embeddings." in f".{name}" for name in parts)
+    # Model 3 has no temporal embeddings: it tells time steps apart by the position embeddings of its tokens.
+    keeps_positions = what == "spatial" and not any(".temporal_" in f".{name}" for name in parts)
     for name, parameter in model.named_parameters():
         is_position = keeps_positions and name.endswith("position_embeddings")
         parameter.requires_grad_(parts[name] in trained or is_position)
@@ -71,6 +71,9 @@ def untrained_modules(model: Any) -> list[str]:
         norms = [module for name, module in model.named_modules() if name.endswith(f".{norm_name}")]
         if norms and all(bool((norm.weight == 1).all()) and not norm.bias.any() for norm in norms):
             names += [*others, norm_name]
+    pooler = model.vivit.temporal_pooler
+    if pooler is not None and not pooler.query.any():  # a plain mean so far
+        names.append("temporal_pooler")
     return names
 
 
