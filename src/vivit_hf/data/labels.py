@@ -263,7 +263,7 @@ def split_videos(
         raise AnnotationError(f"The validation share must be between 0 and 1, got {fraction}.")
     if not videos:
         raise AnnotationError("There are no videos to split into training and validation.")
-    units, is_grouped = _units(videos), len(groups) > 1
+    units, is_grouped = units_of(videos), len(groups) > 1
     counts = [Counter(label for index in unit for label in _positioned(videos[index], is_grouped)) for unit in units]
     num_units = Counter(name for unit_counts in counts for name in unit_counts)
     totals = Counter(label for one in videos for label in _positioned(one, is_grouped))
@@ -297,8 +297,11 @@ def _positioned(one: LabelledVideo, is_grouped: bool) -> set[tuple[int, str]]:
     return {(place if is_grouped else 0, label) for place, label in enumerate(one.labels)}
 
 
-def _units(videos: Sequence[LabelledVideo]) -> list[list[int]]:
-    """Return lists of indices of videos that must stay together, ordered by their first index."""
+def units_of(videos: Sequence[LabelledVideo]) -> list[list[int]]:
+    """Return lists of indices of videos that must stay together, ordered by their first index.
+
+    These are parts of the same file, and videos with a common key in `keep_together`.
+    """
     parents = list(range(len(videos)))
 
     def root(index: int) -> int:
