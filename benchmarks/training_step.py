@@ -28,8 +28,8 @@ from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTVideoProcess
 from vivit_hf.data.annotations import LabelledVideo
 from vivit_hf.data.labels import LabelMap
 from vivit_hf.training.finetuning import make_trainer
-from vivit_hf.training.finetuning_arguments import parse_arguments
 from vivit_hf.training.finetuning_data import Splits
+from vivit_hf.training.finetuning_parser import parse_arguments
 from vivit_hf.training.parameters import parameter_groups
 
 

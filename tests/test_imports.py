@@ -15,7 +15,7 @@ from vivit_hf.cli.app import app
 
 WINGS = sorted(path.parent.name for path in Path(vivit_hf.__file__).parent.glob("*/__init__.py"))
 PACKAGES = ["vivit_hf", *(f"vivit_hf.{wing}" for wing in WINGS if wing != "cli")]
-COMMANDS = [name for name in get_command(app).commands if name != "finetune"]  # it shows the Trainer's arguments
+COMMANDS = list(get_command(app).commands)
 COMMANDS += [f"convert {name}" for name in get_command(app).commands["convert"].commands]
 SLOW = ("torch", "transformers", "numpy", "av")
 

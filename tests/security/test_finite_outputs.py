@@ -101,5 +101,5 @@ def test_broken_pixels_are_named():
     model = make_model(case_config("spatio_temporal"))
     clips = make_clips(model.config)
     clips[1, 0, 0, 0, 0] = float("inf")
-    with pytest.raises(NonFiniteError, match="so do its `pixel_values`"):
+    with pytest.raises(NonFiniteError, match="So do its `pixel_values`"):
         gradient_relevance(model, clips)

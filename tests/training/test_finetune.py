@@ -20,7 +20,7 @@ from transformers import AutoImageProcessor, AutoModelForVideoClassification, Vi
 
 from vivit_hf import ViViTForVideoClassification
 from vivit_hf.training import finetuning
-from vivit_hf.training.finetuning_arguments import parse_arguments
+from vivit_hf.training.finetuning_parser import parse_arguments
 from vivit_hf.training.recipes import RECIPES
 
 

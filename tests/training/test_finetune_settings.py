@@ -8,13 +8,19 @@ from finetune_runs import run, write_data
 from transformers import AutoImageProcessor
 
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
+from vivit_hf.configuration_vivit import ATTENTION_TYPES, EMBEDDING_TYPES, TEMPORAL_POOLINGS
+from vivit_hf.data.annotations import FORMATS
+from vivit_hf.inference.views import AVERAGINGS
+from vivit_hf.initialisation.from_image import TEMPORAL_ATTENTION_INITS, TEMPORAL_ENCODER_INITS, TUBELET_INITS
 from vivit_hf.training.finetuning_arguments import (
+    TRAINER_ARGUMENTS,
     AugmentationArguments,
     DataArguments,
-    FineTuningArguments,
     ModelArguments,
-    parse_arguments,
+    help_text,
 )
+from vivit_hf.training.finetuning_parser import FineTuningArguments, parse_arguments
+from vivit_hf.training.parameters import FREEZINGS
 from vivit_hf.training.trainer import ClipTrainer
 
 
@@ -77,6 +83,15 @@ def test_the_help_has_our_arguments_first_and_all_of_them_on_demand(capsys):
     for field in dataclasses.fields(FineTuningArguments):
         assert not field.init or f"  --{field.name}" in everything, field.name
     assert "--torch_empty_cache_steps" in everything and "--torch_empty_cache_steps" not in short
+
+
+def test_the_help_names_every_choice_and_only_arguments_that_exist():
+    """It spells them out, so that it need not import torch."""
+    words = set(help_text().replace(",", " ").split())
+    for choices in (ATTENTION_TYPES, EMBEDDING_TYPES, TUBELET_INITS, TEMPORAL_ATTENTION_INITS, TEMPORAL_ENCODER_INITS):
+        assert words >= set(choices)
+    assert words >= {*FORMATS, *FREEZINGS, *AVERAGINGS, *TEMPORAL_POOLINGS}
+    assert TRAINER_ARGUMENTS.keys() <= {field.name for field in dataclasses.fields(FineTuningArguments)}
 
 
 # What fails after training

@@ -15,15 +15,10 @@ from vit_models import make_vit, timm_weights
 from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor
 from vivit_hf.data.labels import LabelMap
 from vivit_hf.training import finetuning
-from vivit_hf.training.finetuning_arguments import (
-    Arguments,
-    AugmentationArguments,
-    DataArguments,
-    FineTuningArguments,
-    ModelArguments,
-)
+from vivit_hf.training.finetuning_arguments import AugmentationArguments, DataArguments, ModelArguments
 from vivit_hf.training.finetuning_data import Splits
 from vivit_hf.training.finetuning_model import build_model
+from vivit_hf.training.finetuning_parser import Arguments, FineTuningArguments
 from vivit_hf.training.recipes import RECIPES
 
 

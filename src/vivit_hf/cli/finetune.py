@@ -20,12 +20,19 @@ def finetune(context: typer.Context) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with these arguments, by default those of the process."""
-    from ..training.finetuning_arguments import parse_arguments
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        from ..training.finetuning_arguments import help_text
+
+        _echo(help_text())
+        raise SystemExit
+
+    from ..training.finetuning_parser import parse_arguments
 
     run = None
     try:
         try:
-            arguments = parse_arguments(sys.argv[1:] if argv is None else argv, _echo)
+            arguments = parse_arguments(argv, _echo)
             quiet_libraries()  # the Trainer's own progress bars stay
             from ..training.finetuning import prepare
 

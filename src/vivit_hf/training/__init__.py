@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from .augmentation import ClipAugmentation as ClipAugmentation
     from .clips import ClipSampler as ClipSampler, StreamedClips as StreamedClips, VideoClips as VideoClips
     from .finetuning import FineTuning as FineTuning, prepare as prepare
-    from .finetuning_arguments import parse_arguments as parse_arguments
     from .finetuning_model import add_lora as add_lora
+    from .finetuning_parser import parse_arguments as parse_arguments
     from .mixing import ClipCollator as ClipCollator, cutmix as cutmix, mixup as mixup, soft_labels as soft_labels
     from .overfitting import OverfitReport as OverfitReport, overfit_one_batch as overfit_one_batch
     from .parameters import freeze as freeze, gradient_norms as gradient_norms, parameter_groups as parameter_groups
@@ -24,7 +24,7 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "augmentation": "ClipAugmentation",
         "clips": "ClipSampler StreamedClips VideoClips",
         "finetuning": "FineTuning prepare",
-        "finetuning_arguments": "parse_arguments",
+        "finetuning_parser": "parse_arguments",
         "mixing": "ClipCollator cutmix mixup soft_labels",
         "overfitting": "OverfitReport overfit_one_batch",
         "parameters": "freeze gradient_norms parameter_groups",

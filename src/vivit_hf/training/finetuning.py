@@ -24,9 +24,10 @@ from ..modeling_vivit import ViViTForVideoClassification
 from .augmentation import ClipAugmentation, names_with_sides
 from .checkpoints import deferred_interrupt, is_complete_checkpoint, last_complete_checkpoint
 from .clips import StreamedClips, VideoClips
-from .finetuning_arguments import Arguments, FineTuningArguments, ModelArguments, Say, speaker
+from .finetuning_arguments import ModelArguments, Say
 from .finetuning_data import Splits, load_splits
 from .finetuning_model import SIZES, STRUCTURE, Start, build_model, labels_to_score
+from .finetuning_parser import Arguments, FineTuningArguments, speaker
 from .mixing import ClipCollator
 from .overfitting import overfit_one_batch
 from .parameters import freeze, parameter_groups

@@ -1,30 +1,15 @@
-"""The arguments of `vivit-hf finetune`: defaults, recipes, settings files and the command line."""
+"""The arguments of `vivit-hf finetune` and their help, without importing torch, which takes seconds."""
 
 # ruff: noqa: RUF009 (`_argument` makes a dataclass field)
 
 import argparse
-import copy
-import difflib
 import importlib.util
-import json
 import os
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
-import yaml  # type: ignore[import-untyped]
-from transformers import HfArgumentParser, TrainingArguments
-
-from ..configuration_vivit import ATTENTION_TYPES, EMBEDDING_TYPES, TEMPORAL_POOLINGS
-from ..data.annotations import FORMATS, AnnotationError
-from ..inference.views import AVERAGINGS
-from ..initialisation.from_image import TEMPORAL_ATTENTION_INITS, TEMPORAL_ENCODER_INITS, TUBELET_INITS
-from .parameters import FREEZINGS
-from .recipes import RECIPES, REFERENCE_BATCH_SIZE
+from .recipes import RECIPES
 
 
 Say = Callable[[str], None]
@@ -39,7 +24,7 @@ def _argument(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
         raise ValueError(f"--{name} {value}: expected one of {', '.join(choices)}.")
 
@@ -54,9 +39,11 @@ class ModelArguments:
         "vivit-tiny",
     )
     attention_type: str | None = _argument(
-        None, f"from an image ViT: {', '.join(ATTENTION_TYPES)} (default: factorised_encoder)"
+        None,
+        "from an image ViT: spatio_temporal, factorised_encoder, factorised_self_attention, "
+        "factorised_dot_product_attention (default: factorised_encoder)",
     )
-    embedding_type: str | None = _argument(None, f"from an image ViT: {', '.join(EMBEDDING_TYPES)}")
+    embedding_type: str | None = _argument(None, "from an image ViT: tubelet, uniform_frame_sampling")
     tubelet_size: str | None = _argument(None, "from an image ViT: time,height,width")
     num_sampled_frames: int | None = _argument(None, "frames that uniform_frame_sampling takes from a clip")
     num_temporal_layers: int | None = _argument(
@@ -64,18 +51,20 @@ class ModelArguments:
     )
     temporal_pooling: str | None = _argument(
         None,
-        f"from an image ViT, Model 2: pooling over time, {', '.join(TEMPORAL_POOLINGS)} (default: as over space); with "
-        "another one than cls, the temporal encoder starts without effect, as a mean with mean",
+        "from an image ViT, Model 2: pooling over time: cls, mean, max, sum, concatenate, attention (default: as over "
+        "space); with any but cls, the temporal encoder starts without effect",
     )
     tubelet_init: str | None = _argument(
-        None, f"from an image ViT: {', '.join(TUBELET_INITS)}, or random (default: central_frame)"
+        None,
+        "from an image ViT: central_frame, filter_inflation, approximate_rank_pooling, or random (default: "
+        "central_frame)",
     )
     temporal_attention_init: str | None = _argument(
-        None, f"from an image ViT, Model 3: {', '.join(TEMPORAL_ATTENTION_INITS)} (default: zero_output)"
+        None, "from an image ViT, Model 3: zero_output, zero, copy, random (default: zero_output)"
     )
     temporal_encoder_init: str | None = _argument(
         None,
-        f"from an image ViT, Model 2: {', '.join(TEMPORAL_ENCODER_INITS)} (default: zero_output with a "
+        "from an image ViT, Model 2: random, zero_output, copy_last (default: zero_output with a "
         "temporal_pooling other than cls, else random)",
     )
     num_frames: int | None = _argument(None, "frames of a clip (default: those of a ViViT, the recipe's, or 32)")
@@ -89,7 +78,7 @@ class ModelArguments:
         "with float32 weights",
     )
     attn_implementation: str | None = _argument(None, "eager, sdpa, flash_attention_2, ...")
-    freeze: str = _argument("none", ", ".join(FREEZINGS))
+    freeze: str = _argument("none", "none, spatial, all_but_head")
     lora_rank: int = _argument(
         0,
         "train low-rank updates of the query and value projections, and new temporal modules in full; requires peft",
@@ -97,8 +86,10 @@ class ModelArguments:
     lora_alpha: float = _argument(16.0, "scale of the low-rank updates")
 
     def __post_init__(self) -> None:
-        _check_choice("dtype", self.dtype, DTYPES)
-        _check_choice("freeze", self.freeze, FREEZINGS)
+        from .parameters import FREEZINGS  # imports torch
+
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("freeze", self.freeze, FREEZINGS)
         if self.lora_rank < 0:
             raise ValueError(f"--lora_rank {self.lora_rank}: expected a positive rank, or 0 to train without LoRA.")
         if self.lora_rank and self.freeze != "none":
@@ -116,7 +107,7 @@ class DataArguments:
     train_file: str | None = _argument(None, "CSV, JSON or JSON lines of paths and labels")
     validation_file: str | None = _argument(None, "the same for the validation videos")
     video_root: str | None = _argument(None, "folder that the paths in files are relative to")
-    annotation_format: str = _argument("auto", f"format of the files: {', '.join(FORMATS)}")
+    annotation_format: str = _argument("auto", "format of the files: auto, plain, kinetics, ssv2, epic")
     missing_videos: str = _argument("error", "error, or skip to leave missing files out")
     allow_private_addresses: bool = _argument(False, "allow downloads from this machine and the local network")
     dataset_name: str | None = _argument(None, "Hub id or folder of a data set")
@@ -164,7 +155,7 @@ class DataArguments:
     num_crops: int = _argument(1, "crops per clip in the final evaluation, 1 or 3 (paper: 3)")
 
     def __post_init__(self) -> None:
-        _check_choice("problem_type", self.problem_type, PROBLEM_TYPES)
+        check_choice("problem_type", self.problem_type, PROBLEM_TYPES)
         for name in ("max_train_samples", "max_eval_samples"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} {value}: expected at least 1.")
@@ -205,8 +196,8 @@ class AugmentationArguments:
 
 
 @dataclass
-class FineTuningArguments(TrainingArguments):
-    """transformers' `TrainingArguments` with defaults for videos, and a few more."""
+class OurTrainingArguments:
+    """What `FineTuningArguments` adds to transformers' `TrainingArguments`, and other defaults for videos."""
 
     recipe: str | None = _argument(None, f"arguments to start from: {', '.join(RECIPES)}")
     layer_decay: float = _argument(1.0, "factor of the learning rate from layer to layer")
@@ -218,7 +209,7 @@ class FineTuningArguments(TrainingArguments):
     class_weights: bool = _argument(False, "give the loss of rare classes more weight")
     balanced_sampling: bool = _argument(False, "draw all classes equally often")
     ddp_find_unused_parameters: bool | None = _argument(False, "search for parameters without a gradient in each step")
-    averaging: str = _argument("probabilities", f"what is averaged over views: {' or '.join(AVERAGINGS)}")
+    averaging: str = _argument("probabilities", "what is averaged over views: probabilities or logits")
     overfit_one_batch: bool = _argument(False, "only test whether the model can learn one batch by heart")
     overfit_steps: int = _argument(200, "maximum number of steps of that test")
     save_batch_picture: str | None = _argument(None, "save a picture of the first training batch to FILE")
@@ -231,33 +222,8 @@ class FineTuningArguments(TrainingArguments):
         "tensorboard" if importlib.util.find_spec("tensorboard") else "none", "tensorboard, wandb, all, none, ..."
     )
 
-    def __post_init__(self) -> None:
-        _check_choice("averaging", self.averaging, AVERAGINGS)
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"--layer_decay {self.layer_decay}: expected a factor above 0 and at most 1.")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"--ema_decay {self.ema_decay}: expected 0 for no average, or a decay below 1, as 0.999.")
-        if self.early_stopping_patience < 0:
-            raise ValueError(
-                f"--early_stopping_patience {self.early_stopping_patience}: expected a number of evaluations, or 0."
-            )
-        if self.early_stopping_patience:
-            self.metric_for_best_model: str | None = self.metric_for_best_model or "loss"
-            self.load_best_model_at_end |= self.eval_strategy == self.save_strategy == "epoch"
-        super().__post_init__()
 
-
-class Arguments(NamedTuple):
-    """All arguments of a run, by subject."""
-
-    model: ModelArguments
-    data: DataArguments
-    augmentation: AugmentationArguments
-    training: FineTuningArguments
-
-
-_CLASSES = (ModelArguments, DataArguments, AugmentationArguments, FineTuningArguments)
-_USAGE = "vivit-hf finetune [settings.yaml] --output_dir DIR [arguments]"
+USAGE = "vivit-hf finetune [settings.yaml] --output_dir DIR [arguments]"
 _DESCRIPTION = """
 Fine-tune a ViViT on your videos with transformers' Trainer.
 
@@ -273,141 +239,60 @@ Something-Something v2 or EPIC-Kitchens (--train_file), or a data set of the Hub
 before a model is loaded. After an interruption, run the same command again to continue from the last whole checkpoint.
 """
 # Those of the Trainer's arguments that --help shows.
-_COMMON = (
-    "output_dir do_eval num_train_epochs max_steps per_device_train_batch_size per_device_eval_batch_size "
-    "gradient_accumulation_steps learning_rate weight_decay warmup_steps lr_scheduler_type max_grad_norm optim "
-    "label_smoothing_factor seed bf16 gradient_checkpointing torch_compile use_cpu ddp_backend save_total_limit "
-    "load_best_model_at_end metric_for_best_model resume_from_checkpoint push_to_hub hub_model_id hub_private_repo"
-).split()
+TRAINER_ARGUMENTS = {
+    "output_dir": "folder for checkpoints and results",
+    "do_eval": "evaluate at the end; without --do_train, do nothing else",
+    "num_train_epochs": "passes over the training videos",
+    "max_steps": "optimiser steps, in place of passes",
+    "per_device_train_batch_size": "clips per device and step in training",
+    "per_device_eval_batch_size": "clips per device and step in evaluation",
+    "gradient_accumulation_steps": "steps whose gradients are added up for one update",
+    "learning_rate": "learning rate after the warm-up",
+    "weight_decay": "weight decay of the optimiser",
+    "warmup_steps": "steps in which the learning rate rises; below 1, a share of all steps",
+    "lr_scheduler_type": "how the learning rate falls: linear, cosine, constant ...",
+    "max_grad_norm": "norm at which gradients are clipped",
+    "optim": "optimiser: adamw_torch, sgd ...",
+    "label_smoothing_factor": "share of each label that is spread over all classes",
+    "seed": "seed of weights, order and augmentation",
+    "bf16": "compute in bfloat16 with float32 weights",
+    "gradient_checkpointing": "compute activations twice to save memory",
+    "torch_compile": "compile the model",
+    "use_cpu": "train on the CPU even if there is a GPU",
+    "ddp_backend": "how several processes communicate: nccl, gloo ...",
+    "save_total_limit": "checkpoints to keep",
+    "load_best_model_at_end": "end with the best checkpoint",
+    "metric_for_best_model": "the score that decides which checkpoint is best",
+    "resume_from_checkpoint": "checkpoint to continue from (default: the last one in --output_dir)",
+    "push_to_hub": "upload the model to the Hub",
+    "hub_model_id": "repository on the Hub",
+    "hub_private_repo": "make the repository private if it is created",
+}
 
 
-def speaker(training: TrainingArguments, echo: Say) -> Say:
-    """Return a function that prints with `echo` in the first process, and does nothing in the others."""
-    return echo if training.process_index == 0 else lambda text: None
-
-
-@contextmanager
-def without_renaming_warnings() -> Iterator[None]:
-    """Silence newer transformers on `gradient_checkpointing`, the only name that older ones and peft know."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing\w*` is deprecated", FutureWarning)
-        yield
-
-
-def parse_arguments(argv: Sequence[str], echo: Say = print) -> Arguments:
-    """Parse the arguments of a run; print the help and exit if they ask for it.
-
-    The command line overrides the settings file, which overrides the recipe, which overrides the defaults.
-
-    Args:
-        argv: the command line without the name of the program.
-        echo: prints one text.
-
-    Raises:
-        AnnotationError: for a settings file that cannot be read.
-        ValueError: for a value out of range.
-        SystemExit: after the help, and with code 2 for unknown arguments.
-    """
-    parser = HfArgumentParser(_CLASSES, usage=_USAGE, prog="vivit-hf finetune")
-    # The first action of a name: a second one is its negation, such as --no_average_tokens_across_devices.
-    actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
-    if {"-h", "--help", "--help-all"} & set(argv):
-        echo(_help_text(actions, is_all="--help-all" in argv))
-        sys.exit()
-    given: dict[str, Any] = {}
-    if argv and argv[0].endswith((".json", ".yaml", ".yml")):
-        given, argv = _read_settings(Path(argv[0]), actions), argv[1:]
-    for action in parser._actions:  # what is not on the command line is left out
-        action.default, action.required = argparse.SUPPRESS, False
-    given |= vars(parser.parse_args(argv))
-    name = given.get("recipe")
-    if name is not None and name not in RECIPES:
-        parser.error(f"--recipe {name}: expected one of {', '.join(RECIPES)}")
-    settings = {**(RECIPES[name].arguments if name else {}), **given}
-    if "output_dir" not in settings:
-        parser.error("--output_dir is required: the folder for checkpoints and results")
-    with without_renaming_warnings():
-        arguments = Arguments(*parser.parse_dict(settings))
-    training = arguments.training
-    training.do_train = bool(given.get("do_train", not given.get("do_eval")))  # --do_eval alone only evaluates
-    if name and "learning_rate" not in given:
-        batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
-        training.learning_rate = RECIPES[name].learning_rate(batch)
-        speaker(training, echo)(
-            f"Recipe {name}: learning rate {RECIPES[name].arguments['learning_rate']:g} for {REFERENCE_BATCH_SIZE} "
-            f"clips per step, so {training.learning_rate:g} for {batch}."
-        )
-    return arguments
-
-
-def _help_text(actions: dict[str, argparse.Action], is_all: bool) -> str:
-    """Return our arguments in groups and the Trainer's most common ones; with `is_all`, all of the Trainer's."""
-    titles = ("model", "data", "augmentation", "training and evaluation")
-    sections = {title: list(one.__annotations__) for title, one in zip(titles, _CLASSES, strict=True)}
-    sections["the most common arguments of transformers' Trainer"] = _COMMON
-    if is_all:
-        shown = {name for names in sections.values() for name in names}
-        sections["the other arguments of transformers' Trainer"] = [name for name in actions if name not in shown][::-1]
+def help_text(others: Iterable[argparse.Action] = ()) -> str:
+    """Return our arguments in groups, the Trainer's most common ones, and other arguments of the Trainer."""
+    groups = {
+        "model": ModelArguments,
+        "data": DataArguments,
+        "augmentation": AugmentationArguments,
+        "training and evaluation": OurTrainingArguments,
+    }
+    sections: dict[str, list[tuple[str, str, Any]]] = {
+        title: [(one.name, one.metadata["help"], "?" if one.type is bool else None) for one in fields(group)]
+        for title, group in groups.items()
+    }
+    sections["the most common arguments of transformers' Trainer"] = [
+        (name, text, None) for name, text in TRAINER_ARGUMENTS.items()
+    ]
+    sections["the other arguments of transformers' Trainer"] = [
+        (action.dest, action.help or "", action.nargs) for action in others
+    ]
     formatter = argparse.RawDescriptionHelpFormatter("vivit-hf finetune", max_help_position=36, width=120)
-    formatter.add_text(f"usage: {_USAGE}\n{_DESCRIPTION}")
-    for title, names in sections.items():
+    formatter.add_text(f"usage: {USAGE}\n{_DESCRIPTION}")
+    for title, arguments in sections.items():
         formatter.start_section(title)
-        for name in names:
-            action = copy.copy(actions[name])
-            action.option_strings = action.option_strings[:1]  # without the spelling with hyphens
-            action.metavar = "VALUE"
-            formatter.add_argument(action)
+        for name, text, nargs in arguments:
+            formatter.add_argument(argparse.Action([f"--{name}"], name, nargs=nargs, metavar="VALUE", help=text))
         formatter.end_section()
     return formatter.format_help()
-
-
-# Settings files
-
-
-def _read_settings(path: Path, actions: dict[str, argparse.Action]) -> dict[str, Any]:
-    """Return the arguments in a YAML or JSON file, each of the type that it has on the command line.
-
-    Raises AnnotationError, naming file and key, for an unknown argument or a value of another type.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except Exception as error:
-        raise AnnotationError(f"{path}: the settings cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise AnnotationError(f"{path}: expected names of arguments with their values.")
-    kinds = {name: kind for one in _CLASSES for name, kind in get_type_hints(one).items()}
-    typed = {}
-    for name, value in settings.items():
-        if name not in actions:
-            near = "".join(f"; did you mean {one!r}?" for one in difflib.get_close_matches(str(name), actions, n=1))
-            raise AnnotationError(f"{path}: there is no argument {name!r}{near}")
-        try:
-            typed[name] = _typed_value(value, actions[name], kinds[name])
-        except ValueError as error:
-            raise AnnotationError(f"{path}: {name}: {error}") from error
-    return typed
-
-
-def _typed_value(value: Any, action: argparse.Action, kind: Any) -> Any:
-    """Convert a value of a settings file to the type of its argument; `kind` is the annotation of its field."""
-    kinds = {get_origin(one) or one for one in get_args(kind) or (kind,)}
-    is_list = action.nargs in ("+", "*")
-    if value is None:
-        if type(None) in kinds:
-            return None
-        raise ValueError("null is not allowed here; leave the key out for the default")
-    if isinstance(value, dict) and dict in kinds:
-        return value
-    if isinstance(value, dict) or (isinstance(value, list) and not (is_list or list in kinds)):
-        raise ValueError(f"expected one value, got {'the list ' * isinstance(value, list)}{value!r}")
-    convert: Any = action.type or str
-    try:
-        # as on the command line
-        values = [convert(str(one)) for one in (value if isinstance(value, list) else [value])]
-    except (ValueError, TypeError, argparse.ArgumentTypeError):
-        expected = "true or false" if bool in kinds else getattr(convert, "__name__", str(convert))
-        raise ValueError(f"expected {expected}, got {value!r}") from None
-    if action.choices is not None and not set(values) <= set(action.choices):
-        raise ValueError(f"expected one of {', '.join(map(str, action.choices))}, got {value!r}")
-    return values if is_list or isinstance(value, list) else values[0]

@@ -17,7 +17,8 @@ from ..initialisation.from_image import InitialisationReport, config_from_vit, i
 from ..initialisation.model_processor import processor_for, resize_ratio_of
 from ..modeling_vivit import ViViTForVideoClassification
 from ..video_processing_vivit import ViViTVideoProcessor
-from .finetuning_arguments import Arguments, ModelArguments, Say, without_renaming_warnings
+from .finetuning_arguments import ModelArguments, Say
+from .finetuning_parser import Arguments, without_renaming_warnings
 from .parameters import untrained_modules
 from .recipes import RECIPES
 

@@ -1,0 +1,176 @@
+"""Parse the arguments of `vivit-hf finetune`: defaults, recipes, settings files and the command line."""
+
+import argparse
+import difflib
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+
+import yaml  # type: ignore[import-untyped]
+from transformers import HfArgumentParser, TrainingArguments
+
+from ..data.annotations import AnnotationError
+from ..inference.views import AVERAGINGS
+from .finetuning_arguments import (
+    TRAINER_ARGUMENTS,
+    USAGE,
+    AugmentationArguments,
+    DataArguments,
+    ModelArguments,
+    OurTrainingArguments,
+    Say,
+    check_choice,
+    help_text,
+)
+from .recipes import RECIPES, REFERENCE_BATCH_SIZE
+
+
+@dataclass
+class FineTuningArguments(OurTrainingArguments, TrainingArguments):
+    """transformers' `TrainingArguments` with defaults for videos, and a few more."""
+
+    def __post_init__(self) -> None:
+        check_choice("averaging", self.averaging, AVERAGINGS)
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"--layer_decay {self.layer_decay}: expected a factor above 0 and at most 1.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"--ema_decay {self.ema_decay}: expected 0 for no average, or a decay below 1, as 0.999.")
+        if self.early_stopping_patience < 0:
+            raise ValueError(
+                f"--early_stopping_patience {self.early_stopping_patience}: expected a number of evaluations, or 0."
+            )
+        if self.early_stopping_patience:
+            self.metric_for_best_model: str | None = self.metric_for_best_model or "loss"
+            self.load_best_model_at_end |= self.eval_strategy == self.save_strategy == "epoch"
+        super().__post_init__()
+
+
+class Arguments(NamedTuple):
+    """All arguments of a run, by subject."""
+
+    model: ModelArguments
+    data: DataArguments
+    augmentation: AugmentationArguments
+    training: FineTuningArguments
+
+
+_CLASSES = (ModelArguments, DataArguments, AugmentationArguments, FineTuningArguments)
+
+
+def speaker(training: TrainingArguments, echo: Say) -> Say:
+    """Return a function that prints with `echo` in the first process, and does nothing in the others."""
+    return echo if training.process_index == 0 else lambda text: None
+
+
+@contextmanager
+def without_renaming_warnings() -> Iterator[None]:
+    """Silence newer transformers on `gradient_checkpointing`, the only name that older ones and peft know."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing\w*` is deprecated", FutureWarning)
+        yield
+
+
+def parse_arguments(argv: Sequence[str], echo: Say = print) -> Arguments:
+    """Parse the arguments of a run; print the help and exit if they ask for it.
+
+    The command line overrides the settings file, which overrides the recipe, which overrides the defaults.
+
+    Args:
+        argv: the command line without the name of the program.
+        echo: prints one text.
+
+    Raises:
+        AnnotationError: for a settings file that cannot be read.
+        ValueError: for a value out of range.
+        SystemExit: after the help, and with code 2 for unknown arguments.
+    """
+    parser = HfArgumentParser(_CLASSES, usage=USAGE, prog="vivit-hf finetune")
+    # The first action of a name: a second one is its negation, such as --no_average_tokens_across_devices.
+    actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
+    if {"-h", "--help", "--help-all"} & set(argv):
+        shown = {*TRAINER_ARGUMENTS, *(name for one in _CLASSES[:3] for name in one.__annotations__)}
+        shown |= OurTrainingArguments.__annotations__.keys()
+        others = [action for name, action in reversed(actions.items()) if name not in shown]
+        echo(help_text(others if "--help-all" in argv else ()))
+        sys.exit()
+    given: dict[str, Any] = {}
+    if argv and argv[0].endswith((".json", ".yaml", ".yml")):
+        given, argv = _read_settings(Path(argv[0]), actions), argv[1:]
+    for action in parser._actions:  # what is not on the command line is left out
+        action.default, action.required = argparse.SUPPRESS, False
+    given |= vars(parser.parse_args(argv))
+    name = given.get("recipe")
+    if name is not None and name not in RECIPES:
+        parser.error(f"--recipe {name}: expected one of {', '.join(RECIPES)}")
+    settings = {**(RECIPES[name].arguments if name else {}), **given}
+    if "output_dir" not in settings:
+        parser.error("--output_dir is required: the folder for checkpoints and results")
+    with without_renaming_warnings():
+        arguments = Arguments(*parser.parse_dict(settings))
+    training = arguments.training
+    training.do_train = bool(given.get("do_train", not given.get("do_eval")))  # --do_eval alone only evaluates
+    if name and "learning_rate" not in given:
+        batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+        training.learning_rate = RECIPES[name].learning_rate(batch)
+        speaker(training, echo)(
+            f"Recipe {name}: learning rate {RECIPES[name].arguments['learning_rate']:g} for {REFERENCE_BATCH_SIZE} "
+            f"clips per step, so {training.learning_rate:g} for {batch}."
+        )
+    return arguments
+
+
+# Settings files
+
+
+def _read_settings(path: Path, actions: dict[str, argparse.Action]) -> dict[str, Any]:
+    """Return the arguments in a YAML or JSON file, each of the type that it has on the command line.
+
+    Raises AnnotationError, naming file and key, for an unknown argument or a value of another type.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except Exception as error:
+        raise AnnotationError(f"{path}: the settings cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise AnnotationError(f"{path}: expected names of arguments with their values.")
+    kinds = {name: kind for one in _CLASSES for name, kind in get_type_hints(one).items()}
+    typed = {}
+    for name, value in settings.items():
+        if name not in actions:
+            near = "".join(f"; did you mean {one!r}?" for one in difflib.get_close_matches(str(name), actions, n=1))
+            raise AnnotationError(f"{path}: there is no argument {name!r}{near}")
+        try:
+            typed[name] = _typed_value(value, actions[name], kinds[name])
+        except ValueError as error:
+            raise AnnotationError(f"{path}: {name}: {error}") from error
+    return typed
+
+
+def _typed_value(value: Any, action: argparse.Action, kind: Any) -> Any:
+    """Convert a value of a settings file to the type of its argument; `kind` is the annotation of its field."""
+    kinds = {get_origin(one) or one for one in get_args(kind) or (kind,)}
+    is_list = action.nargs in ("+", "*")
+    if value is None:
+        if type(None) in kinds:
+            return None
+        raise ValueError("null is not allowed here; leave the key out for the default")
+    if isinstance(value, dict) and dict in kinds:
+        return value
+    if isinstance(value, dict) or (isinstance(value, list) and not (is_list or list in kinds)):
+        raise ValueError(f"expected one value, got {'the list ' * isinstance(value, list)}{value!r}")
+    convert: Any = action.type or str
+    try:
+        # as on the command line
+        values = [convert(str(one)) for one in (value if isinstance(value, list) else [value])]
+    except (ValueError, TypeError, argparse.ArgumentTypeError):
+        expected = "true or false" if bool in kinds else getattr(convert, "__name__", str(convert))
+        raise ValueError(f"expected {expected}, got {value!r}") from None
+    if action.choices is not None and not set(values) <= set(action.choices):
+        raise ValueError(f"expected one of {', '.join(map(str, action.choices))}, got {value!r}")
+    return values if is_list or isinstance(value, list) else values[0]
