@@ -132,7 +132,8 @@ def push(folder: Path) -> dict[str, Any]:
     model.push_to_hub("adapted")
 
     sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 4, "num_temporal_layers": 4}
-    larger = make_model(tiny_config("factorised_encoder", **sizes))
+    as_in_image_models = {"num_register_tokens": 2, "pre_layernorm": True, "patch_bias": False}
+    larger = make_model(tiny_config("factorised_encoder", **sizes, **as_in_image_models))
     larger.push_to_hub("larger")
     with torch.no_grad():
         return {

@@ -12,7 +12,14 @@ from moving_shapes import MOTIONS, write_moving_shapes
 from paper_table import PAPER, count
 from paths import ROOT
 from tiny_models import make_model
-from transformers import ViTConfig, ViTModel, VivitConfig, VivitForVideoClassification
+from transformers import (
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    ViTConfig,
+    ViTModel,
+    VivitConfig,
+    VivitForVideoClassification,
+)
 
 from vivit_hf import ViViTConfig, ViViTVideoProcessor
 
@@ -39,6 +46,8 @@ def folder(tmp_path_factory):
     VivitForVideoClassification(native).save_pretrained(path / "google" / "vivit-b-16x2-kinetics400")
     image = ViTConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
     ViTModel(image).save_pretrained(path / "google" / "vit-base-patch16-224-in21k")
+    registers = Dinov2WithRegistersConfig(hidden_size=48, num_hidden_layers=1, num_attention_heads=2, patch_size=14)
+    Dinov2WithRegistersModel(registers).save_pretrained(path / "facebook" / "dinov2-with-registers-small")
     return path
 
 

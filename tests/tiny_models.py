@@ -30,6 +30,10 @@ CASES: dict[str, dict[str, Any]] = {
         "temporal_num_attention_heads": 2,
         "temporal_intermediate_size": 40,
     },
+    "registers_as_in_dinov2": {"attention_type": "factorised_encoder", "num_register_tokens": 3},
+    "registers_mean_pooling": {"attention_type": "spatio_temporal", "num_register_tokens": 2, "pooling": "mean"},
+    "pre_layernorm_as_in_clip": {"attention_type": "spatio_temporal", "pre_layernorm": True, "patch_bias": False},
+    "pre_layernorm_grid": {"attention_type": "factorised_dot_product_attention", "pre_layernorm": True},
 }
 
 
@@ -83,9 +87,13 @@ def make_clips(config: ViViTConfig, batch: int = 2, seed: int = 1, **sizes: Any)
 
 
 def token_counts(config: ViViTConfig) -> tuple[int, int, int]:
-    """(time, space, class tokens) of a clip; Model 2 may have none over time, see `num_temporal_class_tokens`."""
+    """
+    (time, space, prefix tokens) of a clip: class and register tokens, which precede the tokens of the grid.
+
+    Model 2 may have no class token over time, see `num_temporal_class_tokens`.
+    """
     time, height, width = config.grid_size
-    return time, height * width, int(config.pooling == "cls")
+    return time, height * width, int(config.pooling == "cls") + config.num_register_tokens
 
 
 def num_temporal_class_tokens(config: ViViTConfig) -> int:

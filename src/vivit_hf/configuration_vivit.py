@@ -119,6 +119,11 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
             Stochastic depth: the rate grows linearly from 0 in the first layer to this value in the last.
         layer_norm_eps (`float`, defaults to 1e-6), qkv_bias (`bool`, defaults to `True`),
         initializer_range (`float`, defaults to 0.02).
+        num_register_tokens (`int`, defaults to 0):
+            Models 1 and 2: learned tokens behind the class token, which all tokens attend to and which are never
+            pooled, as in DINOv2 with registers (Darcet et al., "Vision Transformers Need Registers", ICLR 2024).
+        pre_layernorm (`bool`, defaults to `False`): A LayerNorm in front of the first layer, as in CLIP.
+        patch_bias (`bool`, defaults to `True`): Whether the embedding of patches has a bias; CLIP's has none.
         label_groups (`dict`, *optional*):
             Names and sizes of several classifications that share one output, in the order of the output, such as
             `{"noun": 300, "verb": 97}` for EPIC-Kitchens. `num_labels` is their sum; the loss is their mean.
@@ -173,6 +178,9 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
     layer_norm_eps: float | int = setting(1e-6, check_scale)
     qkv_bias: bool = True
     initializer_range: float | int = setting(0.02, check_scale)
+    num_register_tokens: int = setting(0, check_count, least=0)
+    pre_layernorm: bool = False
+    patch_bias: bool = True
     label_groups: dict[str, int] | None = setting(None, check_label_groups)
     problem_type: str | None = setting(None, check_choice, choices=PROBLEM_TYPES)
     mask_ratio: float | int = setting(0.9, check_positive_number, most=0.999)
@@ -286,6 +294,11 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
                 "use `pooling='mean'` (the official one), 'max' or 'sum'."
             )
         self._check_temporal_pooling()
+        if self.is_token_grid and self.num_register_tokens:
+            raise ValueError(
+                f"`num_register_tokens={self.num_register_tokens}` does not go with `attention_type="
+                f"'{self.attention_type}'`, whose layers take the grid of tokens alone; use 0, or Model 1 or 2."
+            )
 
     def validate_output_attentions(self) -> None:
         """Part of `@strict`: allow `output_attentions`, which our layers support with every implementation."""
@@ -376,7 +389,8 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
         if self.attention_type == "factorised_encoder":
             inner = self.temporal_intermediate_size or inner
             layers += self.num_temporal_layers * hidden * (4 * hidden + 2 * inner)
-        embeddings = hidden * (math.prod(self.tubelet_size) * self.num_channels + time * height * width)
+        tokens = time * height * width + self.num_register_tokens
+        embeddings = hidden * (math.prod(self.tubelet_size) * self.num_channels + tokens)
         features = self.representation_size or 0
         return layers + embeddings + self.pooled_size * features + (features or self.pooled_size) * self.num_labels
 

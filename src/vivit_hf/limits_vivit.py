@@ -26,6 +26,7 @@ LIMITS: dict[str, int] = {
     "size": 16_384,
     "crop_size": 16_384,
     "num_channels": 1_024,
+    "num_register_tokens": 1_024,
     "hidden_size": 65_536,
     "num_hidden_layers": 1_000,
     "num_temporal_layers": 1_000,

@@ -125,6 +125,8 @@ def _check_arguments(kwargs: dict[str, Any]) -> None:
 
 # Embeddings
 
+POSITION_MODES = ("bicubic", "antialiased_bicubic", "align_corners_linear")
+
 
 def resample_position_embeddings(
     position_embeddings: torch.Tensor,
@@ -144,8 +146,9 @@ def resample_position_embeddings(
             width; any floating dtype (the interpolation runs in at least float32).
         new_grid, old_grid: (time, height, width) in tokens.
         num_prefix_tokens: leading tokens without a place in the grid (a class token), returned unchanged.
-        mode: "bicubic" (linear in time), as in image transformers, or "align_corners_linear": linear in all three axes
-            with aligned corners, as in the official code.
+        mode: "bicubic" (linear in time), as in most image transformers; "antialiased_bicubic", as in DINOv2 with
+            registers; or "align_corners_linear": linear in all three axes with aligned corners, as in the official
+            code.
 
     Returns:
         (1, num_prefix_tokens + new time * new height * new width, hidden), same dtype and device.
@@ -160,7 +163,7 @@ def resample_position_embeddings(
             f"Position embeddings of shape {tuple(position_embeddings.shape)} do not hold {num_prefix_tokens} prefix "
             f"tokens and a (time, height, width) grid of {old_grid}; expected (1, {expected}, hidden)."
         )
-    check_choice("mode", mode, ("bicubic", "align_corners_linear"))
+    check_choice("mode", mode, POSITION_MODES)
     if tuple(new_grid) == tuple(old_grid):
         return position_embeddings
     align = mode == "align_corners_linear"
@@ -173,7 +176,8 @@ def resample_position_embeddings(
     if (new_height, new_width) != (height, width):
         spatial = "bilinear" if align else "bicubic"
         grid = grid.reshape(time, height, width, hidden).permute(0, 3, 1, 2)  # (time, hidden, height, width)
-        grid = nn.functional.interpolate(grid, (new_height, new_width), mode=spatial, align_corners=align)
+        antialias, size = mode == "antialiased_bicubic", (new_height, new_width)
+        grid = nn.functional.interpolate(grid, size, mode=spatial, align_corners=align, antialias=antialias)
         grid = grid.permute(0, 2, 3, 1)  # (time, height, width, hidden)
     if new_time != time:
         grid = grid.reshape(time, -1).T[None]  # (1, height * width * hidden, time)
@@ -221,7 +225,8 @@ class ViViTUniformFrameEmbeddings(nn.Module):
         super().__init__()
         patch = tuple(config.tubelet_size[1:])
         self.config = config
-        self.projection = ViViTPatchProjection(config.num_channels, config.hidden_size, patch, stride=patch)
+        sizes = config.num_channels, config.hidden_size, patch
+        self.projection = ViViTPatchProjection(*sizes, stride=patch, bias=config.patch_bias)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(batch, frames, channels, height, width) -> (batch, time, height, width, hidden)."""
@@ -238,7 +243,8 @@ class ViViTTubeletEmbeddings(nn.Module):
     def __init__(self, config: ViViTConfig):
         super().__init__()
         patch: tuple[int, int, int] = tuple(config.tubelet_size)
-        self.projection = ViViTTubeletProjection(config.num_channels, config.hidden_size, patch, stride=patch)
+        sizes = config.num_channels, config.hidden_size, patch
+        self.projection = ViViTTubeletProjection(*sizes, stride=patch, bias=config.patch_bias)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(batch, frames, channels, height, width) -> (batch, time, height, width, hidden)."""
@@ -274,10 +280,11 @@ PATCH_EMBEDDINGS = {"tubelet": ViViTTubeletEmbeddings, "uniform_frame_sampling":
 
 class ViViTEmbeddings(nn.Module):
     """
-    Embed a clip as tokens with position embeddings, and return the class token where the variant has one.
+    Embed a clip as tokens with position embeddings, and return the prefix tokens: the class token where the variant has
+    one, and the register tokens.
 
     The position embeddings cover the class token and the whole grid. Those of Model 2, whose spatial encoder takes one
-    time step at a time, cover the class token and the space of one step.
+    time step at a time, cover the class token and the space of one step. Register tokens have none.
     """
 
     def __init__(self, config: ViViTConfig):
@@ -286,6 +293,9 @@ class ViViTEmbeddings(nn.Module):
         self.patch_embeddings = PATCH_EMBEDDINGS[config.embedding_type](config)
         self.num_prefix_tokens = int(config.pooling == "cls")
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size)) if self.num_prefix_tokens else None
+        self.register_tokens = None
+        if config.num_register_tokens:
+            self.register_tokens = nn.Parameter(torch.empty(1, config.num_register_tokens, config.hidden_size))
         self.grid = self.position_grid(config.grid_size)
         num_positions = self.num_prefix_tokens + math.prod(self.grid)
         self.position_embeddings = nn.Parameter(torch.empty(1, num_positions, config.hidden_size))
@@ -306,7 +316,8 @@ class ViViTEmbeddings(nn.Module):
         visible: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
-        (batch, frames, channels, height, width) -> tokens (batch, time, space, hidden), class token (1, 1, hidden).
+        (batch, frames, channels, height, width) -> tokens (batch, time, space, hidden), prefix tokens
+        (1, prefix, hidden) or None.
 
         With `visible`, places of the space (batch, n), only the tubelets there are embedded: (batch, time, n, hidden).
         """
@@ -325,12 +336,13 @@ class ViViTEmbeddings(nn.Module):
             num_prefix_tokens=self.num_prefix_tokens,
         )
         tokens = tokens.flatten(2, 3)  # (batch, time, space, hidden)
-        class_token = None if self.cls_token is None else self.cls_token + positions[:, :1]
+        class_token = None if self.cls_token is None else self.cls_token + positions[:, :1]  # (1, 1, hidden)
+        prefix = [token for token in (class_token, self.register_tokens) if token is not None]
         # (1, time * space, hidden) -> (1, time, space, hidden), with time = 1 in Model 2
         positions = positions[:, self.num_prefix_tokens :].unflatten(1, (-1, grid[1] * grid[2]))
         if visible is not None:
             positions = take_places(positions.expand(len(visible), -1, -1, -1), visible)
-        return tokens + positions, class_token
+        return tokens + positions, torch.cat(prefix, dim=1) if prefix else None
 
 
 class ViViTTemporalEmbeddings(nn.Module):
@@ -357,7 +369,7 @@ class ViViTTemporalEmbeddings(nn.Module):
             old_grid=self.grid,
             num_prefix_tokens=self.num_prefix_tokens,
         )
-        return _prepend_class_token(tokens, self.cls_token) + positions
+        return _prepend(tokens, self.cls_token) + positions
 
 
 def _resized(embeddings: ViViTEmbeddings | ViViTTemporalEmbeddings, new_grid: Grid, old_grid: Grid) -> nn.Parameter:
@@ -371,11 +383,11 @@ def _resized(embeddings: ViViTEmbeddings | ViViTTemporalEmbeddings, new_grid: Gr
     return nn.Parameter(new, requires_grad=old.requires_grad)
 
 
-def _prepend_class_token(tokens: torch.Tensor, class_token: torch.Tensor | None) -> torch.Tensor:
-    """(batch, tokens, hidden), (1, 1, hidden) -> (batch, 1 + tokens, hidden); no-op without a class token."""
-    if class_token is None:
+def _prepend(tokens: torch.Tensor, prefix_tokens: torch.Tensor | None) -> torch.Tensor:
+    """(batch, tokens, hidden), (1, prefix, hidden) -> (batch, prefix + tokens, hidden); no-op without a prefix."""
+    if prefix_tokens is None:
         return tokens
-    return torch.cat([class_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+    return torch.cat([prefix_tokens.expand(tokens.shape[0], -1, -1), tokens], dim=1)
 
 
 # Attention
@@ -698,6 +710,8 @@ class ViViTPreTrainedModel(AutoClassMixin, CheckpointMixin, PreTrainedModel):
             init.normal_(module.position_embeddings, std=self.config.initializer_range)
             if module.cls_token is not None:
                 init.zeros_(module.cls_token)
+            if getattr(module, "register_tokens", None) is not None:  # equal ones would stay equal
+                init.normal_(module.register_tokens, std=self.config.initializer_range)
         elif isinstance(module, ViViTAttentionPooling):
             init.zeros_(module.query)
         elif isinstance(module, ViViTDecoder):
@@ -754,6 +768,9 @@ class ViViTModel(ViViTPreTrainedModel):
     | Model 2, `temporal_pooling="concatenate"` | as above, without the 1 | (batch, time * hidden) |
     | Models 3, 4 | (batch, time * space, hidden) | (batch, hidden) |
 
+    Where the model has register tokens (`num_register_tokens`), they follow the class token in Model 1 and in Model 2's
+    spatial encoder.
+
     `last_hidden_state` follows the final LayerNorm. `pooler_output` is its pooling, followed by a dense layer and tanh
     if `representation_size` is set.
 
@@ -774,6 +791,9 @@ class ViViTModel(ViViTPreTrainedModel):
         super().__init__(config)
         config.check()
         self.embeddings = ViViTEmbeddings(config)
+        self.pre_layernorm = None
+        if config.pre_layernorm:
+            self.pre_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.encoder = ViViTEncoder(config, LAYERS[config.attention_type], config.num_hidden_layers)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.temporal_embeddings: Any = None
@@ -820,41 +840,41 @@ class ViViTModel(ViViTPreTrainedModel):
             raise ValueError("`pixel_values` is missing; expected (batch, frames, channels, height, width).")
         for name in ("output_attentions", "output_hidden_states"):
             kwargs.setdefault(name, getattr(self.config, name))
-        tokens, class_token = self.embeddings(pixel_values, interpolate_pos_encoding)  # (batch, time, space, hidden)
+        tokens, prefix_tokens = self.embeddings(pixel_values, interpolate_pos_encoding)  # (batch, time, space, hidden)
         encode_variant = ENCODERS[self.config.attention_type]
-        last_hidden_state, pooled = encode_variant(self, tokens, class_token, **kwargs)
+        last_hidden_state, pooled = encode_variant(self, tokens, prefix_tokens, **kwargs)
         return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=self.represent(pooled))
 
     def encode_spatio_temporal(
-        self, tokens: torch.Tensor, class_token: torch.Tensor | None, **kwargs: Unpack[ViViTKwargs]
+        self, tokens: torch.Tensor, prefix_tokens: torch.Tensor | None, **kwargs: Unpack[ViViTKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Model 1 (section 3.3.1): every token attends to every other."""
         tokens = tokens.flatten(1, 2)  # (batch, time * space, hidden)
-        tokens = _prepend_class_token(tokens, class_token)  # (batch, 1 + time * space, hidden)
-        tokens = self.layernorm(self.encoder(tokens, **kwargs))
+        tokens = _prepend(tokens, prefix_tokens)  # (batch, prefix + time * space, hidden)
+        tokens = self.encode(tokens, **kwargs)
         return tokens, self.pool(tokens)
 
     def encode_factorised_encoder(
-        self, tokens: torch.Tensor, class_token: torch.Tensor | None, **kwargs: Unpack[ViViTKwargs]
+        self, tokens: torch.Tensor, prefix_tokens: torch.Tensor | None, **kwargs: Unpack[ViViTKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Model 2 (section 3.3.2): an encoder over the space of each time step, then one over time."""
-        return self.encode_time(self.encode_space(tokens, class_token, **kwargs), **kwargs)
+        return self.encode_time(self.encode_space(tokens, prefix_tokens, **kwargs), **kwargs)
 
     def encode_space(
-        self, tokens: torch.Tensor, class_token: torch.Tensor | None, **kwargs: Unpack[ViViTKwargs]
+        self, tokens: torch.Tensor, prefix_tokens: torch.Tensor | None, **kwargs: Unpack[ViViTKwargs]
     ) -> torch.Tensor:
         """Model 2's spatial encoder: (batch, time, space, hidden) -> a pooled token per step, (batch, time, hidden)."""
         batch, time = tokens.shape[:2]
-        tokens = self.encode_frames(tokens, class_token, **kwargs)  # (batch * time, 1 + space, hidden)
+        tokens = self.encode_frames(tokens, prefix_tokens, **kwargs)  # (batch * time, prefix + space, hidden)
         return self.pool(tokens).unflatten(0, (batch, time))  # (batch, time, hidden)
 
     def encode_frames(
-        self, tokens: torch.Tensor, class_token: torch.Tensor | None, **kwargs: Unpack[ViViTKwargs]
+        self, tokens: torch.Tensor, prefix_tokens: torch.Tensor | None, **kwargs: Unpack[ViViTKwargs]
     ) -> torch.Tensor:
-        """Model 2's spatial encoder: (batch, time, space, hidden) -> all tokens, (batch * time, 1 + space, hidden)."""
+        """Model 2's spatial encoder: (batch, time, space, hidden) -> (batch * time, prefix + space, hidden)."""
         tokens = tokens.flatten(0, 1)  # (batch * time, space, hidden)
-        tokens = _prepend_class_token(tokens, class_token)  # (batch * time, 1 + space, hidden)
-        return self.layernorm(self.encoder(tokens, **kwargs))
+        tokens = _prepend(tokens, prefix_tokens)  # (batch * time, prefix + space, hidden)
+        return self.encode(tokens, **kwargs)
 
     def encode_time(self, steps: torch.Tensor, **kwargs: Unpack[ViViTKwargs]) -> tuple[torch.Tensor, torch.Tensor]:
         """Model 2's temporal encoder: (batch, time, hidden) -> (batch, 1 + time, hidden), pooled (batch, hidden)."""
@@ -890,16 +910,23 @@ class ViViTModel(ViViTPreTrainedModel):
         return self.encode_space(*self.embeddings(pixel_values, interpolate_pos_encoding=True))
 
     def encode_token_grid(
-        self, tokens: torch.Tensor, class_token: torch.Tensor | None, **kwargs: Unpack[ViViTKwargs]
+        self, tokens: torch.Tensor, prefix_tokens: torch.Tensor | None, **kwargs: Unpack[ViViTKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Models 3 and 4 (sections 3.3.3 and 3.3.4): the layers keep the grid, so there is no class token."""
-        tokens = self.layernorm(self.encoder(tokens, **kwargs))  # (batch, time, space, hidden)
+        """Models 3 and 4 (sections 3.3.3 and 3.3.4): the layers keep the grid, so there are no prefix tokens."""
+        tokens = self.encode(tokens, **kwargs)  # (batch, time, space, hidden)
         tokens = tokens.flatten(1, 2)  # (batch, time * space, hidden)
         return tokens, self.pool(tokens)
 
+    def encode(self, tokens: torch.Tensor, **kwargs: Unpack[ViViTKwargs]) -> torch.Tensor:
+        """Run the (spatial) encoder between its LayerNorms, in the shape that its layers take."""
+        if self.pre_layernorm is not None:
+            tokens = self.pre_layernorm(tokens)
+        return self.layernorm(self.encoder(tokens, **kwargs))
+
     def pool(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(batch, tokens, hidden) -> (batch, hidden)."""
-        return POOLINGS[self.config.pooling](tokens)
+        """(batch, tokens, hidden) -> (batch, hidden): the class token, or all tokens but the registers."""
+        first = 0 if self.config.pooling == "cls" else self.config.num_register_tokens
+        return POOLINGS[self.config.pooling](tokens[:, first:])
 
     def represent(self, pooled: torch.Tensor) -> torch.Tensor:
         """(batch, hidden) -> (batch, representation_size) by a dense layer and tanh; unchanged without that size."""

@@ -16,10 +16,11 @@ from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassificatio
 from vit_models import make_vit, perturb, write_layout
 
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
-from vivit_hf.conversion import convert_vit, weight_files
-from vivit_hf.conversion.image_sources import read_image_source
+from vivit_hf.conversion import convert_vit
 from vivit_hf.hub.model_card import read_initialisation
+from vivit_hf.initialisation import weight_files
 from vivit_hf.initialisation.from_image import TUBELET_INITS, config_from_vit, initialise_from_vit
+from vivit_hf.initialisation.image_sources import read_image_source
 
 
 SETTINGS = {

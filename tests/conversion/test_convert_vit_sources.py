@@ -8,11 +8,11 @@ import torch
 from image_conversion import EXECUTED, Attack, assert_refused, converter, difference, jax_arrays
 from safetensors.torch import save_file
 from transformers import ViTModel
-from vit_models import make_dinov2, make_vit, timm_weights
+from vit_models import make_dinov2, make_vit, timm_arrays, timm_weights
 
-from vivit_hf import ViViTVideoProcessor
-from vivit_hf.conversion.image_sources import read_image_source
+from vivit_hf import ViViTConfig, ViViTVideoProcessor
 from vivit_hf.conversion.scenic_reference import _Weights, attend, embed, transformer
+from vivit_hf.initialisation.image_sources import read_image_source
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def convert(tmp_path, capfd):
 # DINOv2
 
 
-def test_dinov2_becomes_a_plain_vit_that_computes_the_same(tmp_path, convert):
+def test_a_folder_of_dinov2_computes_the_same(tmp_path, convert):
     dinov2 = make_dinov2()
     dinov2.save_pretrained(tmp_path / "dinov2")
     source = read_image_source(str(tmp_path / "dinov2"))
@@ -40,25 +40,30 @@ def test_dinov2_becomes_a_plain_vit_that_computes_the_same(tmp_path, convert):
 
 def test_a_dinov2_with_swiglu_is_refused(tmp_path, convert):
     make_dinov2(use_swiglu_ffn=True).save_pretrained(tmp_path / "dinov2")
-    assert_refused(convert(tmp_path / "dinov2"), tmp_path, "has SwiGLU layers (use_swiglu_ffn)")
+    assert_refused(convert(tmp_path / "dinov2"), tmp_path, "SwiGLU layers (use_swiglu_ffn)")
 
 
 # timm
 
 
-def timm_forward(weights, image, heads):
+def timm_forward(weights, image, heads, activation=torch.nn.functional.gelu, eps=1e-6):
     """Compute `VisionTransformer.forward_features` of timm from timm's weights."""
     f = torch.nn.functional
 
     def norm(tokens, name):
-        return f.layer_norm(tokens, tokens.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6)
+        return f.layer_norm(tokens, tokens.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps)
 
     def linear(tokens, name):
         return f.linear(tokens, weights[f"{name}.weight"], weights[f"{name}.bias"])
 
     kernel = weights["patch_embed.proj.weight"]
-    tokens = f.conv2d(image, kernel, weights["patch_embed.proj.bias"], stride=kernel.shape[-1]).flatten(2).mT
-    tokens = torch.cat([weights["cls_token"].expand(len(image), -1, -1), tokens], dim=1) + weights["pos_embed"]
+    tokens = f.conv2d(image, kernel, weights.get("patch_embed.proj.bias"), stride=kernel.shape[-1]).flatten(2).mT
+    prefix = [weights[name].expand(len(image), -1, -1) for name in ("cls_token", "reg_token") if name in weights]
+    no_embed_class = weights["pos_embed"].shape[1] == tokens.shape[1]
+    tokens = tokens + weights["pos_embed"] if no_embed_class else tokens
+    tokens = torch.cat([*prefix, tokens], dim=1)
+    tokens = tokens if no_embed_class else tokens + weights["pos_embed"]
+    tokens = norm(tokens, "norm_pre") if "norm_pre.weight" in weights else tokens
     for index in range(sum(name.endswith("qkv.weight") for name in weights)):
         block = f"blocks.{index}"
         batch, length, width = tokens.shape
@@ -67,7 +72,7 @@ def timm_forward(weights, image, heads):
         scores = (q @ k.mT * (width // heads) ** -0.5).softmax(dim=-1)
         context = (scores @ v).transpose(1, 2).reshape(batch, length, width)
         tokens = tokens + linear(context, f"{block}.attn.proj") * weights.get(f"{block}.ls1.gamma", 1)
-        hidden = f.gelu(linear(norm(tokens, f"{block}.norm2"), f"{block}.mlp.fc1"))
+        hidden = activation(linear(norm(tokens, f"{block}.norm2"), f"{block}.mlp.fc1"))
         tokens = tokens + linear(hidden, f"{block}.mlp.fc2") * weights.get(f"{block}.ls2.gamma", 1)
     return norm(tokens, "norm")
 
@@ -138,6 +143,71 @@ def test_layer_scale_of_timm_is_folded_exactly(timm, convert):
     assert "4 arrays of LayerScale folded into the projections before them" in printed
 
 
+def quick_gelu(tokens):
+    return tokens * torch.sigmoid(1.702 * tokens)
+
+
+def tanh_gelu(tokens):
+    return torch.nn.functional.gelu(tokens, approximate="tanh")
+
+
+# timm's architecture, its arrays, and the activation and epsilon that timm gives it
+TIMM_MODELS = {
+    "DINOv2 with registers": (
+        "vit_small_patch14_reg4_dinov2",
+        {"registers": 4, "class_position": False, "layer_scale": True},
+        torch.nn.functional.gelu,
+        1e-6,
+    ),
+    "CLIP": ("vit_base_patch16_clip_224", {"pre_norm": True}, torch.nn.functional.gelu, 1e-5),
+    "OpenAI's CLIP": ("vit_base_patch16_clip_quickgelu_224", {"pre_norm": True}, quick_gelu, 1e-5),
+    "SigLIP": (
+        "vit_base_patch16_siglip_224",
+        {"class_token": False, "pooling": True},
+        torch.nn.functional.gelu,
+        1e-6,
+    ),
+    "SigLIP so400m": ("vit_so400m_patch16_siglip_256", {"class_token": False, "pooling": True}, tanh_gelu, 1e-6),
+    "FlexiViT": ("flexivit_base", {"class_position": False}, torch.nn.functional.gelu, 1e-6),
+}
+
+
+@pytest.mark.parametrize("name", TIMM_MODELS)
+def test_later_models_of_timm_compute_the_same_as_in_timm(name, tmp_path, convert):
+    architecture, parts, activation, eps = TIMM_MODELS[name]
+    weights = timm_arrays(**parts)
+    folder = tmp_path / "timm"
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    pretrained = {"input_size": [3, 24, 24], "mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]}
+    stored = {"architecture": architecture, "model_args": {"num_heads": 4}, "pretrained_cfg": pretrained}
+    (folder / "config.json").write_text(json.dumps(stored))
+    vit = read_image_source(str(folder)).vit.double()
+    image = torch.randn(2, 3, 24, 24, dtype=torch.float64)
+    with torch.no_grad():
+        expected = timm_forward({n: t.double() for n, t in weights.items()}, image, 4, activation, eps)
+        actual = vit(image).last_hidden_state
+        actual = vit.post_layernorm(actual) if "CLIP" in name else actual  # which timm applies to all tokens
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=0)  # LayerScale is folded in float32
+
+    code, printed, errors, output = convert(folder, "--attention-type", "factorised_encoder")
+    assert code == 0, errors
+    unused = {"attn_pool.latent", "attn_pool.q.weight"} & weights.keys()
+    assert difference(printed) < 1e-5 and f"arrays mapped {len(weights) - len(unused)} of {len(weights)} " in printed
+    assert all(f"{name} (attention-pooling head)" in printed for name in unused)
+    config = ViViTConfig.from_pretrained(output)
+    assert config.num_register_tokens == parts.get("registers", 0) and config.layer_norm_eps == eps
+    assert config.pre_layernorm == parts.get("pre_norm", False) and config.patch_bias == ("pre_norm" not in parts)
+    assert config.pooling == ("cls" if parts.get("class_token", True) else "mean")
+
+
+def test_an_activation_that_no_configuration_tells_is_named(tmp_path, convert):
+    save_file(timm_arrays(pre_norm=True), tmp_path / "clip.safetensors")
+    code, printed, errors, _ = convert(tmp_path / "clip.safetensors", "--num-heads", 4)
+    assert code == 0, errors
+    assert "exact GELU is assumed: only timm's config.json tells" in printed
+
+
 def test_a_single_file_of_timm_is_converted(timm, convert, tmp_path):
     folder, _ = timm()
     file = folder / "model.safetensors"
@@ -153,7 +223,7 @@ def test_a_single_file_of_timm_is_converted(timm, convert, tmp_path):
     ("width", "heads"), [(192, 3), (384, 6), (768, 12), (1024, 16), (1280, 16), (1408, 16), (1664, 16)]
 )
 def test_the_width_of_a_timm_model_determines_its_heads(tmp_path, width, heads):
-    from vivit_hf.conversion.timm_images import _heads
+    from vivit_hf.initialisation.timm_images import _heads
 
     found, notes = _heads(tmp_path, width, {}, None)
     assert found == heads and f"{heads} heads" in notes[0]
@@ -164,18 +234,31 @@ def test_the_width_of_a_timm_model_determines_its_heads(tmp_path, width, heads):
     [
         ({"blocks.0.ls1.gamma": torch.ones(7)}, {}, ["blocks.0.ls1.gamma has the shape (7,)", "attn.proj.weight"]),
         ({"blocks.0.gamma_1": torch.ones(24)}, {}, ["LayerScale", "blocks.0.gamma_1"]),
-        ({"reg_token": torch.ones(1, 4, 24)}, {}, ["register tokens", "reg_token"]),
+        ({"reg_token": torch.ones(1, 4, 24)}, {}, ["register tokens", "reg_token", "multiple of 24, got 40"]),
         ({"dist_token": torch.ones(1, 1, 24)}, {}, ["distilled DeiT", "dist_token"]),
         ({"fc_norm.weight": torch.ones(24)}, {}, ["fc_norm.weight"]),
-        ({"norm_pre.weight": torch.ones(24)}, {}, ["norm_pre.weight"]),
+        ({"norm_pre.weight": torch.ones(24)}, {}, ["missing: the source of pre_layrnorm.bias"]),
+        ({"blocks.0.mlp.fc1.weight": torch.ones(80, 24)}, {}, ["SwiGLU layers"]),
+        ({"rope.periods": torch.ones(4)}, {}, ["rotary position embeddings", "rope.periods"]),
         ({"blocks.0.attn.q_norm.weight": torch.ones(6)}, {}, ["query-key normalisation"]),
         ({"blocks.0.adapter.weight": torch.ones(3)}, {}, ["no place for: blocks.0.adapter.weight"]),
         ({"blocks.1.mlp.fc2.bias": None}, {}, ["missing: the source of layers.1.mlp.fc2.bias"]),
         ({"norm.weight": torch.ones(7)}, {}, ["wrong shape: norm.weight gives (7,)"]),
-        ({"cls_token": None}, {}, ["has no 'cls_token'"]),
-        ({"pos_embed": torch.ones(1, 9, 24)}, {"pretrained_cfg": {}}, ["9 position embeddings"]),
+        ({"cls_token": None}, {}, ["10 position embeddings"]),
+        ({"pos_embed": torch.ones(1, 8, 24)}, {"pretrained_cfg": {}}, ["8 position embeddings"]),
+        ({}, {"architecture": "vit_small_patch16_dinov3"}, ["vit_small_patch16_dinov3", "rotary position embeddings"]),
+        (
+            {},
+            {"architecture": "naflexvit_base_patch16_siglip"},
+            ["naflexvit_base_patch16_siglip", "any shape (NaFlex)"],
+        ),
         ({}, {"architecture": "swin_base_patch4_window7_224"}, ["swin_base_patch4_window7_224"]),
-        ({}, {"model_args": {"act_layer": "quick_gelu"}}, ["act_layer"]),
+        (
+            {},
+            {"model_args": {"num_heads": 4, "act_layer": "silu"}},
+            ["act_layer='silu' is not one of gelu"],
+        ),
+        ({}, {"model_args": {"block_fn": "ResPostBlock"}}, ["block_fn"]),
     ],
 )
 def test_other_models_of_timm_are_refused_by_name(timm, convert, tmp_path, changes, config, expected):

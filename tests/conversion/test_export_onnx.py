@@ -17,17 +17,19 @@ from torch import nn
 from video_files import write_video
 
 from vivit_hf import ViViTConfig, ViViTVideoProcessor
-from vivit_hf.conversion import ConversionError, onnx_models
+from vivit_hf.conversion import onnx_models
 from vivit_hf.conversion.command import DEFAULT_OPSET, main
 from vivit_hf.conversion.export_onnx import INT8_FILE, MODEL_FILE, REPORT_FILE, measure_agreement
 from vivit_hf.conversion.onnx_models import LEAST_OPSET, size_of, write_int8, write_onnx
 from vivit_hf.conversion.parity import random_clip
 from vivit_hf.data.labels import LabelMap
 from vivit_hf.initialisation.model_processor import processor_for
+from vivit_hf.initialisation.weight_files import ConversionError
 
 
 SCRIPT = ROOT / "conversion" / "export_onnx.py"
 CASES = [*ATTENTION_TYPES, "average_pool_baseline", "uniform_frames", "temporal_attention_pooling"]
+CASES += ["registers_as_in_dinov2", "pre_layernorm_as_in_clip"]
 LABELS = {0: "wave", 1: "Größe", 2: "run", 3: "sit", 4: "jump"}
 FILES = {MODEL_FILE, "config.json", "preprocessor_config.json", REPORT_FILE}
 

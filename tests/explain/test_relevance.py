@@ -76,8 +76,8 @@ def product(matrices: list[np.ndarray], kept: float, passed: float) -> np.ndarra
     return result
 
 
-def pooled_row(config: ViViTConfig, matrix: np.ndarray) -> np.ndarray:
-    return matrix[0] if config.pooling == "cls" else matrix.mean(axis=0)
+def pooled_row(config: ViViTConfig, matrix: np.ndarray, num_registers: int) -> np.ndarray:
+    return matrix[0] if config.pooling == "cls" else matrix[num_registers:].mean(axis=0)
 
 
 def row_over_time(config: ViViTConfig, matrix: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
@@ -104,11 +104,11 @@ def plain_relevance(
     (time, height, width) of one clip; `attentions` as the model gives them, heads averaged, and the `weights` of
     attention pooling.
     """
-    time, space, prefix = token_counts(config)
+    (time, space, prefix), registers = token_counts(config), config.num_register_tokens
     kept, passed = (0.5, 0.5) if is_rollout else (1.0, 1.0)
     if config.attention_type != "factorised_encoder":
         matrix = product(dense_attentions(config, attentions), kept, passed)
-        row = pooled_row(config, matrix if is_rollout else matrix - np.eye(len(matrix)))[prefix:]
+        row = pooled_row(config, matrix if is_rollout else matrix - np.eye(len(matrix)), registers)[prefix:]
         return (row / row.sum()).reshape(config.grid_size)
     spatial, temporal = attentions[: config.num_hidden_layers], attentions[config.num_hidden_layers :]
     steps = np.full(time, 1 / time)
@@ -118,7 +118,7 @@ def plain_relevance(
     result = np.empty((time, space))
     for step in range(time):
         matrix = product([one[step] for one in spatial], kept, passed)
-        row = pooled_row(config, matrix if is_rollout else matrix - np.eye(len(matrix)))[prefix:]
+        row = pooled_row(config, matrix if is_rollout else matrix - np.eye(len(matrix)), registers)[prefix:]
         result[step] = steps[step] * (row / row.sum() if is_rollout else row)
     return (result / result.sum()).reshape(config.grid_size)
 

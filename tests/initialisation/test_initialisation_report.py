@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from tiny_models import ATTENTION_TYPES, make_clips
-from transformers import Dinov2Config, ResNetConfig, ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
+from transformers import ResNetConfig, ViTForImageClassification, ViTForMaskedImageModeling, ViTModel
 from vit_models import make_vit, make_vivit
 
 from vivit_hf import ViViTForVideoClassification, ViViTModel
@@ -61,13 +61,16 @@ def test_an_error_leaves_the_vivit_unchanged():
 
 def test_other_models_than_vits_are_refused():
     vit = make_vit()
-    for config in (Dinov2Config(), ResNetConfig(), vit, "google/vit"):
-        with pytest.raises(ValueError, match="A ViViT starts from a plain ViT or DeiT"):
+    for config in (ResNetConfig(), vit):
+        with pytest.raises(ValueError, match="A ViViT starts from a ViT, DeiT, DINOv2, CLIP or SigLIP"):
             config_from_vit(config)
     vivit = ViViTModel(config_from_vit(vit.config))
-    for arguments in ((vit, vivit), (vivit, "google/vit")):
-        with pytest.raises(TypeError, match="Expected a ViViT and then a loaded image ViT"):
+    for arguments in ((vit, vivit), (vivit, vivit), (vivit, vit.config)):
+        with pytest.raises(TypeError, match="Expected a ViViT and then an image model"):
             initialise_from_vit(*arguments)
+    for read in (config_from_vit, lambda source: initialise_from_vit(vivit, source)):
+        with pytest.raises(ValueError, match="There is no folder nowhere/vit here"):
+            read("nowhere/vit")
 
 
 def test_settings_are_carried_over():

@@ -160,6 +160,12 @@ WRONG = [
     ({"num_attention_heads": 0}, r"`num_attention_heads=0`.*at least 1"),
     ({"intermediate_size": 0}, r"`intermediate_size=0`.*at least 1"),
     ({"num_temporal_layers": -1}, r"`num_temporal_layers=-1`.*at least 0"),
+    ({"num_register_tokens": -1}, r"`num_register_tokens=-1`.*at least 0"),
+    ({"num_register_tokens": 10**6}, r"`num_register_tokens=1,000,000` is too large"),
+    (
+        {"num_register_tokens": 1, "attention_type": "factorised_self_attention"},
+        "`num_register_tokens=1` does not go with `attention_type='factorised_self_attention'`",
+    ),
     ({"temporal_num_attention_heads": 0}, r"`temporal_num_attention_heads=0`.*at least 1"),
     ({"temporal_intermediate_size": -4}, r"`temporal_intermediate_size=-4`.*at least 1"),
     ({"representation_size": 0}, r"`representation_size=0`.*at least 1"),
@@ -403,6 +409,9 @@ def configs(draw):
         "drop_path_rate": draw(st.floats(0, 0.99)),
         "hidden_dropout_prob": draw(st.floats(0, 0.99)),
         "qkv_bias": draw(st.booleans()),
+        "patch_bias": draw(st.booleans()),
+        "pre_layernorm": draw(st.booleans()),
+        "num_register_tokens": 0 if grid else draw(st.integers(0, 4)),
         "num_labels": draw(st.integers(0, 5)),
         "problem_type": draw(st.sampled_from([None, "regression", "multi_label_classification"])),
     }

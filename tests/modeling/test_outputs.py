@@ -206,6 +206,8 @@ def test_pooling_is_what_the_configuration_says(case):
     model, clips = make(case)
     outputs = model.vivit(clips)
     tokens = outputs.last_hidden_state
+    if case == "registers_mean_pooling":
+        tokens = tokens[:, model.config.num_register_tokens :]
     pooled = {
         "cls": lambda: tokens[:, 0],
         "mean": lambda: tokens.mean(1),
@@ -310,3 +312,24 @@ def test_a_new_learned_query_starts_as_the_mean():
     torch.testing.assert_close(outputs.pooler_output, outputs.last_hidden_state.mean(dim=1))
     outputs.pooler_output.square().sum().backward()
     assert model.temporal_pooler.query.grad.abs().max() > 1e-3
+
+
+def test_registers_follow_the_class_token_and_are_never_pooled():
+    model, clips = make("registers_mean_pooling")
+    outputs = model.vivit(clips)
+    patches = outputs.last_hidden_state[:, model.config.num_register_tokens :]
+    torch.testing.assert_close(outputs.pooler_output, patches.mean(dim=1))
+    model = make_model(tiny_config("spatio_temporal", num_register_tokens=2)).double()
+    outputs = model.vivit(clips)
+    assert torch.equal(outputs.pooler_output, outputs.last_hidden_state[:, 0])
+    before = model.vivit(clips, output_hidden_states=True).hidden_states[0]
+    assert torch.equal(before[:, 1:3], model.vivit.embeddings.register_tokens.expand(BATCH, -1, -1))
+
+
+def test_the_first_layernorm_sees_every_token():
+    model, clips = make("pre_layernorm_as_in_clip")
+    vivit = model.vivit
+    tokens, prefix = vivit.embeddings(clips)
+    embedded = torch.cat([prefix.expand(BATCH, -1, -1), tokens.flatten(1, 2)], dim=1)
+    first = vivit(clips, output_hidden_states=True).hidden_states[0]
+    torch.testing.assert_close(first, vivit.pre_layernorm(embedded))

@@ -269,6 +269,7 @@ def test_other_models_are_refused_by_name(tmp_path):
     for config, message in (
         ({"model_type": "deit"}, "a distilled DeiT"),
         ({"model_type": "swin"}, "of type 'swin', not a plain ViT"),
+        ({"model_type": "dinov3_vit"}, "a DINOv3, whose attention rotates"),
         ({"hidden_size": 8}, "neither transformers' `model_type` nor timm's `architecture`"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config))

@@ -86,6 +86,19 @@ def test_learning_rates_fall_from_layer_to_layer(attention_type):
     assert groups[0]["lr"] == 0.1, "Trainer logs the rate of the first group"
 
 
+def test_registers_and_the_first_layernorm_learn_like_the_embeddings():
+    model = make("factorised_encoder", num_register_tokens=2, pre_layernorm=True)
+    found = depths(model)
+    names = ["vivit.embeddings.register_tokens", "vivit.pre_layernorm.weight", "vivit.pre_layernorm.bias"]
+    assert {found[name] for name in names} == {found["vivit.embeddings.cls_token"]}
+    assert {part_of(name) for name in names} == {"embeddings"}
+    free = {
+        id(one) for group in parameter_groups(model, 0.1, 0.05) if not group["weight_decay"] for one in group["params"]
+    }
+    assert {id(model.get_parameter(name)) for name in names} <= free
+    assert set(names) <= set(freeze(model, "spatial"))
+
+
 def test_norms_biases_and_positions_do_not_decay():
     model = make("factorised_encoder")
     freeze(model, "spatial")

@@ -80,6 +80,7 @@ def _lines(found: dict[str, Any], all_labels: bool) -> dict[str, str]:
     variant, tokens = found["variant"], found["tokens"]
     frames, channels, height, width = found["input"]["shape"]
     grid = " x ".join(map(str, tokens["grid"]))
+    registers = f" and {tokens['register_tokens']} registers" if tokens["register_tokens"] else ""
     patches = "2D patches" if tokens["embedding"] != "tubelet" else "tubelets"
     size = " x ".join(map(str, tokens["tubelet"]))
     labels = found["labels"]
@@ -89,7 +90,7 @@ def _lines(found: dict[str, Any], all_labels: bool) -> dict[str, str]:
         "model": found["model"],
         "variant": f"{variant['attention_type']} ({variant['paper']} of the paper)",
         "input": f"{frames} frames of {height} x {width} pixels, {channels} channels, values in [-1, 1]",
-        "tokens": f"{grid} = {tokens['total']:,} (time x height x width), {patches} of {size}",
+        "tokens": f"{grid} = {tokens['total']:,} (time x height x width){registers}, {patches} of {size}",
         "sizes": ", ".join(f"{key} {value}" for key, value in found["sizes"].items()),
         "labels": f"{len(labels)}: {', '.join(shown)}{more}" if labels else "none: the model returns features",
     }

@@ -86,7 +86,7 @@ def find_model(name: str) -> dict[str, Any]:
     """
     from huggingface_hub import try_to_load_from_cache
 
-    from ..conversion.weight_files import why_hub_is_silent
+    from ..initialisation.weight_files import why_hub_is_silent
 
     if (reason := why_hub_is_silent(name)) is None:
         return {}

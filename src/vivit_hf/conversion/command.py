@@ -156,7 +156,7 @@ _COMMANDS = {
     "vit": (
         "convert_vit",
         _add_vit,
-        "Make a ViViT of any variant from an image ViT: a Hub id or folder of transformers or timm, a .safetensors "
+        "Make a ViViT of any variant from an image model (ViT, DeiT, MAE, MSN, DINOv2, CLIP or SigLIP): a Hub id or "
         "file of timm, or a JAX .npz.",
     ),
     "scenic": (

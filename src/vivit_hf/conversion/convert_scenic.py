@@ -11,6 +11,7 @@ import torch
 from ..configuration_vivit import ViViTConfig
 from ..data.escaping import counted
 from ..initialisation.model_processor import describe_processor, processor_for
+from ..initialisation.weight_files import ConversionError, read_json
 from ..modeling_vivit import ViViTForVideoClassification
 from .label_files import find_labels, set_labels
 from .parity import chosen_steps, compare, frozen, random_clip, tokens_and_logits
@@ -20,7 +21,6 @@ from .scenic_reference import official_forward
 from .scenic_releases import RELEASES
 from .scenic_weights import config_from_scenic, state_dict_from_scenic
 from .terminal import progress
-from .weight_files import ConversionError, read_json
 
 
 def convert(args: argparse.Namespace) -> Result:

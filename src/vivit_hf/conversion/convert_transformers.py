@@ -11,13 +11,13 @@ from transformers import PreTrainedModel, VivitConfig, VivitForVideoClassificati
 from ..configuration_vivit import ViViTConfig
 from ..data.escaping import counted
 from ..initialisation.model_processor import describe_processor, processor_for, value_range
+from ..initialisation.weight_files import ConversionError, check_weights, find_weights, read_config, weight_names
 from ..modeling_vivit import ViViTForVideoClassification
 from ..video_processing_vivit import ViViTVideoProcessor
 from .label_files import set_labels
 from .parity import chosen_steps, compare, frozen, random_clip, tokens_and_logits
 from .results import Result, read_processor, save, whole_folder
 from .terminal import progress, warn
-from .weight_files import ConversionError, check_weights, find_weights, read_config, weight_names
 
 
 # Fields with the same name in both configurations.
@@ -37,6 +37,9 @@ _NEEDED = {
     "embedding_type": "tubelet",
     "pooling": "cls",
     "representation_size": None,
+    "num_register_tokens": 0,
+    "pre_layernorm": False,
+    "patch_bias": True,
 }
 
 

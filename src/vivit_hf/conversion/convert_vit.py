@@ -1,7 +1,6 @@
-"""`vivit-hf convert vit`: initialise a ViViT of any variant from an image ViT."""
+"""`vivit-hf convert vit`: initialise a ViViT of any variant from an image model."""
 
 import argparse
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,11 +8,11 @@ import torch
 
 from ..configuration_vivit import ViViTConfig
 from ..data.escaping import counted
-from ..initialisation.from_image import InitialisationReport, config_from_vit, initialise_from_vit
+from ..initialisation.from_image import config_from_vit, initialise_from_vit
+from ..initialisation.image_sources import read_image_source
 from ..initialisation.model_processor import describe_processor, processor_for
 from ..modeling_vivit import ViViTForVideoClassification
 from .image_parity import image_outputs, image_reference
-from .image_sources import read_image_source
 from .label_files import read_labels, set_labels
 from .parity import compare, frozen
 from .results import Result, save, whole_folder
@@ -25,11 +24,10 @@ _CONFIG_OPTIONS = (
     "attention_type attention_order num_frames image_size tubelet_size embedding_type num_sampled_frames "
     "num_temporal_layers pooling temporal_pooling"
 ).split()
-_NOT_USED = re.compile(r"deliberately unused \((.*)\)")  # in an `InitialisationReport`
 
 
 def convert(args: argparse.Namespace) -> Result:
-    """Convert an image ViT, and compare the outputs of the ViT and of the ViViT that was written."""
+    """Convert an image model, and compare the outputs of the ViT and of the ViViT that was written."""
     inits = {
         "tubelet_init": args.tubelet_init,
         "temporal_attention_init": args.temporal_attention_init,
@@ -43,7 +41,7 @@ def convert(args: argparse.Namespace) -> Result:
         begin("initialising the ViViT")
         torch.manual_seed(args.seed)
         model = frozen(ViViTForVideoClassification(_config(args, vit.config)))
-        report = initialise_from_vit(model, vit, temporal_encoder_init=args.temporal_encoder_init, **inits)
+        report = initialise_from_vit(model, source, temporal_encoder_init=args.temporal_encoder_init, **inits)
         processor = processor_for(model.config, source.processor_settings, resize=args.resize)
 
         begin("running the ViT")
@@ -52,12 +50,12 @@ def convert(args: argparse.Namespace) -> Result:
 
         begin("writing")
         save(args, folder, model, processor, base_model=args.source, report=report)
-        unused = _unused(report, source.origins)
+        unused = report.unused()
         result = Result(
             output=args.output,
             model=f"{model.config.attention_type}, from {source.kind}",
-            mapped=len({*source.origins.values(), *source.folded} - set(unused)),
-            unused={**source.unused, **unused},
+            mapped=len(report.vit_keys) - len(unused),
+            unused=unused,
             newly_initialised=report.newly_initialised(),
             changes=_changes(report.counts()),
             num_parameters=model.num_parameters(),
@@ -82,12 +80,6 @@ def _config(args: argparse.Namespace, vit_config: Any) -> ViViTConfig:
     if labels:
         set_labels(config, labels)
     return config
-
-
-def _unused(report: InitialisationReport, origins: Mapping[str, str]) -> dict[str, str]:
-    """Return the arrays of the source that the ViViT does not use, with the reasons."""
-    matches = {origins[key]: _NOT_USED.fullmatch(status) for key, status in report.vit_keys.items()}
-    return {name: match[1] for name, match in matches.items() if match}
 
 
 def _changes(counts: Mapping[str, int]) -> str:

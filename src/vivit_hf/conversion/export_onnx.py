@@ -19,6 +19,7 @@ from ..configuration_vivit import ViViTConfig
 from ..data.labels import LabelMap, to_probabilities
 from ..data.scan import find_videos
 from ..initialisation.model_processor import describe_processor, processor_for
+from ..initialisation.weight_files import ConversionError, check_weights, find_weights, read_config
 from ..modeling_vivit import ViViTForVideoClassification
 from ..video_processing_vivit import ViViTVideoProcessor
 from . import onnx_models
@@ -27,7 +28,6 @@ from .onnx_models import INPUT, LEAST_OPSET, MOST_BYTES_IN_ONE_FILE, OUTPUT, Cli
 from .parity import clip_shape, compare, random_clip
 from .results import read_processor, whole_folder
 from .terminal import print_table, progress
-from .weight_files import ConversionError, check_weights, find_weights, read_config
 
 
 MODEL_FILE, INT8_FILE, REPORT_FILE = "model.onnx", "model_int8.onnx", "report.json"

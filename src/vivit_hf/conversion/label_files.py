@@ -7,9 +7,9 @@ from transformers import PretrainedConfig
 
 from ..data.escaping import counted
 from ..data.labels import LabelMap, read_label_groups
+from ..initialisation.weight_files import ConversionError
 from .scenic_releases import Release
 from .terminal import one_line, warn
-from .weight_files import ConversionError
 
 
 LABEL_FILES_REPOSITORY = "huggingface/label-files"

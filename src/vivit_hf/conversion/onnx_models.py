@@ -16,12 +16,12 @@ import vivit_hf
 
 from ..configuration_vivit import ViViTConfig
 from ..initialisation.model_processor import value_range
+from ..initialisation.weight_files import ConversionError
 from ..modeling_vivit import ViViTForVideoClassification
 from ..video_processing_vivit import ViViTVideoProcessor
 from .command import DEFAULT_OPSET
 from .parity import clip_shape
 from .terminal import needs_extra, warn
-from .weight_files import ConversionError
 
 
 with needs_extra("export"):

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ..configuration_vivit import ViViTConfig
+from ..initialisation.weight_files import ConversionError
 from ..modeling_vivit import ENCODERS, ViViTForVideoClassification
-from .weight_files import ConversionError
 
 
 TOLERANCE = 1e-4  # in float32; absolute, or relative to the largest value if that is above 1

@@ -25,9 +25,10 @@ import vivit_hf
 
 from ..configuration_vivit import ViViTConfig
 from ..hub.model_card import write_model_card
+from ..initialisation.from_image import list_unused
+from ..initialisation.weight_files import ConversionError, has_processor, read_json
 from ..video_processing_vivit import ViViTVideoProcessor
 from .terminal import one_line, print_table, warn
-from .weight_files import ConversionError, has_processor, read_json
 
 
 # Raised for wrong files, wrong options and an unreachable Hub. Any other error is a bug and shows its traceback.
@@ -136,7 +137,7 @@ class Result:
         print_table(
             ("arrays mapped", f"{self.mapped} of {total}" + (f" ({self.changes})" if self.changes else "")),
             ("newly initialised", shortened(self.newly_initialised) or "none"),
-            ("unused", shortened(f"{name} ({reason})" for name, reason in self.unused.items()) or "none"),
+            ("unused", shortened(list_unused(self.unused)) or "none"),
             ("parity", self.parity),
             ("size", f"{self.num_parameters / 1e6:,.1f} M parameters, {size / 1e6:,.0f} MB"),
             ("model", self.model),

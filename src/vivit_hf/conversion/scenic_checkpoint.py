@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from ..initialisation.weight_files import ConversionError
 from .terminal import needs_extra
-from .weight_files import ConversionError
 
 
 with needs_extra("conversion"):

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from ..configuration_vivit import ViViTConfig
+from ..initialisation.weight_files import ConversionError, from_flax
 from ..modeling_vivit import ViViTForVideoClassification
-from .weight_files import ConversionError, from_flax
 
 
 def config_from_scenic(

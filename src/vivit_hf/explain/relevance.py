@@ -259,11 +259,12 @@ def _pass_back(
     return relevance, attended
 
 
-def _pooled(pooling: str, shares: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Spread the shares of the pooled outputs (sequences,) over the pooled tokens: (sequences, [1 +] num_tokens)."""
+def _pooled(pooling: str, shares: torch.Tensor, num_tokens: int, num_registers: int = 0) -> torch.Tensor:
+    """Spread the shares of the pooled outputs (sequences,) over the pooled tokens: (sequences, prefix + num_tokens)."""
+    registers = shares.new_zeros(len(shares), num_registers)
     if pooling != "cls":
-        return (shares / num_tokens)[:, None].repeat(1, num_tokens)
-    return torch.cat([shares[:, None], shares.new_zeros(len(shares), num_tokens)], dim=1)
+        return torch.cat([registers, (shares / num_tokens)[:, None].repeat(1, num_tokens)], dim=1)
+    return torch.cat([shares[:, None], registers, shares.new_zeros(len(shares), num_tokens)], dim=1)
 
 
 def _start(backbone: Any, recorded: Recorded, kept: float, passed: float) -> torch.Tensor:
@@ -271,11 +272,12 @@ def _start(backbone: Any, recorded: Recorded, kept: float, passed: float) -> tor
     config = backbone.config
     time, height, width = config.grid_size
     space = height * width
+    registers = getattr(config, "num_register_tokens", 0)  # the code of older releases has none
     whole = torch.ones(1, device=next(iter(recorded.values())).device)
     if config.is_token_grid:
         return (whole / (time * space)).repeat(time, space)
     if config.attention_type == "spatio_temporal":
-        return _pooled(config.pooling, whole, time * space)
+        return _pooled(config.pooling, whole, time * space, registers)
     has_encoder = backbone.temporal_encoder is not None
     pooler: Any = getattr(backbone, "temporal_pooler", None)
     steps = recorded.get(pooler)  # (1, time)
@@ -284,7 +286,7 @@ def _start(backbone: Any, recorded: Recorded, kept: float, passed: float) -> tor
         steps = _pooled(pooling, whole, time)  # (1, [1 +] time)
     if has_encoder:
         steps, _ = _pass_back(backbone.temporal_encoder, recorded, steps, kept, passed)
-    return _pooled(config.pooling, steps[0, -time:], space)
+    return _pooled(config.pooling, steps[0, -time:], space, registers)
 
 
 def _rollout(backbone: Any, recorded: Recorded) -> torch.Tensor:
@@ -293,7 +295,7 @@ def _rollout(backbone: Any, recorded: Recorded) -> torch.Tensor:
     grid = backbone.config.grid_size
     relevance = _pass_back(backbone.encoder, recorded, start, 0.5, 0.5)[0]
     if backbone.config.attention_type == "factorised_encoder":
-        # Relevance left at the class token of a step belongs to no position, so it is shared among all positions.
+        # Relevance left at the prefix tokens of a step belongs to no position, so all positions share it.
         places = relevance[:, -grid[1] * grid[2] :]
         all_places = places.sum(dim=1, keepdim=True).clamp_min(torch.finfo(places.dtype).tiny)
         return (start.sum(dim=1, keepdim=True) * places / all_places).reshape(grid)

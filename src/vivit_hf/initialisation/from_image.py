@@ -7,6 +7,7 @@ Official counterpart: google-research/scenic `projects/vivit/model_utils.py`, `i
 
 import dataclasses
 import math
+import os
 import re
 import warnings
 from collections import Counter
@@ -20,64 +21,56 @@ from transformers.activations import ACT2FN
 
 from ..configuration_vivit import ViViTConfig
 from ..limits_vivit import check_choice
-from ..loading_vivit import TRANSFORMERS_VIVIT_NAMES
 from ..modeling_vivit import ViViTMLP, ViViTModel, ViViTPreTrainedModel
+from .image_arrays import ImageSource
+from .image_models import ImageStructure, image_structure, image_weights, why_unused
+from .image_sources import read_image_config, read_image_source
 from .inflation import TUBELET_INITS, fold_layer_scales, image_to_video_position_embeddings
 
 
 TEMPORAL_ATTENTION_INITS = ("zero_output", "zero", "copy", "random")
 TEMPORAL_ENCODER_INITS = ("random", "zero_output", "copy_last")
-POSITION_INITS = {"tile": "bicubic", "tile_linear": "align_corners_linear"}
+POSITION_INITS = ("tile", "tile_linear")
 
 # Settings that decide what the weights compute, but do not show in their shapes.
 _SHARED_SETTINGS = ("hidden_act", "layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob")
-
-# Names of the norms in layers with LayerScale.
-_LAYER_SCALE_NORMS = {r"\.norm1\.": ".layernorm_before.", r"\.norm2\.": ".layernorm_after."}
-_LAYER_SCALES = {r"(.*)\.layer_scale1\.lambda1": r"\1.attention.o_proj", r"(.*)\.layer_scale2\.lambda1": r"\1.mlp.fc2"}
-
-_UNUSED_VIT_KEYS = {
-    r"pooler\.dense\.(weight|bias)": "pooler",
-    r"classifier\.(weight|bias)": "classification head",
-    r"embeddings\.mask_token": "mask token",
-    r"decoder\.\d+\.(weight|bias)": "decoder of masked image modelling",
-}
 
 
 # Settings
 
 
-def config_from_vit(vit_config: PretrainedConfig, **overrides: Any) -> ViViTConfig:
+def config_from_vit(vit_config: PretrainedConfig | str | os.PathLike, **overrides: Any) -> ViViTConfig:
     """
-    Return the configuration of a ViViT with the ViT's sizes, activation, LayerNorm epsilon, biases and dropout.
+    Return the configuration of a ViViT that computes per frame what an image model computes: its sizes, activation,
+    LayerNorms, biases, register tokens and dropout, and mean pooling if it has no class token.
 
     Args:
-        vit_config: the configuration of a plain ViT or DeiT.
+        vit_config: the configuration of a ViT, DeiT, DINOv2 (with or without registers), CLIP or SigLIP; or a folder,
+            Hub id or file of such a model, see `read_image_source`.
         overrides: fields of `ViViTConfig`, such as `attention_type` and `num_frames`.
 
     Raises:
-        ValueError: if `vit_config` is the configuration of another kind of model.
+        ValueError: if a ViViT cannot start from such a model; the message gives the reason.
     """
-    _check_is_vit(vit_config)
-    patch_height, patch_width = _pair(vit_config.patch_size)
+    if isinstance(vit_config, (str, os.PathLike)):
+        vit_config = read_image_config(os.fspath(vit_config))
+    structure = image_structure(vit_config)
     time = 1 if overrides.get("embedding_type") in ("uniform_frame_sampling", "temporal_sampling") else 2
-    names = "hidden_size num_hidden_layers num_attention_heads intermediate_size num_channels qkv_bias image_size"
-    fields = {name: getattr(vit_config, name) for name in (*names.split(), "initializer_range", *_SHARED_SETTINGS)}
-    return ViViTConfig(**{**fields, "tubelet_size": (time, patch_height, patch_width), **overrides})
+    fields = {
+        **structure.settings,
+        "image_size": structure.image_size,
+        "tubelet_size": (time, *structure.patch_size),
+        "pooling": None if structure.has_class_token else "mean",
+        **overrides,
+    }
+    if ViViTConfig(attention_type=overrides.get("attention_type", "spatio_temporal")).is_token_grid:
+        fields["num_register_tokens"] = overrides.get("num_register_tokens", 0)
+    return ViViTConfig(**fields)
 
 
-def _check_is_vit(vit_config: Any) -> None:
-    needed = ("hidden_size", "num_hidden_layers", "intermediate_size", "patch_size", "image_size", "qkv_bias")
-    if not isinstance(vit_config, PretrainedConfig) or not all(hasattr(vit_config, name) for name in needed):
-        kind = getattr(vit_config, "model_type", None) or type(vit_config).__name__
-        raise ValueError(
-            f"A ViViT starts from a plain ViT or DeiT; expected its configuration (`vit.config`), got {kind!r}."
-        )
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
+def position_mode(structure: ImageStructure, position_init: str) -> str:
+    """Return the mode of `resample_position_embeddings` for a `position_init`."""
+    return structure.position_mode if position_init == "tile" else "align_corners_linear"
 
 
 # The report
@@ -86,12 +79,12 @@ def _pair(size: Any) -> tuple[int, int]:
 @dataclasses.dataclass
 class InitialisationReport:
     """
-    The origin of every parameter of a ViViT, and the use of every weight of the ViT.
+    The origin of every parameter of a ViViT, and the use of every weight of the image model (the ViT).
 
     `parameters` maps every parameter of the ViViT to "copied", "scaled" (by the ViT's LayerScale), "inflated",
     "resized", "tiled", "zeroed" or "newly initialised" ("resized, tiled" where both apply). `vit_keys` maps every
-    weight of the ViT to "used" or to "deliberately unused (reason)". `settings` maps every setting that was carried
-    over from the ViT to its values before and after.
+    weight of the ViT, by its name in the model or file, to "used" or to "deliberately unused (reason)". `settings` maps
+    every setting that was carried over from the ViT to its values before and after.
     """
 
     parameters: dict[str, str]
@@ -106,14 +99,19 @@ class InitialisationReport:
         """Return the names of the parameters that have no counterpart in the ViT."""
         return [name for name, status in self.parameters.items() if status == "newly initialised"]
 
+    def unused(self) -> dict[str, str]:
+        """Return the weights of the ViT that the ViViT does not use, each with the reason."""
+        matches = {name: re.fullmatch(r"deliberately unused \((.*)\)", use) for name, use in self.vit_keys.items()}
+        return {name: match[1] for name, match in matches.items() if match}
+
     def to_markdown(self) -> str:
         """Return a table of counts and the names of parameters that were not simply copied, for a model card."""
         lines = ["| | parameters |", "| --- | --- |"]
         lines += [f"| {status} | {count} |" for status, count in sorted(self.counts().items())]
-        unused = [f"`{name}`" for name, status in self.vit_keys.items() if status != "used"]
+        unused = self.unused()
         lines += ["", f"ViT weights used: {len(self.vit_keys) - len(unused)} of {len(self.vit_keys)}."]
         if unused:
-            lines += [f"Deliberately unused: {', '.join(unused)}."]
+            lines += [f"Deliberately unused: {'; '.join(list_unused(unused, mark='`'))}."]
         for status in sorted(set(self.parameters.values()) - {"copied"}):
             names = [name for name, value in self.parameters.items() if value == status]
             lines += ["", f"{status.capitalize()}: {', '.join(f'`{name}`' for name in _shorten(names))}."]
@@ -131,13 +129,24 @@ def _shorten(names: list[str]) -> list[str]:
     return list(dict.fromkeys(re.sub(r"\.layer\.\d+\.", ".layer.N.", name) for name in names))
 
 
+def list_unused(unused: Mapping[str, str], mark: str = "", most: int = 4) -> list[str]:
+    """Return "name (reason)" for unused weights; of more than `most` with one reason, the first and their number."""
+    lines = []
+    for reason in dict.fromkeys(unused.values()):
+        names = [f"{mark}{name}{mark}" for name, why in unused.items() if why == reason]
+        if len(names) > most:
+            names = [f"{names[0]} and {len(names) - 1} more"]
+        lines += [f"{name} ({reason})" for name in names]
+    return lines
+
+
 # The entry point
 
 
 @torch.no_grad()
 def initialise_from_vit(
     vivit: ViViTPreTrainedModel,
-    vit: PreTrainedModel,
+    vit: PreTrainedModel | str | os.PathLike | ImageSource,
     *,
     tubelet_init: str = "central_frame",
     temporal_attention_init: str = "zero_output",
@@ -145,16 +154,19 @@ def initialise_from_vit(
     position_init: str = "tile",
 ) -> InitialisationReport:
     """
-    Initialise a ViViT of any variant from an image ViT; changes `vivit` in place.
+    Initialise a ViViT of any variant from an image model, "the ViT"; changes `vivit` in place.
 
     Activation, LayerNorm epsilon and dropout, which decide what the weights compute, are carried over from the ViT's
-    configuration to `vivit` and its configuration.
+    configuration to `vivit` and its configuration. LayerScale is folded into the output projections, which is
+    equivalent. Text towers and attention-pooling heads are left out, and named in the report.
 
     Args:
         vivit: a `ViViTModel` or `ViViTForVideoClassification`; parameters without a counterpart in the ViT keep their
             values.
-        vit: transformers' `ViTModel`, `ViTForImageClassification` or the like, with as many layers of the same width.
-            LayerScale is folded into the output projections, which is equivalent.
+        vit: transformers' `ViTModel`, `Dinov2Model`, `Dinov2WithRegistersModel`, `CLIPVisionModel`, `SiglipVisionModel`
+            or the like, whole models with heads or text towers included; or a folder, Hub id or file of such a model,
+            see `read_image_source`. It has as many layers of the same width as `vivit` (see `config_from_vit`). Models
+            3 and 4 leave out its register tokens, with a warning.
         tubelet_init: "central_frame" (the paper's best), "filter_inflation" or "approximate_rank_pooling".
         temporal_attention_init: Model 3 only. "zero_output" copies query, key and value and zeroes the output
             projection: the layer starts as a purely spatial one, and all of its weights learn. "zero" follows the paper
@@ -167,8 +179,9 @@ def initialise_from_vit(
             over time of the ViT's normalised features, and all weights learn. "copy_last" does the same to copies of
             the ViT's last layers. Both need a pooling over time without a class token. The default is "zero_output"
             with a `temporal_pooling` other than "cls", else "random".
-        position_init: "tile" repeats over time, after bicubic resizing if the grid differs; "tile_linear" resizes like
-            the official code (linear between aligned corners).
+        position_init: "tile" repeats over time, after resizing as the image model does it if the grid differs (bicubic;
+            antialiased for DINOv2 with registers); "tile_linear" resizes like the official ViViT (linear between
+            aligned corners).
 
     Returns:
         An `InitialisationReport`.
@@ -178,36 +191,36 @@ def initialise_from_vit(
         ValueError: if sizes differ, an option is unknown or does not apply to the model, or a weight of the ViT has no
             place in the ViViT. The ViViT is then unchanged.
     """
-    if not isinstance(vivit, ViViTPreTrainedModel) or not isinstance(vit, PreTrainedModel):
+    is_source = isinstance(vit, (PreTrainedModel, str, os.PathLike, ImageSource))
+    if not isinstance(vivit, ViViTPreTrainedModel) or not is_source or isinstance(vit, ViViTPreTrainedModel):
         raise TypeError(
-            "Expected a ViViT and then a loaded image ViT, such as `ViTModel.from_pretrained(...)`, got "
-            f"{type(vivit).__name__} and {type(vit).__name__}."
+            "Expected a ViViT and then an image model, such as `ViTModel.from_pretrained(...)`, a folder or a Hub id, "
+            f"got {type(vivit).__name__} and {type(vit).__name__}."
         )
-    _check_is_vit(vit.config)
     model: ViViTModel = vivit.base_model
     config = model.config
     if temporal_encoder_init is None:
         starts_as_identity = config.num_temporal_layers and config.temporal_pooling not in (None, "cls")
         temporal_encoder_init = "zero_output" if starts_as_identity else "random"
     _check_options(config, tubelet_init, temporal_attention_init, temporal_encoder_init, position_init)
-    weights, source_names = _canonical_weights(vit)
-    _check_sizes(config, vit.config, weights)
+    source = _as_source(vit)
+    structure, weights = image_structure(source.vit.config), image_weights(source.vit)
+    _check_sizes(config, structure, weights.tensors)
 
-    scales = {n: re.sub(p, t, n) for n in weights for p, t in _LAYER_SCALES.items() if re.fullmatch(p, n)}
-    filler = _Filler(model, fold_layer_scales(weights, scales), scales)
-    _fill_embeddings(filler, vit.config, tubelet_init, POSITION_INITS[position_init])
+    filler = _Filler(model, fold_layer_scales(weights.tensors, weights.layer_scales), weights.layer_scales)
+    _fill_embeddings(filler, structure, tubelet_init, position_mode(structure, position_init))
     for index in range(config.num_hidden_layers):
         filler.copy_layer(f"encoder.layer.{index}", f"encoder.layer.{index}", temporal_attention_init)
-    filler.copy("layernorm.weight")
-    filler.copy("layernorm.bias")
+    for name in ("pre_layernorm", "layernorm"):
+        filler.copy_module(name, name)
     if temporal_encoder_init == "copy_last":
         _copy_last_layers(filler, config)
     if temporal_encoder_init != "random":
         _silence_temporal_layers(filler, config)
-    account = filler.account(source_names)
+    account = filler.account(weights.names, source)
 
     # Change the ViViT only now that everything is known to fit.
-    settings = _carry_settings(vivit, vit.config)
+    settings = _carry_settings(vivit, structure)
     filler.write()
     prefix = "" if vivit is model else f"{vivit.base_model_prefix}."
     parameters = {
@@ -262,42 +275,50 @@ def _problem_of_temporal_encoder(config: ViViTConfig, encoder: str) -> str | Non
     return None
 
 
-def _canonical_weights(vit: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return the ViT's weights under our names, and a map from these names to its own."""
-    weights, sources = {}, {}
-    for source, tensor in vit.state_dict().items():
-        name = re.sub(rf"^{vit.base_model_prefix}\.", "", source)
-        for pattern, target in {**TRANSFORMERS_VIVIT_NAMES, **_LAYER_SCALE_NORMS}.items():
-            name = re.sub(pattern, target, name)
-        weights[name], sources[name] = tensor, source
-    return weights, sources
+def _as_source(vit: PreTrainedModel | str | os.PathLike | ImageSource) -> ImageSource:
+    if isinstance(vit, PreTrainedModel):
+        return ImageSource(vit, type(vit).__name__, {name: name for name in vit.state_dict()})
+    return vit if isinstance(vit, ImageSource) else read_image_source(os.fspath(vit))
 
 
-def _check_sizes(config: ViViTConfig, vit_config: PretrainedConfig, weights: Mapping[str, torch.Tensor]) -> None:
+def _check_sizes(config: ViViTConfig, structure: ImageStructure, weights: Mapping[str, torch.Tensor]) -> None:
     if "embeddings.distillation_token" in weights:
         raise ValueError(
             "The image model has a distillation token (a distilled DeiT), which a ViViT cannot use; use an image model "
             "without one."
         )
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
-        ours, theirs = getattr(config, name), getattr(vit_config, name, None)
+    if config.pooling == "cls" and "embeddings.cls_token" not in weights:
+        raise ValueError(
+            "`pooling='cls'` needs a class token, which the image model does not have; use `pooling='mean'` (the "
+            "default of `config_from_vit`), 'max' or 'sum'."
+        )
+    names = "hidden_size num_hidden_layers num_attention_heads intermediate_size num_channels pre_layernorm".split()
+    for name in names if config.is_token_grid else [*names, "num_register_tokens"]:
+        ours, theirs = getattr(config, name), structure.settings[name]
         if ours != theirs:
             raise ValueError(
                 f"`{name}` is {ours} in the ViViT and {theirs} in the ViT; build the ViViT with `config_from_vit`."
             )
-    if tuple(config.tubelet_size[1:]) != _pair(vit_config.patch_size):
+    if tuple(config.tubelet_size[1:]) != structure.patch_size:
         raise ValueError(
             f"The ViViT's patches are {tuple(config.tubelet_size[1:])} (height, width) and the ViT's "
-            f"{_pair(vit_config.patch_size)}; set `tubelet_size` to match."
+            f"{structure.patch_size}; set `tubelet_size` to match."
         )
-    if getattr(vit_config, "qkv_bias", True) and not config.qkv_bias:
-        raise ValueError("The ViT has biases for query, key and value; the ViViT was built with `qkv_bias=False`.")
+    for name, what in (("qkv_bias", "biases for query, key and value"), ("patch_bias", "a bias for its patches")):
+        if structure.settings[name] and not getattr(config, name):
+            raise ValueError(f"The ViT has {what}; the ViViT was built with `{name}=False`.")
+    if structure.num_register_tokens and config.is_token_grid:
+        warnings.warn(
+            f"The {structure.num_register_tokens} register tokens of the image model are left out: the layers of "
+            f"`attention_type='{config.attention_type}'` take the grid of tokens alone.",
+            stacklevel=3,
+        )
 
 
-def _carry_settings(vivit: ViViTPreTrainedModel, vit_config: PretrainedConfig) -> dict[str, tuple[Any, Any]]:
+def _carry_settings(vivit: ViViTPreTrainedModel, structure: ImageStructure) -> dict[str, tuple[Any, Any]]:
     """Carry activation, epsilon and dropout over to the ViViT; return the settings that changed."""
     config = vivit.config
-    wanted = ViViTConfig(**{name: getattr(vit_config, name) for name in _SHARED_SETTINGS})
+    wanted = ViViTConfig(**{name: structure.settings[name] for name in _SHARED_SETTINGS})
     changed = {}
     for name in _SHARED_SETTINGS:
         old, new = getattr(config, name), getattr(wanted, name)
@@ -346,17 +367,17 @@ class _Filler:
             self.parameters[name].copy_(torch.as_tensor(value))
 
     def copy(self, name: str, source: str | None = None) -> None:
+        """Copy a parameter; a bias of a projection that the ViT does not have becomes zero, which is equivalent."""
         source = source or name
-        self.fill(name, self.take(source), "scaled" if source.rpartition(".")[0] in self.scaled else "copied")
+        if source not in self.weights and source.endswith(("_proj.bias", ".projection.bias")):
+            self.fill(name, 0.0, "zeroed")
+        else:
+            self.fill(name, self.take(source), "scaled" if source.rpartition(".")[0] in self.scaled else "copied")
 
     def copy_module(self, name: str, source: str) -> None:
-        """Copy every parameter of a module; a bias that the ViT does not have becomes zero, which is equivalent."""
+        """Copy every parameter of a module."""
         for parameter in [key for key in self.parameters if key.startswith(f"{name}.")]:
-            origin = source + parameter.removeprefix(name)
-            if origin not in self.weights and origin.endswith("_proj.bias"):
-                self.fill(parameter, 0.0, "zeroed")
-            else:
-                self.copy(parameter, origin)
+            self.copy(parameter, source + parameter.removeprefix(name))
 
     def copy_layer(self, name: str, source: str, temporal_attention_init: str) -> None:
         if self.model.config.attention_type != "factorised_self_attention":
@@ -374,49 +395,52 @@ class _Filler:
                 self.fill(parameter, 0.0, "zeroed")
         return None
 
-    def account(self, source_names: Mapping[str, str]) -> dict[str, str]:
-        """Return the use of every weight of the ViT, by its own name."""
-        account, strays = {}, []
-        for name, source in source_names.items():
-            reasons = [why for pattern, why in _UNUSED_VIT_KEYS.items() if re.fullmatch(pattern, name)]
+    def account(self, names: Mapping[str, str], source: ImageSource) -> dict[str, str]:
+        """Return the use of every weight of the source, by its name there; `names` maps our names to the ViT's."""
+        config = self.model.config
+        left_out = {
+            "embeddings.cls_token": f"no class token with pooling={config.pooling!r}",
+            "embeddings.register_tokens": f"no register tokens with attention_type={config.attention_type!r}",
+        }
+        unused, used, strays = dict(source.unused), dict.fromkeys(source.folded, "used"), []
+        for name, own in names.items():
+            if own not in source.origins:  # made up by the reader, such as a position of zeros
+                continue
             if name in self.used:
-                account[source] = "used"
-            elif name == "embeddings.cls_token":
-                account[source] = f"deliberately unused (no class token with pooling={self.model.config.pooling!r})"
-            elif reasons:
-                account[source] = f"deliberately unused ({reasons[0]})"
+                used[source.origins[own]] = "used"
+            elif reason := left_out.get(name) or why_unused(name):
+                unused[source.origins[own]] = reason
             else:
-                strays.append(source)
+                strays.append(source.origins[own])
         if strays:
             raise ValueError(
                 f"{len(strays)} weights of the image model have no place in a ViViT: {', '.join(strays[:8])}"
-                f"{', ...' if len(strays) > 8 else ''}. Only plain ViTs can be used."
+                f"{', ...' if len(strays) > 8 else ''}."
             )
-        return account
+        return {**used, **{name: f"deliberately unused ({reason})" for name, reason in unused.items()}}
 
 
-def _fill_embeddings(filler: _Filler, vit_config: PretrainedConfig, tubelet_init: str, mode: str) -> None:
+def _fill_embeddings(filler: _Filler, structure: ImageStructure, tubelet_init: str, mode: str) -> None:
     config, projection = filler.model.config, "embeddings.patch_embeddings.projection"
     kernel = filler.take(f"{projection}.weight")
     if config.embedding_type == "tubelet":
         filler.fill(f"{projection}.weight", TUBELET_INITS[tubelet_init](kernel, config.tubelet_size[0]), "inflated")
     else:
         filler.copy(f"{projection}.weight")
-    filler.copy(f"{projection}.bias")
-    if "embeddings.cls_token" in filler.parameters:
-        filler.copy("embeddings.cls_token")
+    if config.patch_bias:
+        filler.copy(f"{projection}.bias")
+    for name in ("embeddings.cls_token", "embeddings.register_tokens"):
+        if name in filler.parameters:
+            filler.copy(name)
 
-    patch_height, patch_width = _pair(vit_config.patch_size)
-    height, width = _pair(vit_config.image_size)
-    old_grid = (height // patch_height, width // patch_width)
-    new_grid = filler.model.embeddings.grid
+    old_grid, new_grid = structure.grid, filler.model.embeddings.grid
     positions = filler.take("embeddings.position_embeddings")
     old_prefix_tokens = positions.shape[1] - math.prod(old_grid)
     if old_prefix_tokens not in (0, 1):
         raise ValueError(
             f"The ViT has {positions.shape[1]} position embeddings, which is not a class token and a grid of "
-            f"{old_grid}; its configuration says image_size={vit_config.image_size} and "
-            f"patch_size={vit_config.patch_size}."
+            f"{old_grid}; its configuration says image_size={structure.image_size} and "
+            f"patch_size={structure.patch_size}."
         )
     class_position = None
     if filler.model.embeddings.num_prefix_tokens:

@@ -62,7 +62,7 @@ def image_to_video_position_embeddings(
         old_grid: (height, width) in tokens.
         old_prefix_tokens: 1 if the image model has a class token, else 0.
         class_position: (1, 1, hidden), the position of the video model's class token; None if it has none.
-        mode: "bicubic", or "align_corners_linear" as in the official code.
+        mode: as in `resample_position_embeddings`.
 
     Returns:
         (1, 1 + time * height * width, hidden), or without the 1 + if `class_position` is None.

@@ -17,7 +17,7 @@ _PAPER_NAMES = {
     "factorised_dot_product_attention": "Model 4",
 }
 _PARTS = {
-    "embeddings": ("vivit.embeddings",),
+    "embeddings": ("vivit.embeddings", "vivit.pre_layernorm"),
     "encoder": ("vivit.encoder", "vivit.layernorm"),
     "temporal encoder": (
         "vivit.temporal_embeddings",
@@ -75,6 +75,8 @@ def describe_model(config: ViViTConfig) -> dict[str, Any]:
             "tubelet": list(config.tubelet_size),
             "grid": [time, height, width],
             "total": time * height * width,
+            "class_tokens": int(config.pooling == "cls"),
+            "register_tokens": config.num_register_tokens,
         },
         "sizes": {
             "hidden_size": config.hidden_size,

@@ -14,12 +14,12 @@ from huggingface_hub import HfApi
 from transformers import EarlyStoppingCallback, set_seed
 
 from ..configuration_vivit import ViViTConfig
-from ..conversion.weight_files import read_json
 from ..data.labels import LabelMap, class_weights
 from ..explain.batch_picture import draw_batch
 from ..hub.model_card import is_repo_id, write_model_card
 from ..inference.metrics import describe_chance
 from ..inference.views import describe_views
+from ..initialisation.weight_files import read_json
 from ..modeling_vivit import ViViTForVideoClassification
 from .augmentation import ClipAugmentation, names_with_sides
 from .checkpoints import deferred_interrupt, is_complete_checkpoint, last_complete_checkpoint

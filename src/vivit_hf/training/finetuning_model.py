@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from ..configuration_vivit import ViViTConfig
-from ..conversion.image_sources import read_image_source
-from ..conversion.weight_files import find_file, has_processor, read_json
 from ..data.labels import LabelMap
 from ..initialisation.from_image import InitialisationReport, config_from_vit, initialise_from_vit
+from ..initialisation.image_arrays import ImageSource
+from ..initialisation.image_sources import read_image_source
 from ..initialisation.model_processor import processor_for, resize_ratio_of
+from ..initialisation.weight_files import find_file, has_processor, read_json
 from ..modeling_vivit import ViViTForVideoClassification
 from ..video_processing_vivit import ViViTVideoProcessor
 from .finetuning_arguments import ModelArguments, Say
@@ -258,7 +259,7 @@ def _from_image(request: _Request) -> Start:
     settings = choose_settings({GIVEN: request.given, **request.recipes, DEFAULT: defaults})
     fields = request.config_fields(settings, *STRUCTURE, *SIZES)
     model = ViViTForVideoClassification(config_from_vit(image.vit.config, **fields))
-    report = _initialise(model, image.vit, request.arguments)
+    report = _initialise(model, image, request.arguments)
     say(f"{source}: {report} parameters")
     for note in image.notes:
         say(f"{source}: {note}")
@@ -270,13 +271,15 @@ def _from_image(request: _Request) -> Start:
     return start
 
 
-def _initialise(model: ViViTForVideoClassification, vit: Any, arguments: ModelArguments) -> InitialisationReport:
+def _initialise(
+    model: ViViTForVideoClassification, image: ImageSource, arguments: ModelArguments
+) -> InitialisationReport:
     """Initialise a model from an image ViT; "random" keeps the tubelet kernel that the model was made with."""
     inits: dict[str, Any] = {name: getattr(arguments, name) or default for name, default in _INITS.items()}
     if inits["tubelet_init"] != "random":
-        return initialise_from_vit(model, vit, **inits)
+        return initialise_from_vit(model, image, **inits)
     kernel = model.get_parameter(_TUBELETS).detach().clone()
-    report = initialise_from_vit(model, vit, **{**inits, "tubelet_init": _INITS["tubelet_init"]})
+    report = initialise_from_vit(model, image, **{**inits, "tubelet_init": _INITS["tubelet_init"]})
     model.get_parameter(_TUBELETS).data.copy_(kernel)
     report.parameters[_TUBELETS] = "newly initialised"
     return report

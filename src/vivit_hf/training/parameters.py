@@ -21,7 +21,7 @@ def part_of(name: str) -> str:
         return "classifier"
     if _TEMPORAL.search(name):
         return "temporal"
-    return "embeddings" if re.search(r"(^|\.)embeddings\.", name) else "encoder"
+    return "embeddings" if re.search(r"(^|\.)(embeddings|pre_layernorm)\.", name) else "encoder"
 
 
 def freeze(model: torch.nn.Module, what: str) -> list[str]:
@@ -101,8 +101,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return the parameter groups for an optimiser, without frozen parameters.
 
-    The learning rate is learning_rate * layer_decay ** depth (see `depths`). Biases, norms, class tokens and position
-    embeddings have no weight decay.
+    The learning rate is learning_rate * layer_decay ** depth (see `depths`). Biases, norms, class and register tokens
+    and position embeddings have no weight decay.
     """
     if not 0 < layer_decay <= 1:
         raise ValueError(f"`layer_decay={layer_decay!r}` must be above 0 and at most 1.")
@@ -111,7 +111,7 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = parameter.ndim > 1 and not name.endswith(("cls_token", "position_embeddings"))
+        decays = parameter.ndim > 1 and not name.endswith(("cls_token", "register_tokens", "position_embeddings"))
         depth = depth_of[name] if layer_decay != 1 else 0
         rates = {"lr": learning_rate * layer_decay**depth, "weight_decay": weight_decay if decays else 0.0}
         groups.setdefault((depth, decays), {"params": [], **rates})["params"].append(parameter)

@@ -8,12 +8,12 @@ import sys
 import pytest
 from hub_server import HubServer
 
-from vivit_hf.conversion.weight_files import find_file
+from vivit_hf.initialisation.weight_files import find_file
 
 
 PROGRAM = """
 import json, sys
-from vivit_hf.conversion.weight_files import find_file
+from vivit_hf.initialisation.weight_files import find_file
 
 found = {}
 for place in sys.argv[1:]:

@@ -6,20 +6,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import ViTConfig
+from transformers import ViTConfig, ViTModel
 
 from .image_arrays import (
     ImageSource,
     Mapped,
-    fill_vit,
     int_or_pair,
-    origins_of,
     raise_problems,
     reason_for,
     refuse,
     renamed,
     square_image_size,
 )
+from .image_models import fill_model
 from .weight_files import ConversionError, as_float32, from_flax
 
 
@@ -105,4 +104,5 @@ def read_jax_vit(path: Path) -> ImageSource:
         qkv_bias="layers.0.attention.q_proj.bias" in state,
         **_SETTINGS,
     )
-    return ImageSource(fill_vit(path, config, state, problems), "JAX (.npz)", origins_of(state), unused)
+    vit, origins = fill_model(path, lambda: ViTModel(config, add_pooling_layer=False), state, problems)
+    return ImageSource(vit, "JAX (.npz)", origins, unused)

@@ -1,4 +1,4 @@
-"""Turn named arrays of any source into a `ViTModel`: every array is mapped, unused for a stated reason, or an error."""
+"""Turn named arrays of any source into a model: every array is mapped, unused for a stated reason, or an error."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import ViTConfig, ViTModel
+from transformers import PreTrainedModel
 
 from .weight_files import ConversionError
 
 
-# Name in the ViT -> (name in the source, tensor)
+# Name in the model -> (name in the source, tensor)
 Mapped = dict[str, tuple[str, torch.Tensor]]
 
 
 @dataclass
 class ImageSource:
-    """A ViT that was read, and what happened to the arrays of its file."""
+    """An image model that was read, and what happened to the arrays of its file."""
 
-    vit: ViTModel
+    vit: PreTrainedModel
     kind: str
-    origins: dict[str, str]  # name in the ViT -> name of the array it comes from
+    origins: dict[str, str]  # name in the model -> name of the array it comes from
     unused: dict[str, str] = field(default_factory=dict)  # name of an array -> reason
     processor_settings: dict[str, Any] | None = None  # as in transformers' preprocessor_config.json
     notes: list[str] = field(default_factory=list)
@@ -57,34 +57,17 @@ def raise_problems(source: Any, problems: list[str]) -> None:
         )
 
 
-def fill_vit(source: Any, config: ViTConfig, state: Mapped, problems: list[str]) -> ViTModel:
-    """Return a ViT with these tensors; raise a ConversionError if a parameter is missing or a tensor has no place."""
-    with torch.device("meta"):
-        vit = ViTModel(config, add_pooling_layer=False)
-    expected = {name: tuple(tensor.shape) for name, tensor in vit.state_dict().items()}
-    problems += [f"missing: the source of {name}" for name in expected if name not in state]
-    for name, (origin, tensor) in state.items():
-        if name not in expected:
-            problems.append(f"no place for: {origin}")
-        elif tuple(tensor.shape) != expected[name]:
-            problems.append(f"wrong shape: {origin} gives {tuple(tensor.shape)} for {name}, {expected[name]}")
-    raise_problems(source, problems)
-    tensors = {name: tensor.to(torch.float32).contiguous() for name, (_, tensor) in state.items()}
-    vit.load_state_dict(tensors, strict=True, assign=True)
-    return vit
-
-
-def origins_of(state: Mapped) -> dict[str, str]:
-    return {target: origin for target, (origin, _) in state.items()}
-
-
-def square_image_size(source: Any, num_positions: int, patch: tuple[int, ...]) -> int | list[int]:
-    side = round((num_positions - 1) ** 0.5)
-    if side * side != num_positions - 1:
-        raise ConversionError(
-            f"{source} has {num_positions} position embeddings, which is not a class token and a square grid."
-        )
-    return int_or_pair((side * patch[0], side * patch[1]))
+def square_image_size(
+    source: Any, num_positions: int, patch: tuple[int, ...], prefixes: tuple[int, ...] = (1,)
+) -> int | list[int]:
+    """Return the image size in pixels for positions of a square grid behind one of these numbers of prefix tokens."""
+    for prefix in prefixes:
+        side = round((num_positions - prefix) ** 0.5)
+        if side * side == num_positions - prefix:
+            return int_or_pair((side * patch[0], side * patch[1]))
+    raise ConversionError(
+        f"{source} has {num_positions} position embeddings, which is not a class token and a square grid."
+    )
 
 
 def int_or_pair(size: tuple[int, ...]) -> int | list[int]:
