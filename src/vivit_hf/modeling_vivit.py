@@ -69,7 +69,7 @@ def check_pixel_values(pixel_values: torch.Tensor, config: ViViTConfig, any_size
 
 
 def check_values(pixel_values: torch.Tensor, config: ViViTConfig) -> None:
-    """Raise ValueError unless these are float clips with the model's channels, of whatever size."""
+    """Raise ValueError unless these are float clips with the model's channels, of any size."""
     if not isinstance(pixel_values, torch.Tensor) or pixel_values.ndim != 5:
         got = tuple(pixel_values.shape) if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
         raise ValueError(f"`pixel_values` must be (batch, frames, channels, height, width), but got {got}.")
@@ -109,7 +109,7 @@ class ViViTKwargs(TransformersKwargs, total=False):  # type: ignore[call-arg]
     output_last_hidden_state: bool | None
 
 
-# Some wrappers of transformers leave `return_dict` in.
+# Some wrappers in transformers pass `return_dict` on.
 _KNOWN_ARGUMENTS = frozenset({*ViViTKwargs.__annotations__, "return_dict"})
 
 
@@ -496,7 +496,7 @@ class ViViTAttention(nn.Module):
         self.dot_product = dot_product(config, self.head_dim)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[ViViTKwargs]) -> torch.Tensor:
-        """(batch, ..., hidden) -> (batch, ..., hidden); `dot_product` says what stands between."""
+        """(batch, ..., hidden) -> (batch, ..., hidden); `dot_product` determines the axes in between."""
         heads = (self.num_heads, self.head_dim)
         query = self.q_proj(hidden_states).unflatten(-1, heads)  # (batch, ..., heads, head_dim)
         key = self.k_proj(hidden_states).unflatten(-1, heads)

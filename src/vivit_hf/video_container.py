@@ -77,7 +77,7 @@ def open_container(
         except ValueError as error:
             if isinstance(error, av.FFmpegError):
                 raise
-            # The streams of this format are found only as it is read: they take no options.
+            # This format reveals its streams only while it is read, so it refuses options for them.
             source.seek(0)
             container = av.open(source, options={**few, **options}, **settings)
         if len(container.streams) <= limits.max_streams:
