@@ -144,9 +144,9 @@ def test_load_with_mismatched_shapes(model, clips, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_load_save_dtype(model, clips, dtype, tmp_path):
+def test_load_save_dtype(config, clips, dtype, tmp_path):
     """Loads from the meta device in any dtype, and keeps what is saved."""
-    cls = type(model)
+    model, cls = make_model(config), ViViTForVideoClassification
     model.save_pretrained(tmp_path / "single")
     for loaded in (
         cls.from_pretrained(tmp_path / "single", dtype=dtype),
@@ -321,6 +321,7 @@ def test_attention_outputs_asked_for_while_loading(model, clips, tmp_path):
     assert loaded(clips).hidden_states and loaded(clips).attentions is None
 
 
+@pytest.mark.slow
 def test_torch_export(model, clips):
     exported = torch.export.export(model, (), {"pixel_values": clips}, strict=False)
     torch.testing.assert_close(first(exported.module()(pixel_values=clips)), first(model(clips)))

@@ -45,7 +45,7 @@ def test_no_split_modules_are_not_split(model):
 
 @pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
 def test_disk_offload(model, clips, tmp_path, safe):
-    model.config.num_hidden_layers = 6
+    model.config.num_hidden_layers = 4
     model = make_model(model.config, type(model))
     if safe:
         model.save_pretrained(tmp_path, max_shard_size="30KB")
@@ -54,7 +54,7 @@ def test_disk_offload(model, clips, tmp_path, safe):
         model.config.save_pretrained(tmp_path)
     size = compute_module_sizes(model)[""]
     expected = first(model(clips))
-    for fraction in (0.5, 0.7, 0.9):
+    for fraction in (0.5, 0.8):
         loaded = type(model).from_pretrained(
             tmp_path, device_map="auto", max_memory={"cpu": int(size * fraction)}, offload_folder=tmp_path / "offload"
         )
