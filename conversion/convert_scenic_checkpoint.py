@@ -6,7 +6,7 @@ Convert a ViViT checkpoint of google-research/scenic (flax msgpack), as `vivit-h
 
 The first form is for the released models, whose configurations are built in. Needs msgpack
 (`pip install "vivit-hf[conversion]"`), but neither JAX nor flax. Every array of the checkpoint's model is mapped;
-otherwise the conversion stops and names it. The result is loaded again and compared with a numpy version of the
+otherwise the conversion stops and names it. The result is loaded again and compared with a transcription of the
 official model.
 """
 

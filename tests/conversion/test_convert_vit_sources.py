@@ -292,15 +292,15 @@ def test_jax_weights_compute_the_same_as_in_flax(tmp_path, convert, naming):
     vit = read_image_source(str(file)).vit
     assert vit.config.hidden_act == "gelu_pytorch_tanh" and vit.config.layer_norm_eps == 1e-6
 
-    images = np.random.default_rng(1).normal(size=(2, 1, 24, 24, 3))
-    weights = _Weights(arrays, np.float64)
+    images = torch.from_numpy(np.random.default_rng(1).normal(size=(2, 1, 24, 24, 3)))
+    weights = _Weights(arrays, torch.float64)
     one_frame = {"temporal_encoding_config": {"method": "temporal_sampling", "n_sampled_frames": 1}}
     tokens = embed(weights, one_frame, images)[:, 0]
-    tokens = np.concatenate([np.broadcast_to(weights("cls"), (2, 1, 24)), tokens], axis=1)
+    tokens = torch.cat([weights("cls").expand(2, 1, 24), tokens], dim=1)
     tokens = tokens + weights("Transformer/posembed_input/pos_embedding")
-    expected = torch.from_numpy(transformer(weights, "Transformer", tokens, attend))
+    expected = transformer(weights, "Transformer", tokens, attend)
     with torch.no_grad():
-        actual = vit.double()(torch.from_numpy(images[:, 0]).permute(0, 3, 1, 2)).last_hidden_state
+        actual = vit.double()(images[:, 0].permute(0, 3, 1, 2)).last_hidden_state
     torch.testing.assert_close(actual, expected, atol=1e-10, rtol=0)
 
     code, printed, errors, _ = convert(file, "--attention-type", "factorised_self_attention")

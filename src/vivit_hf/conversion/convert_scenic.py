@@ -24,7 +24,7 @@ from .terminal import progress
 
 
 def convert(args: argparse.Namespace) -> Result:
-    """Convert a checkpoint, and compare what was written with a numpy version of the official model."""
+    """Convert a checkpoint, and compare what was written with a transcription of the official model."""
     release = RELEASES.get(args.model)
     with progress(steps=5) as begin, whole_folder(args.output) as folder:
         begin(f"reading {args.checkpoint}")
@@ -54,12 +54,13 @@ def convert(args: argparse.Namespace) -> Result:
             begin("running the reference")
             clip = random_clip(config)
             steps = chosen_steps(config)
-            expected = _reference_outputs(params, model_config, clip, steps)
+            video = clip.permute(0, 1, 3, 4, 2)  # (batch, frames, height, width, channels)
+            tokens, logits = official_forward(params, model_config, video, steps, torch.float32)
             del params
             begin("loading and running the result")
             model = frozen(ViViTForVideoClassification.from_pretrained(folder))
-            what = f"all tokens' embeddings, and logits from time steps {steps} = numpy version of the official code"
-            result.parity = compare(tokens_and_logits(model, clip), expected, what)
+            what = f"all tokens' embeddings, and logits from time steps {steps} = those of the official code"
+            result.parity = compare(tokens_and_logits(model, clip), {"tokens": tokens, "logits": logits}, what)
             del model
     return result
 
@@ -91,11 +92,3 @@ def _config(args: argparse.Namespace, model_config: Mapping[str, Any], params: M
     if release and release.label_groups:
         config.label_groups = dict(release.label_groups)
     return config
-
-
-def _reference_outputs(
-    params: Mapping[str, np.ndarray], model_config: Mapping[str, Any], clip: torch.Tensor, steps: list[int]
-) -> dict[str, torch.Tensor]:
-    video = clip.permute(0, 1, 3, 4, 2).numpy()  # (batch, frames, height, width, channels)
-    tokens, logits = official_forward(params, model_config, video, steps, np.float32)
-    return {"tokens": torch.from_numpy(tokens), "logits": torch.from_numpy(logits)}

@@ -1,5 +1,5 @@
 """
-The forward pass of google-research/scenic `projects/vivit/model.py` in numpy, to check conversions against.
+The forward pass of google-research/scenic `projects/vivit/model.py`, to check conversions against.
 
 It was written from the paper and the official code, reads parameters by their official names, and deliberately shares
 no code with the model. Shapes are given in the words batch, time, space, hidden.
@@ -11,24 +11,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from torch.nn import functional
 
 
 Params = Mapping[str, np.ndarray]
 POOLINGS = {
     "token": lambda tokens: tokens[:, 0],
-    "gap": lambda tokens: tokens.mean(axis=1),
-    "gmp": lambda tokens: tokens.max(axis=1),
-    "gsp": lambda tokens: tokens.sum(axis=1),
+    "gap": lambda tokens: tokens.mean(dim=1),
+    "gmp": lambda tokens: tokens.amax(dim=1),
+    "gsp": lambda tokens: tokens.sum(dim=1),
 }
 
 
 def official_forward(
     params: Params,
     model_config: Mapping[str, Any],
-    video: np.ndarray,
+    video: torch.Tensor,
     steps: Sequence[int] | None = None,
-    dtype: type = np.float64,
-) -> tuple[np.ndarray, np.ndarray]:
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Return all tokens (batch, time, space, hidden) as they enter the encoder, and the logits (batch, classes).
 
@@ -44,7 +46,7 @@ def official_forward(
     kind = (model_config.get("attention_config") or {}).get("type", "spacetime")
     pool = POOLINGS[model_config.get("classifier", "gap")]
     has_token = model_config.get("classifier") == "token"
-    grid = embed(weights, model_config, video.astype(dtype))  # (batch, time, space, hidden)
+    grid = embed(weights, model_config, video.to(dtype))  # (batch, time, space, hidden)
     batch, time, space, hidden = grid.shape
     steps = list(range(time)) if steps is None else list(steps)
 
@@ -62,7 +64,7 @@ def official_forward(
         pooled = pool(transformer(weights, encoder, tokens, attend)).reshape(batch, len(steps), hidden)
         over_time = pooled[:, [index % len(steps) for index in range(time)]]  # (batch, time, hidden)
         if (model_config.get("attention_config") or {}).get("spatial_only_baseline"):
-            features = over_time.mean(axis=1)
+            features = over_time.mean(dim=1)
         else:
             encoder = "TemporalTransformer"
             over_time = _prepend(weights(f"cls_{encoder}") if has_token else None, over_time)
@@ -72,18 +74,18 @@ def official_forward(
         tokens = _prepend(token, chosen.reshape(batch, -1, hidden))
         features = pool(transformer(weights, encoder, tokens, attend))
     elif kind == "factorized_dot_product_attention":
-        features = pool(_flat(transformer(weights, encoder, chosen, attend_half_and_half)))
+        features = pool(transformer(weights, encoder, chosen, attend_half_and_half).flatten(1, 2))
     elif kind == "factorized_self_attention_block":
         order = model_config["attention_config"].get("attention_order", "time_space").split("_")
-        features = pool(_flat(transformer(weights, encoder, chosen, attend, order)))
+        features = pool(transformer(weights, encoder, chosen, attend, order).flatten(1, 2))
     else:
         raise ValueError(f"The official model has no attention of type {kind!r}.")
     if model_config.get("representation_size") is not None:
-        features = np.tanh(weights.dense(features, "pre_logits"))
+        features = weights.dense(features, "pre_logits").tanh()
     return grid, weights.dense(features, "output_projection")
 
 
-def embed(weights: _Weights, model_config: Mapping[str, Any], video: np.ndarray) -> np.ndarray:
+def embed(weights: _Weights, model_config: Mapping[str, Any], video: torch.Tensor) -> torch.Tensor:
     """(batch, frames, height, width, channels) -> (batch, time, space, hidden), without pixels that fill no patch."""
     kernel = weights("embedding/kernel")
     encoding = model_config["temporal_encoding_config"]
@@ -92,104 +94,81 @@ def embed(weights: _Weights, model_config: Mapping[str, Any], video: np.ndarray)
         indices = np.arange(frames / (wanted + 1), frames, frames / (wanted + 1))
         video = video[:, np.clip(np.round(indices).astype(int), 0, frames - 1)]
         kernel = kernel[None]
-    (t, h, w), hidden = kernel.shape[:3], kernel.shape[-1]
-    batch, frames, height, width, channels = video.shape
-    time, rows, columns = frames // t, height // h, width // w
-    patches = video[:, : time * t, : rows * h, : columns * w]
-    patches = patches.reshape(batch, time, t, rows, h, columns, w, channels).transpose(0, 1, 3, 5, 2, 4, 6, 7)
-    patches = patches.reshape(batch, time, rows * columns, -1)  # (batch, time, space, patch)
-    return patches @ kernel.reshape(-1, hidden) + weights("embedding/bias")
+    kernel = kernel.permute(4, 3, 0, 1, 2)  # (hidden, channels, t, h, w)
+    grid = functional.conv3d(video.movedim(-1, 1), kernel, weights("embedding/bias"), stride=kernel.shape[2:])
+    return grid.flatten(3).permute(0, 2, 3, 1)  # (batch, hidden, time, rows, columns) -> (batch, time, space, hidden)
 
 
-def transformer(weights: _Weights, encoder: str, tokens: np.ndarray, attention: Any, order: Any = None) -> np.ndarray:
+def transformer(
+    weights: _Weights, encoder: str, tokens: torch.Tensor, attention: Any, order: Any = None
+) -> torch.Tensor:
     """Apply all blocks and the last LayerNorm; with an `order`, blocks attend over one axis after the other."""
     index = 0
     while f"{encoder}/encoderblock_{index}/{'LayerNorm_mlp' if order else 'LayerNorm_0'}/scale" in weights.params:
         block = f"{encoder}/encoderblock_{index}/"
         if order:
             for axis in order:
-                attended = over_axis(weights, block, tokens, axis)
-                tokens = tokens + attended
+                tokens = tokens + over_axis(weights, block, tokens, axis)
             norm, mlp = "LayerNorm_mlp", "MlpBlock"
         else:
             tokens = tokens + weights.attention(
                 weights.layer_norm(tokens, f"{block}LayerNorm_0"), f"{block}MultiHeadDotProductAttention_0", attention
             )
             norm, mlp = "LayerNorm_1", "MlpBlock_0"
-        hidden = gelu(weights.dense(weights.layer_norm(tokens, block + norm), f"{block}{mlp}/Dense_0"))
-        tokens = tokens + weights.dense(hidden, f"{block}{mlp}/Dense_1")
+        hidden = weights.dense(weights.layer_norm(tokens, block + norm), f"{block}{mlp}/Dense_0")
+        # flax's default is the tanh approximation
+        tokens = tokens + weights.dense(functional.gelu(hidden, approximate="tanh"), f"{block}{mlp}/Dense_1")
         index += 1
     return weights.layer_norm(tokens, f"{encoder}/encoder_norm")
 
 
-def over_axis(weights: _Weights, block: str, tokens: np.ndarray, axis: str) -> np.ndarray:
+def over_axis(weights: _Weights, block: str, tokens: torch.Tensor, axis: str) -> torch.Tensor:
     """Attend in (batch, time, space, hidden) within one time step ("space") or within one place ("time")."""
     normed = weights.layer_norm(tokens, f"{block}LayerNorm_{axis}")
-    normed = normed.swapaxes(1, 2) if axis == "time" else normed
+    normed = normed.transpose(1, 2) if axis == "time" else normed
     attended = weights.attention(normed, f"{block}MultiHeadDotProductAttention_{axis}", attend)
-    return attended.swapaxes(1, 2) if axis == "time" else attended
+    return attended.transpose(1, 2) if axis == "time" else attended
 
 
-def attend(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Attend over the axis before the heads: (..., tokens, heads, head_dim) each -> the same."""
-    query, key, value = (array.swapaxes(-2, -3) for array in (query, key, value))  # (..., heads, tokens, head_dim)
-    scores = (query / np.sqrt(query.shape[-1]).astype(query.dtype)) @ key.swapaxes(-1, -2)
-    scores = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return ((scores / scores.sum(axis=-1, keepdims=True)) @ value).swapaxes(-2, -3)
+    query, key, value = (one.transpose(-2, -3) for one in (query, key, value))  # (..., heads, tokens, head_dim)
+    return functional.scaled_dot_product_attention(query, key, value).transpose(-2, -3)
 
 
-def attend_half_and_half(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
+def attend_half_and_half(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """(batch, time, space, heads, head_dim) -> the same: half of the heads over time, the second half over space."""
     half = query.shape[-2] // 2
-    over_time = [array[..., :half, :].swapaxes(1, 2) for array in (query, key, value)]
-    over_space = [array[..., half:, :] for array in (query, key, value)]
-    return np.concatenate([attend(*over_time).swapaxes(1, 2), attend(*over_space)], axis=-2)
+    over_time = [one[..., :half, :].transpose(1, 2) for one in (query, key, value)]
+    over_space = [one[..., half:, :] for one in (query, key, value)]
+    return torch.cat([attend(*over_time).transpose(1, 2), attend(*over_space)], dim=-2)
 
 
-def gelu(values: np.ndarray) -> np.ndarray:
-    """Return the tanh approximation of GELU, flax's default."""
-    inner = np.sqrt(2 / np.pi).astype(values.dtype) * (values + 0.044715 * values**3)
-    return 0.5 * values * (1 + np.tanh(inner))
-
-
-def _prepend(token: np.ndarray | None, tokens: np.ndarray) -> np.ndarray:
-    if token is None:
-        return tokens
-    return np.concatenate([np.broadcast_to(token, (len(tokens), 1, token.shape[-1])), tokens], axis=1)
-
-
-def _flat(grid: np.ndarray) -> np.ndarray:
-    return grid.reshape(grid.shape[0], -1, grid.shape[-1])  # (batch, time, space, hidden) -> (batch, tokens, hidden)
+def _prepend(token: torch.Tensor | None, tokens: torch.Tensor) -> torch.Tensor:
+    return tokens if token is None else torch.cat([token.expand(len(tokens), 1, -1), tokens], dim=1)
 
 
 class _Weights:
     """Official parameters by name, and the layers that use them."""
 
-    def __init__(self, params: Params, dtype: type):
+    def __init__(self, params: Params, dtype: torch.dtype):
         self.params = params
         self.dtype = dtype
 
-    def __call__(self, name: str) -> np.ndarray:
-        return np.asarray(self.params[name], dtype=self.dtype)
+    def __call__(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(np.array(self.params[name])).to(self.dtype)
 
-    def dense(self, values: np.ndarray, name: str) -> np.ndarray:
+    def dense(self, values: torch.Tensor, name: str) -> torch.Tensor:
         return values @ self(f"{name}/kernel") + self(f"{name}/bias")
 
-    def layer_norm(self, values: np.ndarray, name: str) -> np.ndarray:
-        centred = values - values.mean(axis=-1, keepdims=True)
-        variance = (centred**2).mean(axis=-1, keepdims=True)
-        return centred / np.sqrt(variance + 1e-6).astype(self.dtype) * self(f"{name}/scale") + self(f"{name}/bias")
+    def layer_norm(self, values: torch.Tensor, name: str) -> torch.Tensor:
+        return functional.layer_norm(values, values.shape[-1:], self(f"{name}/scale"), self(f"{name}/bias"), eps=1e-6)
 
-    def attention(self, values: np.ndarray, name: str, attention: Any) -> np.ndarray:
+    def attention(self, values: torch.Tensor, name: str, attention: Any) -> torch.Tensor:
         """(..., tokens, hidden) -> the same; kernels (hidden, heads, head_dim), `out` (heads, head_dim, hidden)."""
         heads = []
-        for projection in ("query", "key", "value"):
-            kernel = self(f"{name}/{projection}/kernel")
-            projected = values @ kernel.reshape(len(kernel), -1)
-            heads.append(projected.reshape(*values.shape[:-1], *kernel.shape[1:]) + self._bias(f"{name}/{projection}"))
-        out = self(f"{name}/out/kernel")
-        context = attention(*heads)
-        return context.reshape(*values.shape[:-1], -1) @ out.reshape(-1, out.shape[-1]) + self(f"{name}/out/bias")
-
-    def _bias(self, name: str) -> np.ndarray | float:
-        return self(f"{name}/bias") if f"{name}/bias" in self.params else 0.0
+        for projection in (f"{name}/query", f"{name}/key", f"{name}/value"):
+            bias = self(f"{projection}/bias") if f"{projection}/bias" in self.params else 0.0
+            heads.append(torch.einsum("...d,dnh->...nh", values, self(f"{projection}/kernel")) + bias)
+        out = torch.einsum("...nh,nhd->...d", attention(*heads), self(f"{name}/out/kernel"))
+        return out + self(f"{name}/out/bias")
