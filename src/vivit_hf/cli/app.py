@@ -16,6 +16,7 @@ from .explain import explain
 from .finetune import finetune
 from .inspect import inspect
 from .output import EscapingGroup, escape_logs, say
+from .probe import probe
 from .scan import scan
 from .search import search
 from .timeline import timeline
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (classify, timeline, watch, explain, embed, search, inspect, scan, demo):
+for command in (classify, timeline, watch, explain, embed, search, probe, inspect, scan, demo):
     app.command()(command)
 # The options of evaluate.py are spelled with underscores, like those of the other training scripts.
 app.command(context_settings={"token_normalize_func": lambda name: name.replace("_", "-")})(evaluate)

@@ -22,18 +22,22 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import log_loss
-from sklearn.model_selection import GridSearchCV
-from sklearn.neighbors import KNeighborsClassifier
 
+from ..conversion.terminal import needs_extra
+
+
+with needs_extra("probe"):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.neighbors import KNeighborsClassifier
 
 # Inverse strengths of the penalty, as scikit-learn's C, on inputs whose squared norm is 1 on average.
 _PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)
 _DEFAULT_PENALTY = 10.0
 _NEIGHBOURS = (1, 3, 5, 10, 20)
 _ATTENTIVE_STEPS = 20
-_CONSTANT = 1e-6  # a feature that varies less, relative to its size, is constant but for rounding in float32
+_LEAST_VARIATION = 1e-3  # of a feature, relative to its mean: what varies less is mostly rounding, in float32
 
 Fold = tuple[np.ndarray, np.ndarray]  # indices of training and held-out videos
 
@@ -183,9 +187,10 @@ def _pooled(vectors: np.ndarray, pooling: str) -> np.ndarray:
 
 
 def _statistics(inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and standard deviation of each feature, float64 (features,); a deviation of 1 if it is constant."""
+    """Return mean and standard deviation of each feature, float64 (features,); never 0, see `_LEAST_VARIATION`."""
     mean, std = inputs.mean(axis=0, dtype=np.float64), inputs.std(axis=0, dtype=np.float64)
-    return mean, np.where(std <= _CONSTANT * np.abs(mean), 1.0, std)
+    std = np.maximum(std, _LEAST_VARIATION * np.abs(mean))
+    return mean, np.where(std == 0, 1.0, std)
 
 
 def _directions(inputs: np.ndarray) -> np.ndarray:

@@ -13,11 +13,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import accuracy_score, balanced_accuracy_score
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
+from ..conversion.terminal import needs_extra
 from .probe_data import LabelledFeatures
 from .probe_heads import HEADS, SINGLE_STEP_HEADS, Fold, Head
+
+
+with needs_extra("probe"):
+    from sklearn.metrics import accuracy_score, balanced_accuracy_score
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 
 NUM_FOLDS = 5
