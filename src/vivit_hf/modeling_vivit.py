@@ -98,6 +98,18 @@ def check_frame_size(frames: torch.Tensor, config: ViViTConfig) -> None:
         )
 
 
+def _check_steps(steps: torch.Tensor, pixel_values: torch.Tensor | None, config: ViViTConfig) -> None:
+    if config.attention_type != "factorised_encoder":
+        raise ValueError(
+            f"`steps` are the tokens between the encoders of Model 2; a model with `attention_type="
+            f"{config.attention_type!r}` takes `pixel_values`."
+        )
+    if pixel_values is not None:
+        raise ValueError("Both `pixel_values` and `steps` were given; expected one of them.")
+    if steps.ndim != 3 or steps.shape[2] != config.hidden_size:
+        raise ValueError(f"`steps` must be (batch, time, {config.hidden_size}), got {tuple(steps.shape)}.")
+
+
 class ViViTKwargs(TransformersKwargs, total=False):  # type: ignore[call-arg]
     """
     The options of a call, which travel from the model to its attention as keyword arguments.
@@ -961,6 +973,7 @@ class ViViTForVideoClassification(ViViTPreTrainedModel):
         labels: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
+        steps: torch.Tensor | None = None,
         **kwargs: Unpack[ViViTKwargs],
     ) -> ImageClassifierOutput:
         """
@@ -973,13 +986,22 @@ class ViViTForVideoClassification(ViViTPreTrainedModel):
             interpolate_pos_encoding: as in `ViViTModel`.
             num_items_in_batch: label elements in all batches of one optimiser step, as `Trainer` counts them, so that
                 accumulated gradients equal those of the whole batch.
+            steps: Model 2, in place of `pixel_values`: (batch, time, hidden), as `vivit.encode_steps` returns them.
 
         Returns:
-            `loss` if there are labels, `logits` (batch, num_labels), `hidden_states` and `attentions` on request.
+            `loss` if there are labels, `logits` (batch, num_labels), `hidden_states` and `attentions` on request (not
+            with `steps`).
+
+        Raises:
+            ValueError: if `steps` come with `pixel_values`, do not have this shape, or the model is not Model 2.
         """
         kwargs["output_last_hidden_state"] = False
-        outputs = self.vivit(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
-        logits = self.classifier(outputs.pooler_output)
+        if steps is None:
+            outputs = self.vivit(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
+            logits = self.classifier(outputs.pooler_output)
+        else:
+            _check_steps(steps, pixel_values, self.config)
+            outputs, logits = BaseModelOutputWithPooling(), self.classify_steps(steps)
         loss, groups = None, self.config.label_groups
         if labels is not None:
             if self.config.problem_type is None:  # kept, as in transformers: pipelines choose the activation by it

@@ -78,6 +78,8 @@ class VideoClips(Dataset):
         max_replacements: how many damaged files in a row are replaced before an error is raised.
     """
 
+    input_name = "pixel_values"  # in an item
+
     videos: Sequence[LabelledVideo]
     processor: ViViTVideoProcessor
     label_map: LabelMap
@@ -112,20 +114,28 @@ class VideoClips(Dataset):
         for attempt in range(1 if self.augmentation is None else self.max_replacements + 1):
             one = self.videos[chosen]
             try:
-                clip = self._make(one.source(), generator)
-                return {"pixel_values": clip, "labels": self.targets[chosen], "file": _name_of(one), **common}
+                clip = self.read(chosen, epoch, generator)
+                return {self.input_name: clip, "labels": self.targets[chosen], "file": _name_of(one), **common}
             except (VideoDecodingError, OSError) as error:
                 damaged.append(_damage(one, error))
                 replacement = np.random.default_rng((_REPLACEMENT, self.seed, epoch, index, attempt))
                 chosen = int(replacement.integers(len(self)))
         if self.augmentation is None:
-            ignored = {"pixel_values": self._make.empty(), "labels": self.label_map.ignored()}
+            ignored = {self.input_name: self.empty(), "labels": self.label_map.ignored()}
             return {**ignored, "file": _name_of(self.videos[index]), **common}
         listed = "; ".join(f"{name}: {reason}" for name, reason in damaged[:3])
         raise VideoDecodingError(
             f"{len(damaged)} videos in a row cannot be read, which are too many to go on ({listed}; ...). "
             "`vivit-hf scan` lists what is wrong with a folder."
         )
+
+    def read(self, index: int, epoch: int, generator: np.random.Generator) -> torch.Tensor:
+        """Return a random clip of a video with random numbers from `generator`, or its views without augmentation."""
+        return self._make(self.videos[index].source(), generator)
+
+    def empty(self) -> torch.Tensor:
+        """Return zeros in the shape of `read`."""
+        return self._make.empty()
 
 
 @dataclass(frozen=True)

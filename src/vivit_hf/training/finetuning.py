@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..modeling_vivit import ViViTForVideoClassification
 from .augmentation import ClipAugmentation, names_with_sides
 from .checkpoints import deferred_interrupt, is_complete_checkpoint, last_complete_checkpoint
 from .clips import StreamedClips, VideoClips
+from .feature_cache import CachedClips, FeatureCacheError, fill_caches, spatial_settings
 from .finetuning_arguments import ModelArguments, Say
 from .finetuning_data import Splits, load_splits
 from .finetuning_model import SIZES, STRUCTURE, Start, build_model, labels_to_score
@@ -36,7 +38,7 @@ from .trainer import ClipTrainer
 from .weight_average import AVERAGE_FILE
 
 
-_ADAPTER_FOLDER = "adapter"
+_ADAPTER_FOLDER, _CACHE_FOLDER = "adapter", "feature_cache"
 _MEGABYTE = 1e6
 
 
@@ -60,10 +62,14 @@ class FineTuning:
         training = self.arguments.training
         if training.save_batch_picture:
             draw_first_batch(self.trainer, training.save_batch_picture, self.say)
+        num_workers = training.dataloader_num_workers
+        if self.arguments.model.cache_features:
+            self._fill_caches()
         if training.overfit_one_batch:
             try_one_batch(self.trainer, training, self.say)
         if training.do_train:
             self._train()
+            training.dataloader_num_workers = num_workers
         results = self._evaluate()
         damaged = self.trainer.all_damaged_files()
         if training.do_train:
@@ -77,6 +83,16 @@ class FineTuning:
     def last_checkpoint(self) -> Path | None:
         """Return the checkpoint that the run would resume from now, or None."""
         return last_complete_checkpoint(self.arguments.training.output_dir)
+
+    def _fill_caches(self) -> None:
+        """Compute the tokens that are missing; reading them takes no further processes."""
+        training = self.arguments.training
+        try:
+            fill_caches(self.trainer, training.dataloader_num_workers, self.say)
+        except FeatureCacheError as error:
+            raise SystemExit(f"finetune: {error}") from error
+        training.dataloader_num_workers, training.dataloader_prefetch_factor = 0, None
+        training.dataloader_persistent_workers = False
 
     def _train(self) -> None:
         """Train, and save model, processor and metrics."""
@@ -385,15 +401,15 @@ def make_trainer(
     label_map, seed = splits.label_map, training.seed if training.data_seed is None else training.data_seed
     crop = (processor.crop_size["height"], processor.crop_size["width"])
 
-    def clips(videos: Any, **settings: Any) -> Any:
+    def clips(videos: Any, kind: Any = None, **settings: Any) -> Any:
         if videos is None:
             return None
-        kind = VideoClips if isinstance(videos, list) else StreamedClips
+        kind = kind or (VideoClips if isinstance(videos, list) else StreamedClips)
         return kind(videos, processor, label_map, seed=seed, **settings)
 
-    train = None
+    train, cached = None, _cached_kind(arguments, model)
     if training.do_train:
-        train = clips(splits.train, augmentation=make_augmentation(arguments, label_map.names, crop, say))
+        train = clips(splits.train, cached, augmentation=make_augmentation(arguments, label_map.names, crop, say))
     collator = ClipCollator(
         label_map,
         label_smoothing=training.label_smoothing_factor,
@@ -418,7 +434,7 @@ def make_trainer(
         model=model,
         args=training,
         train_dataset=train,
-        eval_dataset=clips(splits.validation),
+        eval_dataset=clips(splits.validation, cached),
         data_collator=collator,
         processing_class=processor,
         label_map=label_map,
@@ -428,7 +444,24 @@ def make_trainer(
         ema_decay=training.ema_decay,
         callbacks=callbacks,
     )
+    if cached is not None and data.num_clips * data.num_crops == 1:
+        return trainer, trainer.eval_dataset
     return trainer, clips(splits.validation, num_clips=data.num_clips, num_crops=data.num_crops)
+
+
+def _cached_kind(arguments: Arguments, model: Any) -> Any:
+    """Return what makes a data set of stored tokens; None without --cache_features."""
+    wanted, training = arguments.model, arguments.training
+    if not wanted.cache_features:
+        return None
+    autocast = "bfloat16" if training.bf16 else "float16" if training.fp16 else None
+    return partial(
+        CachedClips,
+        root=Path(training.output_dir, _CACHE_FOLDER),
+        frozen={**spatial_settings(model), "autocast": autocast},
+        step_shape=(model.config.grid_size[0], model.config.hidden_size),
+        num_views=wanted.num_cached_views,
+    )
 
 
 # Looking at the first batch

@@ -79,6 +79,12 @@ class ModelArguments:
     )
     attn_implementation: str | None = _argument(None, "eager, sdpa, flash_attention_2, ...")
     freeze: str = _argument("none", "none, spatial, all_but_head")
+    cache_features: bool = _argument(
+        False, "Model 2 with --freeze: compute the frozen spatial encoder once, and train from the stored tokens"
+    )
+    num_cached_views: int = _argument(
+        1, "random clips of each training video that --cache_features stores, one for each epoch in turn"
+    )
     lora_rank: int = _argument(
         0,
         "train low-rank updates of the query and value projections, and new temporal modules in full; requires peft",
@@ -90,6 +96,16 @@ class ModelArguments:
 
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("freeze", self.freeze, FREEZINGS)
+        if self.num_cached_views < 1 or (self.num_cached_views > 1 and not self.cache_features):
+            raise ValueError(
+                f"--num_cached_views {self.num_cached_views}: expected at least 1, together with --cache_features."
+            )
+        if self.cache_features and self.lora_rank:
+            raise ValueError(
+                "--lora_rank changes the weights whose outputs --cache_features stores: leave one of them out."
+            )
+        if self.cache_features and self.freeze == "none":
+            raise ValueError("--cache_features stores the outputs of frozen weights: add --freeze spatial.")
         if self.lora_rank < 0:
             raise ValueError(f"--lora_rank {self.lora_rank}: expected a positive rank, or 0 to train without LoRA.")
         if self.lora_rank and self.freeze != "none":

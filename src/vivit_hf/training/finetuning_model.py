@@ -114,6 +114,7 @@ def build_model(arguments: Arguments, label_map: LabelMap, say: Say) -> Start:
     start.processor.video_limits = {**limits, "allow_private_addresses": arguments.data.allow_private_addresses}
     has_random_tubelets = start.report is not None and start.report.parameters[_TUBELETS] == "newly initialised"
     _check_freezing(model, wanted, has_random_tubelets)
+    _check_cache(arguments, model.config)
     if wanted.lora_rank:
         start.model = add_lora(model, wanted, has_random_tubelets, say)
     return start
@@ -335,6 +336,26 @@ def _check_freezing(model: ViViTForVideoClassification, arguments: ModelArgument
             "--freeze all_but_head would freeze the temporal encoder, which is newly initialised. Use --freeze "
             "spatial, or --num_temporal_layers 0 for the average over time."
         )
+
+
+def _check_cache(arguments: Arguments, config: ViViTConfig) -> None:
+    """Raise ValueError for arguments that --cache_features does not go with."""
+    if not arguments.model.cache_features:
+        return
+    if config.attention_type != "factorised_encoder":
+        raise ValueError(
+            "--cache_features needs Model 2, whose spatial encoder does not depend on time; this model has "
+            f"attention_type={config.attention_type!r}: leave it out."
+        )
+    training = arguments.training
+    for name, is_given, reason in (
+        ("streaming", arguments.data.streaming, "the videos of a stream cannot be told apart"),
+        ("do_eval", not training.do_train, "without training, each clip is encoded once anyway"),
+        ("cutmix_alpha", bool(arguments.augmentation.cutmix_alpha), "it mixes pixels (--mixup_alpha mixes tokens)"),
+        ("save_batch_picture", bool(training.save_batch_picture), "stored tokens have no pixels"),
+    ):
+        if is_given:
+            raise ValueError(f"--{name} does not go with --cache_features: {reason}. Leave one of them out.")
 
 
 def add_lora(model: ViViTForVideoClassification, arguments: ModelArguments, has_random_tubelets: bool, say: Say) -> Any:

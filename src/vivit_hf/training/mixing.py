@@ -89,7 +89,8 @@ class ClipCollator:
     items name their files, it also has `damaged_files`, a list of (file, reason), and `files`, the name of each video,
     or "one + other" if clips are mixed; a plain `Trainer` drops these before it collates. Items with views, for
     evaluation, are not mixed: `pixel_values` (batch, views, frames, channels, height, width) and labels as
-    `LabelMap.encode` returns them.
+    `LabelMap.encode` returns them. Items of `CachedClips` have `steps` in place of `pixel_values`: mixup then mixes
+    tokens, and cutmix, which needs pixels, is refused.
     """
 
     label_map: LabelMap
@@ -116,12 +117,15 @@ class ClipCollator:
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         labels = torch.stack([item["labels"] for item in items])
-        clips = torch.stack(_of_one_size([item["pixel_values"] for item in items], labels))
+        name = "steps" if "steps" in items[0] else "pixel_values"
+        clips = torch.stack(_of_one_size([item[name] for item in items], labels))
         batch: dict[str, Any] = {}
         if any("damaged_files" in item for item in items):
             batch["damaged_files"] = [file for item in items for file in item.get("damaged_files", ())]
-        if clips.ndim == 6:  # views, for evaluation
-            return {"pixel_values": clips, "labels": labels, **batch}
+        if clips.ndim == (4 if name == "steps" else 6):  # views, for evaluation
+            return {name: clips, "labels": labels, **batch}
+        if name == "steps" and self.cutmix_alpha:
+            raise ValueError(f"`cutmix_alpha={self.cutmix_alpha}` mixes pixels, which stored tokens do not have.")
         if any("file" in item for item in items):
             batch["files"] = [item.get("file", "") for item in items]
         if self.is_soft:
@@ -134,7 +138,7 @@ class ClipCollator:
                 ]
         if self.class_weights is not None:
             labels = labels * self.class_weights
-        return {"pixel_values": clips, "labels": labels, **batch}
+        return {name: clips, "labels": labels, **batch}
 
     def _soft(self, labels: torch.Tensor) -> torch.Tensor:
         if self.label_map.has_several:  # each label is a binary classification

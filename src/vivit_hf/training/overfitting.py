@@ -64,7 +64,7 @@ def overfit_one_batch(
         num_steps: maximum number of steps.
     """
     model.eval()  # no randomness, so that the loss falls in every step
-    batch = {name: batch[name].to(model.device) for name in ("pixel_values", "labels")}
+    batch = {name: batch[name].to(model.device) for name in ("pixel_values", "steps", "labels") if name in batch}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     optimizer = make_optimizer(groups)

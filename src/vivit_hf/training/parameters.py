@@ -52,6 +52,14 @@ def freeze(model: torch.nn.Module, what: str) -> list[str]:
     return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
 
 
+def frozen_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the largest modules that have parameters, none of which is trained; without those inside of them."""
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    if not flags or all(flags):
+        return []
+    return [module for child in model.children() for module in frozen_modules(child)] if any(flags) else [model]
+
+
 def untrained_modules(model: Any) -> list[str]:
     """Return the modules that ignore the order of frames since they were initialised from an image ViT.
 

@@ -18,7 +18,8 @@ from ..modeling_vivit import video_classification_loss
 from ..video_sources import VideoDecodingError
 from .checkpoints import deferred_interrupt
 from .clips import ClipSampler, StreamedClips, VideoClips
-from .parameters import gradient_norms, parameter_groups
+from .feature_cache import encode_clips, has_frozen_space
+from .parameters import frozen_modules, gradient_norms, parameter_groups
 from .stream_loading import StreamBatches, StreamLoader, StreamPosition
 from .weight_average import WeightAverage
 
@@ -38,6 +39,7 @@ class ClipTrainer(Trainer):
     - The learning rate can fall from layer to layer.
     - The order of the videos depends only on seed and epoch.
     - Unreadable files are collected (`all_damaged_files`).
+    - Modules that are frozen as a whole run in evaluation mode, without dropout and stochastic depth.
     - The log has the gradient norm of each part of the model, before clipping.
     - A warning if the predictions collapse to one class.
     - A moving average of the weights can be evaluated and saved in place of the weights.
@@ -174,6 +176,10 @@ class ClipTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **settings: Any) -> Any:
+        if model.training and not hasattr(self.model, "peft_config"):
+            for module in frozen_modules(self.model):
+                module.eval()
+        inputs = self._without_frozen_part(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **settings)
         if model.training and not self.label_map.has_several and not self.label_map.is_grouped:
             targets = inputs["labels"]
@@ -183,6 +189,17 @@ class ClipTrainer(Trainer):
             self._seen.append((logits.detach().argmax(dim=1)[counted], targets[counted]))
             del self._seen[:-256]
         return (loss, outputs) if return_outputs else loss
+
+    def _without_frozen_part(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Replace clips by the tokens of their time steps where Model 2's spatial encoder is frozen."""
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if "steps" in inputs or is_sharded or not has_frozen_space(self.model):
+            return inputs
+        others = {name: value for name, value in inputs.items() if name != "pixel_values"}
+        *batch, frames, channels, height, width = inputs["pixel_values"].shape
+        clips = inputs["pixel_values"].reshape(-1, frames, channels, height, width)
+        steps = encode_clips(self.model, clips, self.accelerator.autocast)  # (clips, time, hidden)
+        return {**others, "steps": steps.unflatten(0, batch)}
 
     def training_step(self, model: Any, inputs: Any, *arguments: Any, **settings: Any) -> torch.Tensor:
         loss = super().training_step(model, inputs, *arguments, **settings)
@@ -282,10 +299,13 @@ class ClipTrainer(Trainer):
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._without_frozen_part(self._prepare_inputs(inputs))
         labels = inputs["labels"]
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = predict_views(model, inputs["pixel_values"], max(self.args.eval_batch_size, 1))
+            if (steps := inputs.get("steps")) is None:
+                logits = predict_views(model, inputs["pixel_values"], max(self.args.eval_batch_size, 1))
+            else:  # (batch, views, time, hidden)
+                logits = model(steps=steps.flatten(0, 1), return_dict=True).logits.unflatten(0, steps.shape[:2])
         logits = average_views(logits.float(), self.label_map, self.averaging)
         loss = self._loss(logits, labels)
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
