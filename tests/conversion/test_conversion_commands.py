@@ -41,7 +41,7 @@ SHARED = "--help --output --push-to-hub --private --skip-parity "
 OPTIONS = {
     "convert vit": SHARED + "--source --num-heads --attention-type --attention-order --num-frames --tubelet-size "
     "--image-size --embedding-type --num-sampled-frames --num-temporal-layers --pooling --temporal-pooling "
-    "--temporal_pooling --labels --num-labels "
+    "--labels --num-labels "
     "--tubelet-init --temporal-attention-init --temporal-encoder-init --position-init --seed --resize",
     "convert scenic": SHARED + "--checkpoint --model --model-config --num-frames --image-size --resize --labels",
     "convert transformers": SHARED + "--source --to",
