@@ -208,7 +208,7 @@ def test_damaged_files_and_pickles_are_named(tmp_path, native, convert):
     assert_refused(convert(folder), tmp_path, weights)
     weights.unlink()
     torch.save({"classifier.bias": Attack()}, folder / "pytorch_model.bin")
-    assert_refused(convert(folder), tmp_path, folder / "pytorch_model.bin", "nothing in it was executed")
+    assert_refused(convert(folder), tmp_path, folder / "pytorch_model.bin", "which is refused")
     assert not EXECUTED
 
 

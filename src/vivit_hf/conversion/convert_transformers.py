@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, VivitConfig, VivitForVideoClassificati
 from ..configuration_vivit import ViViTConfig
 from ..data.escaping import counted
 from ..initialisation.model_processor import describe_processor, processor_for, value_range
-from ..initialisation.weight_files import ConversionError, check_weights, find_weights, read_config, weight_names
+from ..initialisation.weight_files import ConversionError, find_weights, read_config, weight_names
 from ..modeling_vivit import ViViTForVideoClassification
 from ..video_processing_vivit import ViViTVideoProcessor
 from .label_files import set_labels
@@ -49,7 +49,6 @@ def convert(args: argparse.Namespace) -> Result:
     expected = VivitConfig.model_type if args.to == "vivit_hf" else ViViTConfig.model_type
     if model_type != expected:
         raise ConversionError(f"{args.source} is of type {model_type!r}; --to {args.to} converts {expected!r} only.")
-    check_weights(find_weights(args.source))
     return to_ours(args) if args.to == "vivit_hf" else to_transformers(args)
 
 

@@ -19,7 +19,7 @@ from ..configuration_vivit import ViViTConfig
 from ..data.labels import LabelMap, to_probabilities
 from ..data.scan import find_videos
 from ..initialisation.model_processor import describe_processor, processor_for
-from ..initialisation.weight_files import ConversionError, check_weights, find_weights, read_config
+from ..initialisation.weight_files import ConversionError, read_config
 from ..modeling_vivit import ViViTForVideoClassification
 from ..video_processing_vivit import ViViTVideoProcessor
 from . import onnx_models
@@ -133,7 +133,6 @@ def _load(args: argparse.Namespace) -> tuple[ViViTForVideoClassification, ViViTV
     model_type = read_config(args.model).get("model_type")
     if model_type not in (ViViTConfig.model_type, VivitConfig.model_type):
         raise ConversionError(f"{args.model} is of type {model_type!r}; expected {ViViTConfig.model_type!r}.")
-    check_weights(find_weights(args.model))
     model = load_ours(args.model, dtype=torch.float32, attn_implementation="sdpa")
     config = model.config
     if not config.num_labels:

@@ -1,7 +1,5 @@
 """A frozen image model as a video model: Model 2 without a temporal encoder, for a feature of every frame."""
 
-from __future__ import annotations
-
 from ..initialisation import config_from_vit, initialise_from_vit, processor_for
 from ..initialisation.image_models import image_structure
 from ..initialisation.image_sources import read_image_source

@@ -1,7 +1,5 @@
 """Compare a ViViT with the image ViT that it was initialised from."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Turn named arrays of any source into a model: every array is mapped, unused for a stated reason, or an error."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field

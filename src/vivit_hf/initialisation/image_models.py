@@ -3,8 +3,6 @@ The image transformers that a ViViT starts from: the settings of each type in th
 of its weights.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

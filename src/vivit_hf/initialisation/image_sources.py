@@ -1,7 +1,5 @@
 """Read image models as those of transformers: from transformers' own files, timm's, and the original JAX ones."""
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,16 +32,7 @@ from .image_models import (
 )
 from .jax_images import read_jax_vit
 from .timm_images import read_timm_model
-from .weight_files import (
-    ConversionError,
-    check_weights,
-    find_file,
-    find_weights,
-    read_config,
-    read_json,
-    shards,
-    weights_error,
-)
+from .weight_files import ConversionError, find_file, find_weights, read_config, read_json
 
 
 def read_image_source(source: str, num_heads: int | None = None) -> ImageSource:
@@ -71,10 +60,10 @@ def read_image_source(source: str, num_heads: int | None = None) -> ImageSource:
     if "model_type" in config:
         return read_transformers_model(source, config)
     if "architecture" in config:
-        weights = shards(find_weights(source))
-        if len(weights) != 1:
-            raise ConversionError(f"{source}: expected timm's weights in one file, found {len(weights)}.")
-        return read_timm_model(weights[0], config, num_heads)
+        weights = find_weights(source)
+        if weights.suffix == ".json":
+            raise ConversionError(f"{source}: expected timm's weights in one file, found several.")
+        return read_timm_model(weights, config, num_heads)
     raise ConversionError(f"{source}: config.json has neither transformers' `model_type` nor timm's `architecture`.")
 
 
@@ -115,7 +104,6 @@ def read_transformers_model(source: str, raw_config: Mapping[str, Any]) -> Image
     """Read transformers' ViT, DINOv2, CLIP or SigLIP, with or without its head and text tower, in any file layout."""
     config = read_transformers_config(source, raw_config)
     weights = find_weights(source)
-    check_weights(weights)
     options = {"add_pooling_layer": False} if config.model_type == "vit" else {}
     model, unused = _load(_CLASSES[config.model_type], source, weights, config, **options)
     file_kind = "safetensors" if "safetensors" in weights.name else "torch file"
@@ -143,7 +131,7 @@ def _load(
             **options,
         )
     except (RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        raise weights_error(weights, error) from error
+        raise ConversionError(f"{weights} cannot be loaded: {error}") from error
     problems = [f"missing: {name}" for name in sorted(info["missing_keys"])]
     problems += [
         f"wrong shape: {name} is {tuple(there)}, {source}'s config.json expects {tuple(here)}"

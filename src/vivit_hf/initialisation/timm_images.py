@@ -1,7 +1,5 @@
 """Read the models of timm's `VisionTransformer`: ViT, DeiT, DINOv2, and the image towers of CLIP and SigLIP."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path

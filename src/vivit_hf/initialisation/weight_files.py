@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -14,6 +13,9 @@ import torch
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from ..model_files import check_weight_indices, check_weights
 
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
@@ -102,82 +104,39 @@ def has_processor(source: str) -> bool:
 
 
 def find_weights(source: str) -> Path:
-    """Return the weights of a folder or repository, preferring safetensors; if they are sharded, their index."""
+    """
+    Return the weights of a folder or repository, preferring safetensors; if they are sharded, their index.
+
+    Raises:
+        ValueError: naming a file that is damaged, or that cannot be read without running code in it.
+    """
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
     for name in names:
         if (path := find_file(source, name)) is not None:
+            check_weight_indices(path.parent, is_complete=os.path.isdir(source))
+            check_weights(path.parent)
             return path
     raise ConversionError(f"{source} has no weights; expected {' or '.join(names)}.")
 
 
-def shards(weights: Path) -> list[Path]:
-    """Return the files of weights that `find_weights` found, without shards that are not downloaded yet."""
-    if weights.suffix != ".json":
-        return [weights]
-    names = sorted(set(_weight_map(weights).values()))
-    if any(Path(name).name != name for name in names):
-        raise ConversionError(f"{weights} names a file outside its folder.")
-    # transformers downloads missing shards of a repository itself.
-    return [path for name in names if (path := weights.parent / name).exists()]
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    content = read_json(index)
-    if not isinstance(content, dict) or not isinstance(content.get("weight_map"), dict):
-        raise ConversionError(f"{index} has no `weight_map`, so it is not an index of sharded weights.")
-    return content["weight_map"]
-
-
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """
-    Read a safetensors file, or a torch file with `weights_only`, which executes nothing in it.
-
-    Raises:
-        ConversionError: naming a file that is damaged or holds more than weights.
-    """
+    """Read a safetensors file, or a torch file that `find_weights` found; neither executes anything in it."""
+    if path.suffix != ".safetensors":
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise weights_error(path, error) from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise ConversionError(f"{path} does not hold a plain mapping of names to tensors.")
-    return tensors
-
-
-def check_weights(path: Path) -> None:
-    """Raise a ConversionError that names the file if it is damaged or holds more than weights."""
-    for shard in shards(path):
-        if shard.suffix != ".safetensors":
-            read_tensors(shard)
-            continue
-        try:
-            with safe_open(shard, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise weights_error(shard, error) from error
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ConversionError(f"{path} is damaged, or no safetensors file: {error}") from error
 
 
 def weight_names(weights: Path) -> list[str]:
     """Return the names of all arrays in the weights that `find_weights` found."""
     if weights.suffix == ".json":
-        return sorted(_weight_map(weights))
+        return sorted(read_json(weights)["weight_map"])
     if weights.suffix != ".safetensors":
         return sorted(read_tensors(weights))
     with safe_open(weights, framework="pt") as file:
         return sorted(file.keys())
-
-
-def weights_error(path: Path, error: Exception) -> ConversionError:
-    if isinstance(error, pickle.UnpicklingError):
-        wanted = re.search(r"GLOBAL:? (\S+)", str(error))
-        what = f"calls {wanted[1]}" if wanted else "was not written by torch"
-        return ConversionError(
-            f"{path} is a pickle that holds more than weights: it {what}. It was refused; nothing in it was executed."
-        )
-    return ConversionError(f"{path} is not a complete file of weights: {error}")
 
 
 def as_float32(array: np.ndarray) -> np.ndarray:
