@@ -1,6 +1,5 @@
 """What every test file shares: no network, one thread, and the scripts outside of the package within reach."""
 
-import gc
 import os
 import sys
 
@@ -20,12 +19,6 @@ from vivit_hf.configuration_vivit import ATTENTION_TYPES
 
 
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
-
-
-def pytest_collection_finish() -> None:
-    """Keep the garbage collector from walking through all imported libraries again and again."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -290,7 +290,41 @@ def take_patches(pixel_values: torch.Tensor, places: torch.Tensor, config: ViViT
 PATCH_EMBEDDINGS = {"tubelet": ViViTTubeletEmbeddings, "uniform_frame_sampling": ViViTUniformFrameEmbeddings}
 
 
-class ViViTEmbeddings(nn.Module):
+class ViViTPositions(nn.Module):
+    """Learned position embeddings of a token grid and of the class token before it, where there is one."""
+
+    def __init__(self, config: ViViTConfig, has_class_token: bool):
+        super().__init__()
+        self.config = config
+        self.num_prefix_tokens = int(has_class_token)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size)) if has_class_token else None
+        self.grid = self.position_grid(config.grid_size)
+        num_positions = self.num_prefix_tokens + math.prod(self.grid)
+        self.position_embeddings = nn.Parameter(torch.empty(1, num_positions, config.hidden_size))
+
+    def position_grid(self, grid: Grid) -> Grid:
+        """The part of a (time, height, width) token grid that the position embeddings cover: all of it by default."""
+        return grid
+
+    def positions(self, grid: Grid) -> torch.Tensor:
+        """The position embeddings for a (time, height, width) token grid: (1, prefix + positions, hidden)."""
+        return resample_position_embeddings(
+            self.position_embeddings, self.position_grid(grid), self.grid, self.num_prefix_tokens
+        )
+
+    def resize(self, grid: Grid) -> None:
+        """Interpolate the position embeddings to a new (time, height, width) token grid, permanently."""
+        old = self.position_embeddings
+        if old.is_meta:
+            raise ValueError(
+                "The position embeddings are offloaded and cannot be resized. Load the model without a `device_map` "
+                "that offloads them, resize and save it, and load the saved model."
+            )
+        self.position_embeddings = nn.Parameter(self.positions(grid).detach(), requires_grad=old.requires_grad)
+        self.grid = self.position_grid(grid)
+
+
+class ViViTEmbeddings(ViViTPositions):
     """
     Embed a clip as tokens with position embeddings, and return the prefix tokens: the class token where the variant has
     one, and the register tokens.
@@ -300,25 +334,13 @@ class ViViTEmbeddings(nn.Module):
     """
 
     def __init__(self, config: ViViTConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config, has_class_token=config.pooling == "cls")
         self.patch_embeddings = PATCH_EMBEDDINGS[config.embedding_type](config)
-        self.num_prefix_tokens = int(config.pooling == "cls")
-        self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size)) if self.num_prefix_tokens else None
         self.register_tokens = None
         if config.num_register_tokens:
             self.register_tokens = nn.Parameter(torch.empty(1, config.num_register_tokens, config.hidden_size))
-        self.grid = self.position_grid(config.grid_size)
-        num_positions = self.num_prefix_tokens + math.prod(self.grid)
-        self.position_embeddings = nn.Parameter(torch.empty(1, num_positions, config.hidden_size))
-
-    def resize(self, grid: Grid) -> None:
-        """Interpolate the position embeddings to a new (time, height, width) token grid, permanently."""
-        self.position_embeddings = _resized(self, self.position_grid(grid), self.grid)
-        self.grid = self.position_grid(grid)
 
     def position_grid(self, grid: Grid) -> Grid:
-        """The part of a (time, height, width) token grid that the position embeddings cover."""
         return (1, *grid[1:]) if self.config.attention_type == "factorised_encoder" else grid
 
     def forward(
@@ -341,12 +363,7 @@ class ViViTEmbeddings(nn.Module):
         pixel_values = pixel_values.to(self.position_embeddings.dtype)
         tokens = self.patch_embeddings(pixel_values)  # (batch, time, height, width, hidden)
         grid = grid or tuple(tokens.shape[1:4])
-        positions = resample_position_embeddings(
-            self.position_embeddings,
-            new_grid=self.position_grid(grid),
-            old_grid=self.grid,
-            num_prefix_tokens=self.num_prefix_tokens,
-        )
+        positions = self.positions(grid)
         tokens = tokens.flatten(2, 3)  # (batch, time, space, hidden)
         class_token = None if self.cls_token is None else self.cls_token + positions[:, :1]  # (1, 1, hidden)
         prefix = [token for token in (class_token, self.register_tokens) if token is not None]
@@ -357,42 +374,18 @@ class ViViTEmbeddings(nn.Module):
         return tokens + positions, torch.cat(prefix, dim=1) if prefix else None
 
 
-class ViViTTemporalEmbeddings(nn.Module):
+class ViViTTemporalEmbeddings(ViViTPositions):
     """Class token and position embeddings over time for the temporal encoder of Model 2 (section 3.3.2)."""
 
     def __init__(self, config: ViViTConfig):
-        super().__init__()
-        self.num_prefix_tokens = int(config.pooling_over_time == "cls")
-        self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size)) if self.num_prefix_tokens else None
-        self.grid = (config.grid_size[0], 1, 1)
-        num_positions = self.num_prefix_tokens + math.prod(self.grid)
-        self.position_embeddings = nn.Parameter(torch.empty(1, num_positions, config.hidden_size))
+        super().__init__(config, has_class_token=config.pooling_over_time == "cls")
 
-    def resize(self, grid: Grid) -> None:
-        """Interpolate the position embeddings to a new (time, height, width) token grid, permanently."""
-        self.position_embeddings = _resized(self, (grid[0], 1, 1), self.grid)
-        self.grid = (grid[0], 1, 1)
+    def position_grid(self, grid: Grid) -> Grid:
+        return (grid[0], 1, 1)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """(batch, time, hidden) -> (batch, 1 + time, hidden), or (batch, time, hidden) without a class token."""
-        positions = resample_position_embeddings(
-            self.position_embeddings,
-            new_grid=(tokens.shape[1], 1, 1),
-            old_grid=self.grid,
-            num_prefix_tokens=self.num_prefix_tokens,
-        )
-        return _prepend(tokens, self.cls_token) + positions
-
-
-def _resized(embeddings: ViViTEmbeddings | ViViTTemporalEmbeddings, new_grid: Grid, old_grid: Grid) -> nn.Parameter:
-    old = embeddings.position_embeddings
-    if old.is_meta:
-        raise ValueError(
-            "The position embeddings are offloaded and cannot be resized. Load the model without a `device_map` that "
-            "offloads them, resize and save it, and load the saved model."
-        )
-    new = resample_position_embeddings(old.detach(), new_grid, old_grid, embeddings.num_prefix_tokens)
-    return nn.Parameter(new, requires_grad=old.requires_grad)
+        return _prepend(tokens, self.cls_token) + self.positions((tokens.shape[1], 1, 1))
 
 
 def _prepend(tokens: torch.Tensor, prefix_tokens: torch.Tensor | None) -> torch.Tensor:
@@ -718,7 +711,7 @@ class ViViTPreTrainedModel(AutoClassMixin, CheckpointMixin, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (ViViTEmbeddings, ViViTTemporalEmbeddings)):
+        if isinstance(module, ViViTPositions):
             init.normal_(module.position_embeddings, std=self.config.initializer_range)
             if module.cls_token is not None:
                 init.zeros_(module.cls_token)
