@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, VivitConfig, VivitForVideoClassificati
 from ..configuration_vivit import ViViTConfig
 from ..data.escaping import counted
 from ..initialisation.model_processor import describe_processor, processor_for, value_range
-from ..initialisation.weight_files import ConversionError, find_weights, read_config, weight_names
+from ..initialisation.weight_files import ConversionError, find_weights, loading_problems, read_config, weight_names
 from ..modeling_vivit import ViViTForVideoClassification
 from ..video_processing_vivit import ViViTVideoProcessor
 from .label_files import set_labels
@@ -137,12 +137,7 @@ def load_native(source: str | Path, has_classifier: bool) -> PreTrainedModel:
 
 
 def _check_loaded(source: str | Path, info: dict[str, Any]) -> None:
-    problems = [f"missing: {name}" for name in sorted(info["missing_keys"])]
-    problems += [
-        f"wrong shape: {name} is {tuple(there)}, config.json expects {tuple(here)}"
-        for name, there, here in sorted(info["mismatched_keys"])
-    ]
-    if problems:
+    if problems := loading_problems(info):
         raise ConversionError(f"{source} does not fit its config.json: {'; '.join(problems[:8])}.")
 
 

@@ -32,7 +32,7 @@ from .image_models import (
 )
 from .jax_images import read_jax_vit
 from .timm_images import read_timm_model
-from .weight_files import ConversionError, find_file, find_weights, read_config, read_json
+from .weight_files import ConversionError, find_file, find_weights, loading_problems, read_config, read_json
 
 
 def read_image_source(source: str, num_heads: int | None = None) -> ImageSource:
@@ -132,11 +132,7 @@ def _load(
         )
     except (RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         raise ConversionError(f"{weights} cannot be loaded: {error}") from error
-    problems = [f"missing: {name}" for name in sorted(info["missing_keys"])]
-    problems += [
-        f"wrong shape: {name} is {tuple(there)}, {source}'s config.json expects {tuple(here)}"
-        for name, there, here in sorted(info["mismatched_keys"])
-    ]
+    problems = loading_problems(info)
     unused = {name: why_unused(name) for name in sorted(info["unexpected_keys"])}
     problems += [f"no place for: {name}" for name, reason in unused.items() if reason is None]
     raise_problems(source, problems)

@@ -139,6 +139,17 @@ def weight_names(weights: Path) -> list[str]:
         return sorted(file.keys())
 
 
+def loading_problems(info: dict[str, Any]) -> list[str]:
+    """Describe the weights that a `from_pretrained` missed, from its `output_loading_info`."""
+    return [
+        *(f"missing: {name}" for name in sorted(info["missing_keys"])),
+        *(
+            f"wrong shape: {name} is {tuple(there)}, config.json expects {tuple(here)}"
+            for name, there, here in sorted(info["mismatched_keys"])
+        ),
+    ]
+
+
 def as_float32(array: np.ndarray) -> np.ndarray:
     """Return floats as float32, also bfloat16, which numpy reads as two untyped bytes."""
     if array.dtype == np.dtype("V2"):
