@@ -15,10 +15,10 @@ from vit_models import make_vit, timm_weights
 from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor
 from vivit_hf.data.labels import LabelMap
 from vivit_hf.training import finetuning
-from vivit_hf.training.finetuning_arguments import AugmentationArguments, DataArguments, ModelArguments
+from vivit_hf.training.finetuning_arguments import DataArguments, ModelArguments
 from vivit_hf.training.finetuning_data import Splits
 from vivit_hf.training.finetuning_model import build_model
-from vivit_hf.training.finetuning_parser import Arguments, FineTuningArguments
+from vivit_hf.training.finetuning_parser import FineTuningArguments
 from vivit_hf.training.recipes import RECIPES
 
 
@@ -33,8 +33,7 @@ def start_from(source, recipe=None, **given):
     data = {name: value for name, value in given.items() if name not in model}
     training = FineTuningArguments(recipe=None if recipe is None else recipe.name, use_cpu=True)
     model = ModelArguments(model_name_or_path=str(source), **model)
-    arguments = Arguments(model, DataArguments(**data), AugmentationArguments(), training)
-    start = build_model(arguments, LABELS, printed.append)
+    start = build_model(model, DataArguments(**data), LABELS, printed.append, recipe=training.recipe)
     return start, "\n".join(printed)
 
 

@@ -16,6 +16,7 @@ from .explain import explain
 from .finetune import finetune
 from .inspect import inspect
 from .output import EscapingGroup, escape_logs, say
+from .pretrain import pretrain
 from .probe import probe
 from .scan import scan
 from .search import search
@@ -38,6 +39,7 @@ for command in (classify, timeline, watch, explain, embed, search, probe, inspec
 app.command(context_settings={"token_normalize_func": lambda name: name.replace("_", "-")})(evaluate)
 app.command(context_settings=PASS_ON)(export)
 app.command(context_settings=PASS_ON)(finetune)
+app.command(context_settings=PASS_ON)(pretrain)
 app.add_typer(convert, name="convert")
 
 

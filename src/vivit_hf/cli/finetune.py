@@ -1,5 +1,6 @@
 """`vivit-hf finetune`: train a ViViT on your own videos."""
 
+import importlib
 import sys
 from collections.abc import Sequence
 
@@ -20,25 +21,32 @@ def finetune(context: typer.Context) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with these arguments, by default those of the process."""
+    run_training("finetune", "finetuning", argv)
+
+
+def run_training(command: str, module: str, argv: Sequence[str] | None) -> None:
+    """
+    Run a training command: print its help, or parse and check its arguments and train.
+
+    Args:
+        command: its name, for messages.
+        module: the module of `vivit_hf.training` with its `prepare`; beside it are those of its arguments, with the
+            suffixes `_arguments` (which does not import torch) and `_parser`.
+        argv: the arguments, by default those of the process.
+    """
     argv = sys.argv[1:] if argv is None else argv
+    module, run = f"vivit_hf.training.{module}", None
     if {"-h", "--help"} & set(argv):
-        from ..training.finetuning_arguments import help_text
-
-        _echo(help_text())
+        _echo(importlib.import_module(f"{module}_arguments").help_text())
         raise SystemExit
-
-    from ..training.finetuning_parser import parse_arguments
-
-    run = None
+    parse_arguments = importlib.import_module(f"{module}_parser").parse_arguments
     try:
         try:
             arguments = parse_arguments(argv, _echo)
             quiet_libraries()  # the Trainer's own progress bars stay
-            from ..training.finetuning import prepare
-
-            run = prepare(arguments, _echo)
+            run = importlib.import_module(module).prepare(arguments, _echo)
         except (ValueError, OSError) as error:
-            raise SystemExit(printable(f"finetune: {error}")) from error
+            raise SystemExit(printable(f"{command}: {error}")) from error
         run.run()
     except KeyboardInterrupt:
         checkpoint = None if run is None else run.last_checkpoint()

@@ -96,4 +96,12 @@ def _lines(found: dict[str, Any], all_labels: bool) -> dict[str, str]:
     }
     if found["label_groups"]:
         lines["groups"] = ", ".join(f"{group} ({size})" for group, size in found["label_groups"].items())
+    if pretraining := found["pretraining"]:
+        width, layers, heads = (
+            pretraining[f"decoder_{key}"] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")
+        )
+        lines["decoder"] = (
+            f"{layers} layers, width {width}, {heads} heads, for masked pretraining with "
+            f"{pretraining['mask_ratio']:.0%} of the places masked; not counted below"
+        )
     return lines

@@ -132,7 +132,8 @@ def read_videos(
         group_column: the column of units that a split must not divide, such as patients, tapes or speakers.
         choose_splits: a function that returns the splits to read, given the name of the column and the number of rows
             in each split. By default all are read. Rows of other splits need neither a label nor a file.
-        needs_labels: False reads plain files without a column of labels, and lists of paths without class folders.
+        needs_labels: False reads plain files without a column of labels, lists of paths without class folders, and
+            every video of a folder and its subfolders, without a label.
 
     Raises:
         AnnotationError: if the source does not exist or has no videos, a column, label or video is missing, or the
@@ -146,6 +147,8 @@ def read_videos(
     if source.is_dir():
         metadata = [source / name for name in ("metadata.csv", "metadata.jsonl") if (source / name).is_file()]
         if not metadata:
+            if not needs_labels:
+                return Annotations(_unlabelled(source))
             return Annotations(_class_folders(source, split_column, group_column))
         source = metadata[0]
     rows, columns = read_rows(source, needs_labels)
@@ -203,6 +206,13 @@ def _layout(
     for name in label_columns:
         find_column(f"{source}:1", columns, name, (), "labels")
     return kind, video_column, label_columns
+
+
+def _unlabelled(folder: Path) -> list[LabelledVideo]:
+    videos = [LabelledVideo(str(path), (), as_utf8(path)) for path in find_videos(folder)]
+    if not videos:
+        raise AnnotationError(f"{folder}: there are no videos in this folder and its subfolders.")
+    return videos
 
 
 def _class_folders(folder: Path, split_column: str, group_column: str | None) -> list[LabelledVideo]:

@@ -92,4 +92,18 @@ def describe_model(config: ViViTConfig) -> dict[str, Any]:
         "multiply_adds": sum(part.multiply_adds for part in parts),
         "labels": list(config.id2label.values()) if config.num_labels else [],
         "label_groups": config.label_groups,
+        "pretraining": _describe_pretraining(config),
+    }
+
+
+def _describe_pretraining(config: ViViTConfig) -> dict[str, Any] | None:
+    """Return the masks and the decoder of a `ViViTForPreTraining`, None for another model."""
+    if "ViViTForPreTraining" not in (config.architectures or ()):
+        return None
+    width, layers, heads = config.decoder_sizes
+    return {
+        "mask_ratio": config.mask_ratio,
+        "decoder_hidden_size": width,
+        "decoder_num_hidden_layers": layers,
+        "decoder_num_attention_heads": heads,
     }

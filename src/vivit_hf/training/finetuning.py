@@ -28,8 +28,8 @@ from .clips import StreamedClips, VideoClips
 from .feature_cache import CachedClips, FeatureCacheError, fill_caches, spatial_settings
 from .finetuning_arguments import ModelArguments, Say
 from .finetuning_data import Splits, load_splits
-from .finetuning_model import SIZES, STRUCTURE, Start, build_model, labels_to_score
-from .finetuning_parser import Arguments, FineTuningArguments, speaker
+from .finetuning_model import SIZES, STRUCTURE, Start, build_model, check_cache, labels_to_score
+from .finetuning_parser import Arguments, FineTuningArguments, VideoTrainingArguments, speaker
 from .mixing import ClipCollator
 from .overfitting import overfit_one_batch
 from .parameters import freeze, parameter_groups
@@ -169,18 +169,9 @@ class FineTuning:
             "protocol": results.get("eval_protocol"),
         }
         write_model_card(folder, model, repo_id=training.hub_model_id, **card)
-        if not self.push:
-            return
-        repository = _repository(training)
-        settings = {"private": bool(training.hub_private_repo), "token": training.hub_token}
-        try:
-            model.push_to_hub(repository, **settings, **card)
-            self.start.processor.push_to_hub(repository, **settings)
-        except Exception as error:
-            raise SystemExit(
-                f"finetune: the model is saved in {folder}, but it could not be pushed to {repository}: {error}"
-            ) from error
-        self.say(f"Uploaded to {repository}.")
+        if self.push:
+            push_model(model, self.start.processor, training, card)
+            self.say(f"Uploaded to {_repository(training)}.")
 
 
 def prepare(arguments: Arguments, echo: Say = print) -> FineTuning:
@@ -201,7 +192,8 @@ def prepare(arguments: Arguments, echo: Say = print) -> FineTuning:
         check_repository(training)
     set_seed(training.seed)
     checkpoint = find_checkpoint(training, say) if training.do_train else None
-    start = build_model(arguments, splits.label_map, say)
+    start = build_model(model_arguments, data, splits.label_map, say, recipe=training.recipe)
+    check_cache(arguments, start.model.config)
     if checkpoint is not None:
         check_checkpoint(checkpoint, start, model_arguments, training.ema_decay)
     check_views(arguments, start, splits, say)
@@ -220,7 +212,7 @@ def prepare(arguments: Arguments, echo: Say = print) -> FineTuning:
 # Checks before training
 
 
-def check_processes(training: FineTuningArguments, say: Say) -> None:
+def check_processes(training: VideoTrainingArguments, say: Say) -> None:
     """Raise ValueError for launchers that start several processes which would not train together."""
     shards = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"]
     if "FSDP" in shards and training.device.type == "cpu":
@@ -248,6 +240,14 @@ def check_output(arguments: ModelArguments, training: FineTuningArguments) -> No
             f"--output_dir {folder} is the model itself, whose original weights --lora_rank needs to resume: give "
             "another folder."
         )
+    check_folder(folder)
+    picture = training.save_batch_picture
+    if picture is not None and not Path(picture).absolute().parent.is_dir():
+        raise ValueError(f"--save_batch_picture {picture}: there is no such folder.")
+
+
+def check_folder(folder: Path) -> None:
+    """Create the output folder. Raise ValueError if that or a file in it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -256,9 +256,6 @@ def check_output(arguments: ModelArguments, training: FineTuningArguments) -> No
         raise ValueError(
             f"--output_dir {folder}: the folder cannot be created or written to ({error.strerror}): give another one."
         ) from error
-    picture = training.save_batch_picture
-    if picture is not None and not Path(picture).absolute().parent.is_dir():
-        raise ValueError(f"--save_batch_picture {picture}: there is no such folder.")
 
 
 def check_fit(training: FineTuningArguments, splits: Splits) -> None:
@@ -282,11 +279,24 @@ def check_fit(training: FineTuningArguments, splits: Splits) -> None:
         raise ValueError("A streamed data set has no length: give --max_steps.")
 
 
-def _repository(training: FineTuningArguments) -> str:
+def _repository(training: VideoTrainingArguments) -> str:
     return training.hub_model_id or Path(training.output_dir).resolve().name
 
 
-def check_repository(training: FineTuningArguments) -> None:
+def push_model(model: Any, processor: Any, training: VideoTrainingArguments, card: dict[str, Any]) -> None:
+    """Push a model, its card and its processor to the Hub. Raise SystemExit if that fails."""
+    repository = _repository(training)
+    settings = {"private": bool(training.hub_private_repo), "token": training.hub_token}
+    try:
+        model.push_to_hub(repository, **settings, **card)
+        processor.push_to_hub(repository, **settings)
+    except Exception as error:
+        raise SystemExit(
+            f"The model is saved in {training.output_dir}, but it could not be pushed to {repository}: {error}"
+        ) from error
+
+
+def check_repository(training: VideoTrainingArguments) -> None:
     """Create the repository to push to. Raise ValueError if the Hub refuses that or cannot be reached."""
     if training.process_index != 0:
         return
@@ -297,7 +307,7 @@ def check_repository(training: FineTuningArguments) -> None:
         raise ValueError(f"--push_to_hub: the Hub does not accept {_repository(training)}: {error}") from error
 
 
-def find_checkpoint(training: FineTuningArguments, say: Say) -> str | None:
+def find_checkpoint(training: VideoTrainingArguments, say: Say) -> str | None:
     """Return the checkpoint to resume from: the last whole one, unless --resume_from_checkpoint says otherwise."""
     wish = training.resume_from_checkpoint
     if wish in (False, "False", "false", "no"):
@@ -333,7 +343,7 @@ def check_checkpoint(checkpoint: str, start: Start, arguments: ModelArguments, e
         differences.append(f"was trained with{'' if has_average else 'out'} --ema_decay, unlike this run")
     if has_config:
         stored, wanted = ViViTConfig.from_pretrained(checkpoint), start.model.config
-        for name in ("id2label", *STRUCTURE, *SIZES):
+        for name in ("id2label", *STRUCTURE, *SIZES, "decoder_sizes"):
             if getattr(stored, name) != getattr(wanted, name):
                 differences.append(f"has {name} {getattr(stored, name)}, this run {getattr(wanted, name)}")
     if differences:
@@ -353,7 +363,7 @@ def check_views(arguments: Arguments, start: Start, splits: Splits, say: Say) ->
         start.processor.settings.updated({"num_clips": data.num_clips, "num_crops": data.num_crops})
 
 
-def lack_of_space(training: FineTuningArguments, model: torch.nn.Module) -> str | None:
+def lack_of_space(training: VideoTrainingArguments, model: torch.nn.Module) -> str | None:
     """Return an error if the disk has no space for the model and one checkpoint, else None."""
     sizes = [(one.nbytes, one.requires_grad) for one in model.parameters()]
     whole, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)

@@ -1,11 +1,11 @@
 """The arguments of `vivit-hf finetune` and their help, without importing torch, which takes seconds."""
 
-# ruff: noqa: RUF009 (`_argument` makes a dataclass field)
+# ruff: noqa: RUF009 (`argument` makes a dataclass field)
 
 import argparse
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -19,7 +19,7 @@ PROBLEM_TYPES = ("single_label_classification", "multi_label_classification")
 _FLIPS = {"yes": 0.5, "true": 0.5, "auto": 0.5, "no": 0.0, "false": 0.0}  # YAML reads yes and no as true and false
 
 
-def _argument(default: Any, text: str) -> Any:
+def argument(default: Any, text: str) -> Any:
     """Return the field of an argument with its help text."""
     return field(default=default, metadata={"help": text})
 
@@ -33,63 +33,63 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 class ModelArguments:
     """The model to start from, and which of its weights are trained."""
 
-    model_name_or_path: str = _argument(
+    model_name_or_path: str = argument(
         "google/vit-base-patch16-224-in21k",
         "Hub id or folder of a ViViT or an image ViT; timm (.safetensors) or JAX (.npz) weights; or a preset such as "
         "vivit-tiny",
     )
-    attention_type: str | None = _argument(
+    attention_type: str | None = argument(
         None,
         "from an image ViT: spatio_temporal, factorised_encoder, factorised_self_attention, "
         "factorised_dot_product_attention (default: factorised_encoder)",
     )
-    embedding_type: str | None = _argument(None, "from an image ViT: tubelet, uniform_frame_sampling")
-    tubelet_size: str | None = _argument(None, "from an image ViT: time,height,width")
-    num_sampled_frames: int | None = _argument(None, "frames that uniform_frame_sampling takes from a clip")
-    num_temporal_layers: int | None = _argument(
+    embedding_type: str | None = argument(None, "from an image ViT: tubelet, uniform_frame_sampling")
+    tubelet_size: str | None = argument(None, "from an image ViT: time,height,width")
+    num_sampled_frames: int | None = argument(None, "frames that uniform_frame_sampling takes from a clip")
+    num_temporal_layers: int | None = argument(
         None, "layers of Model 2's temporal encoder; 0 is the average-pool baseline"
     )
-    temporal_pooling: str | None = _argument(
+    temporal_pooling: str | None = argument(
         None,
         "from an image ViT, Model 2: pooling over time: cls, mean, max, sum, concatenate, attention (default: as over "
         "space); with any but cls, the temporal encoder starts without effect",
     )
-    tubelet_init: str | None = _argument(
+    tubelet_init: str | None = argument(
         None,
         "from an image ViT: central_frame, filter_inflation, approximate_rank_pooling, or random (default: "
         "central_frame)",
     )
-    temporal_attention_init: str | None = _argument(
+    temporal_attention_init: str | None = argument(
         None, "from an image ViT, Model 3: zero_output, zero, copy, random (default: zero_output)"
     )
-    temporal_encoder_init: str | None = _argument(
+    temporal_encoder_init: str | None = argument(
         None,
         "from an image ViT, Model 2: random, zero_output, copy_last (default: zero_output with a "
         "temporal_pooling other than cls, else random)",
     )
-    num_frames: int | None = _argument(None, "frames of a clip (default: those of a ViViT, the recipe's, or 32)")
-    image_size: int | None = _argument(
+    num_frames: int | None = argument(None, "frames of a clip (default: those of a ViViT, the recipe's, or 32)")
+    image_size: int | None = argument(
         None, "height and width of a frame (default: that of a ViViT, the recipe's, or an image ViT's up to 224)"
     )
-    drop_path_rate: float | None = _argument(None, "stochastic depth")
-    dtype: str = _argument(
+    drop_path_rate: float | None = argument(None, "stochastic depth")
+    dtype: str = argument(
         "float32",
         f"dtype of the weights in training, however they are stored: {', '.join(DTYPES)}; --bf16 computes in bfloat16 "
         "with float32 weights",
     )
-    attn_implementation: str | None = _argument(None, "eager, sdpa, flash_attention_2, ...")
-    freeze: str = _argument("none", "none, spatial, all_but_head")
-    cache_features: bool = _argument(
+    attn_implementation: str | None = argument(None, "eager, sdpa, flash_attention_2, ...")
+    freeze: str = argument("none", "none, spatial, all_but_head")
+    cache_features: bool = argument(
         False, "Model 2 with --freeze: compute the frozen spatial encoder once, and train from the stored tokens"
     )
-    num_cached_views: int = _argument(
+    num_cached_views: int = argument(
         1, "random clips of each training video that --cache_features stores, one for each epoch in turn"
     )
-    lora_rank: int = _argument(
+    lora_rank: int = argument(
         0,
         "train low-rank updates of the query and value projections, and new temporal modules in full; requires peft",
     )
-    lora_alpha: float = _argument(16.0, "scale of the low-rank updates")
+    lora_alpha: float = argument(16.0, "scale of the low-rank updates")
 
     def __post_init__(self) -> None:
         from .parameters import FREEZINGS  # imports torch
@@ -118,57 +118,57 @@ class ModelArguments:
 class DataArguments:
     """The videos, their labels, and how clips are taken from them."""
 
-    train_dir: str | None = _argument(None, "folder with one folder of videos per class")
-    validation_dir: str | None = _argument(None, "the same for the validation videos")
-    train_file: str | None = _argument(None, "CSV, JSON or JSON lines of paths and labels")
-    validation_file: str | None = _argument(None, "the same for the validation videos")
-    video_root: str | None = _argument(None, "folder that the paths in files are relative to")
-    annotation_format: str = _argument("auto", "format of the files: auto, plain, kinetics, ssv2, epic")
-    missing_videos: str = _argument("error", "error, or skip to leave missing files out")
-    allow_private_addresses: bool = _argument(False, "allow downloads from this machine and the local network")
-    dataset_name: str | None = _argument(None, "Hub id or folder of a data set")
-    dataset_config_name: str | None = _argument(None, "configuration of the data set")
-    train_split_name: str = _argument("train", "split of the data set for training")
-    validation_split_name: str | None = _argument(
+    train_dir: str | None = argument(None, "folder with one folder of videos per class")
+    validation_dir: str | None = argument(None, "the same for the validation videos")
+    train_file: str | None = argument(None, "CSV, JSON or JSON lines of paths and labels")
+    validation_file: str | None = argument(None, "the same for the validation videos")
+    video_root: str | None = argument(None, "folder that the paths in files are relative to")
+    annotation_format: str = argument("auto", "format of the files: auto, plain, kinetics, ssv2, epic")
+    missing_videos: str = argument("error", "error, or skip to leave missing files out")
+    allow_private_addresses: bool = argument(False, "allow downloads from this machine and the local network")
+    dataset_name: str | None = argument(None, "Hub id or folder of a data set")
+    dataset_config_name: str | None = argument(None, "configuration of the data set")
+    train_split_name: str = argument("train", "split of the data set for training")
+    validation_split_name: str | None = argument(
         None, "split of the data set for validation (default: validation or test, if there is one)"
     )
-    streaming: bool = _argument(
+    streaming: bool = argument(
         False, "do not download the data set first; requires --max_steps; every process reads the whole stream"
     )
-    shuffle_buffer_size: int = _argument(100, "number of videos that a stream is shuffled among")
-    video_column_name: str | None = _argument(None, "default: path, video, file, ...")
-    label_column_name: str | None = _argument(
+    shuffle_buffer_size: int = argument(100, "number of videos that a stream is shuffled among")
+    video_column_name: str | None = argument(None, "default: path, video, file, ...")
+    label_column_name: str | None = argument(
         None, "default: label, class, ...; several, as noun,verb, are groups of labels"
     )
-    label_separator: str | None = _argument(None, "separator between several labels of a video")
-    split_column: str = _argument(
+    label_separator: str | None = argument(None, "separator between several labels of a video")
+    split_column: str = argument(
         "auto",
         "column that says train, validation or test (default: split, subset or partition, if there is one; none: use "
         "all rows). Test rows serve as validation if there are no others; otherwise they are left out",
     )
-    group_column: str | None = _argument(
+    group_column: str | None = argument(
         None, "column whose values the split keeps together, such as patient, tape or speaker"
     )
-    labels_file: str | None = _argument(None, "all labels in the order of the model's output")
-    problem_type: str = _argument(PROBLEM_TYPES[0], " or ".join(PROBLEM_TYPES))
-    allow_missing_labels: bool = _argument(False, "allow classes without a validation video")
-    train_val_split: float | None = _argument(
+    labels_file: str | None = argument(None, "all labels in the order of the model's output")
+    problem_type: str = argument(PROBLEM_TYPES[0], " or ".join(PROBLEM_TYPES))
+    allow_missing_labels: bool = argument(False, "allow classes without a validation video")
+    train_val_split: float | None = argument(
         0.15,
         "share of the training data to validate on if there are no validation data; 0: none. Parts of one file, and "
         "videos of one --group_column value, stay together",
     )
-    max_train_samples: int | None = _argument(None, "use at most this many videos")
-    max_eval_samples: int | None = _argument(None, "use at most this many videos")
-    frame_stride: int | None = _argument(
+    max_train_samples: int | None = argument(None, "use at most this many videos")
+    max_eval_samples: int | None = argument(None, "use at most this many videos")
+    frame_stride: int | None = argument(
         None, "distance between the frames of a clip (default: a ViViT's, the recipe's, or 2)"
     )
-    frames_per_second: float | None = _argument(None, "frame rate of a clip, in place of a stride")
-    resize: int | None = _argument(None, "short side before the crop, in pixels")
-    resize_ratio: float | None = _argument(
+    frames_per_second: float | None = argument(None, "frame rate of a clip, in place of a stride")
+    resize: int | None = argument(None, "short side before the crop, in pixels")
+    resize_ratio: float | None = argument(
         None, "the same as a multiple of the crop (default: the start's or the recipe's, or 256 / 224)"
     )
-    num_clips: int = _argument(1, "clips per video in the final evaluation (paper: 4)")
-    num_crops: int = _argument(1, "crops per clip in the final evaluation, 1 or 3 (paper: 3)")
+    num_clips: int = argument(1, "clips per video in the final evaluation (paper: 4)")
+    num_crops: int = argument(1, "crops per clip in the final evaluation, 1 or 3 (paper: 3)")
 
     def __post_init__(self) -> None:
         check_choice("problem_type", self.problem_type, PROBLEM_TYPES)
@@ -181,14 +181,14 @@ class DataArguments:
 class AugmentationArguments:
     """Regularisation. All of it is off unless it is given here or in the recipe; random crops are always on."""
 
-    horizontal_flip: str = _argument("no", "yes, no, or auto: yes unless class names mention a side or a turn")
-    scale_jitter: str | None = _argument(None, "smallest and largest factor, such as 0.9,1.33")
-    colour_jitter: float = _argument(0.0, "probability")
-    colour_drop: float = _argument(0.0, "probability of a grey clip")
-    rand_augment_layers: int = _argument(0, "operations per clip")
-    rand_augment_magnitude: float = _argument(10.0, "10 is the full scale")
-    mixup_alpha: float = _argument(0.0, "alpha of the Beta distribution")
-    cutmix_alpha: float = _argument(0.0, "alpha of the Beta distribution")
+    horizontal_flip: str = argument("no", "yes, no, or auto: yes unless class names mention a side or a turn")
+    scale_jitter: str | None = argument(None, "smallest and largest factor, such as 0.9,1.33")
+    colour_jitter: float = argument(0.0, "probability")
+    colour_drop: float = argument(0.0, "probability of a grey clip")
+    rand_augment_layers: int = argument(0, "operations per clip")
+    rand_augment_magnitude: float = argument(10.0, "10 is the full scale")
+    mixup_alpha: float = argument(0.0, "alpha of the Beta distribution")
+    cutmix_alpha: float = argument(0.0, "alpha of the Beta distribution")
 
     def __post_init__(self) -> None:
         if str(self.horizontal_flip).lower() not in _FLIPS:
@@ -212,31 +212,37 @@ class AugmentationArguments:
 
 
 @dataclass
-class OurTrainingArguments:
+class VideoDefaults:
+    """What all training on videos adds to transformers' `TrainingArguments`, and other defaults."""
+
+    ema_decay: float = argument(0.0, "decay of a moving average of the weights, which is evaluated and saved; 0: none")
+    ddp_find_unused_parameters: bool | None = argument(False, "search for parameters without a gradient in each step")
+    logging_steps: float = argument(10, "optimiser steps; below 1, a share of all steps")
+    remove_unused_columns: bool = argument(False, "has no effect on videos")
+    dataloader_num_workers: int = argument(min(8, os.cpu_count() or 1), "processes that decode videos, per device")
+    report_to: None | str | list[str] = argument(  # noqa: RUF036 (the order that HfArgumentParser reads)
+        "tensorboard" if importlib.util.find_spec("tensorboard") else "none", "tensorboard, wandb, all, none, ..."
+    )
+
+
+@dataclass
+class OurTrainingArguments(VideoDefaults):
     """What `FineTuningArguments` adds to transformers' `TrainingArguments`, and other defaults for videos."""
 
-    recipe: str | None = _argument(None, f"arguments to start from: {', '.join(RECIPES)}")
-    layer_decay: float = _argument(1.0, "factor of the learning rate from layer to layer")
-    ema_decay: float = _argument(0.0, "decay of a moving average of the weights, which is evaluated and saved; 0: none")
-    early_stopping_patience: int = _argument(
+    recipe: str | None = argument(None, f"arguments to start from: {', '.join(RECIPES)}")
+    layer_decay: float = argument(1.0, "factor of the learning rate from layer to layer")
+    early_stopping_patience: int = argument(
         0,
         "stop after this many evaluations without a lower loss, or a better --metric_for_best_model; 0: never",
     )
-    class_weights: bool = _argument(False, "give the loss of rare classes more weight")
-    balanced_sampling: bool = _argument(False, "draw all classes equally often")
-    ddp_find_unused_parameters: bool | None = _argument(False, "search for parameters without a gradient in each step")
-    averaging: str = _argument("probabilities", "what is averaged over views: probabilities or logits")
-    overfit_one_batch: bool = _argument(False, "only test whether the model can learn one batch by heart")
-    overfit_steps: int = _argument(200, "maximum number of steps of that test")
-    save_batch_picture: str | None = _argument(None, "save a picture of the first training batch to FILE")
-    eval_strategy: str = _argument("epoch", "no, steps or epoch")
-    save_strategy: str = _argument("epoch", "no, steps, epoch or best")
-    logging_steps: float = _argument(10, "optimiser steps; below 1, a share of all steps")
-    remove_unused_columns: bool = _argument(False, "has no effect on videos")
-    dataloader_num_workers: int = _argument(min(8, os.cpu_count() or 1), "processes that decode videos, per device")
-    report_to: None | str | list[str] = _argument(  # noqa: RUF036 (the order that HfArgumentParser reads)
-        "tensorboard" if importlib.util.find_spec("tensorboard") else "none", "tensorboard, wandb, all, none, ..."
-    )
+    class_weights: bool = argument(False, "give the loss of rare classes more weight")
+    balanced_sampling: bool = argument(False, "draw all classes equally often")
+    averaging: str = argument("probabilities", "what is averaged over views: probabilities or logits")
+    overfit_one_batch: bool = argument(False, "only test whether the model can learn one batch by heart")
+    overfit_steps: int = argument(200, "maximum number of steps of that test")
+    save_batch_picture: str | None = argument(None, "save a picture of the first training batch to FILE")
+    eval_strategy: str = argument("epoch", "no, steps or epoch")
+    save_strategy: str = argument("epoch", "no, steps, epoch or best")
 
 
 USAGE = "vivit-hf finetune [settings.yaml] --output_dir DIR [arguments]"
@@ -294,18 +300,34 @@ def help_text(others: Iterable[argparse.Action] = ()) -> str:
         "augmentation": AugmentationArguments,
         "training and evaluation": OurTrainingArguments,
     }
+    return format_help("vivit-hf finetune", f"usage: {USAGE}\n{_DESCRIPTION}", groups, TRAINER_ARGUMENTS, others)
+
+
+def format_help(
+    program: str,
+    introduction: str,
+    groups: Mapping[str, Any],
+    trainer_arguments: Mapping[str, str],
+    others: Iterable[argparse.Action],
+) -> str:
+    """Return the help of a training command: an introduction, and its arguments in sections with titles."""
     sections: dict[str, list[tuple[str, str, Any]]] = {
-        title: [(one.name, one.metadata["help"], "?" if one.type is bool else None) for one in fields(group)]
+        title: [
+            (one.name, one.metadata["help"], "?" if one.type is bool else None)
+            for one in sorted(
+                fields(group), key=lambda one: one.name not in group.__annotations__
+            )  # inherited ones last
+        ]
         for title, group in groups.items()
     }
     sections["the most common arguments of transformers' Trainer"] = [
-        (name, text, None) for name, text in TRAINER_ARGUMENTS.items()
+        (name, text, None) for name, text in trainer_arguments.items()
     ]
     sections["the other arguments of transformers' Trainer"] = [
         (action.dest, action.help or "", action.nargs) for action in others
     ]
-    formatter = argparse.RawDescriptionHelpFormatter("vivit-hf finetune", max_help_position=36, width=120)
-    formatter.add_text(f"usage: {USAGE}\n{_DESCRIPTION}")
+    formatter = argparse.RawDescriptionHelpFormatter(program, max_help_position=36, width=120)
+    formatter.add_text(introduction)
     for title, arguments in sections.items():
         formatter.start_section(title)
         for name, text, nargs in arguments:

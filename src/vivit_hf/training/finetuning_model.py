@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from ..initialisation.image_arrays import ImageSource
 from ..initialisation.image_sources import read_image_source
 from ..initialisation.model_processor import processor_for, resize_ratio_of
 from ..initialisation.weight_files import find_file, has_processor, read_json
-from ..modeling_vivit import ViViTForVideoClassification
+from ..modeling_vivit import ViViTForPreTraining, ViViTForVideoClassification, ViViTPreTrainedModel
 from ..video_processing_vivit import ViViTVideoProcessor
-from .finetuning_arguments import ModelArguments, Say
+from .finetuning_arguments import DataArguments, ModelArguments, Say
 from .finetuning_parser import Arguments, without_renaming_warnings
 from .parameters import untrained_modules
 from .recipes import RECIPES
@@ -81,27 +82,41 @@ class _Request:
     arguments: ModelArguments
     given: Mapping[str, Any]
     recipes: Mapping[str, Mapping[str, Any]]  # by the name to print; empty without a recipe
-    label_map: LabelMap
+    label_map: LabelMap | None  # None for masked pretraining
+    pretraining: Mapping[str, Any]  # fields of the configuration
     say: Say
+
+    @property
+    def model_class(self) -> Any:
+        return ViViTForPreTraining if self.label_map is None else ViViTForVideoClassification
 
     def config_fields(self, settings: Settings, *names: str) -> dict[str, Any]:
         """Return the settings with these names, and the fields that depend on labels and arguments."""
-        fields = {**settings.of(*names), **self.label_map.config_fields()}
+        labels = {"num_labels": 0} if self.label_map is None else self.label_map.config_fields()
+        fields = {**settings.of(*names), **labels, **self.pretraining}
         if self.arguments.drop_path_rate is not None:
             fields["drop_path_rate"] = self.arguments.drop_path_rate
         return fields
 
 
-def build_model(arguments: Arguments, label_map: LabelMap, say: Say) -> Start:
+def build_model(
+    wanted: ModelArguments,
+    data: DataArguments,
+    label_map: LabelMap | None,
+    say: Say,
+    *,
+    recipe: str | None = None,
+    pretraining: Mapping[str, Any] = MappingProxyType({}),
+) -> Start:
     """Load or make the model and its processor.
 
-    A setting comes from the arguments, else from a ViViT, else from the recipe, else it is the default. Raises
-    ValueError for a source that cannot be used, or a setting that contradicts it.
+    A setting comes from the arguments, else from a ViViT, else from the recipe, else it is the default. Without a label
+    map, the model is a `ViViTForPreTraining`, and `pretraining` has fields of its configuration. Raises ValueError for
+    a source that cannot be used, or a setting that contradicts it.
     """
-    wanted, source = arguments.model, arguments.model.model_name_or_path
-    recipe = RECIPES[arguments.training.recipe] if arguments.training.recipe else None
-    recipes = {f"recipe {recipe.name}": recipe.model} if recipe else {}
-    request = _Request(source, wanted, _given_settings(arguments), recipes, label_map, say)
+    source = wanted.model_name_or_path
+    recipes = {f"recipe {recipe}": RECIPES[recipe].model} if recipe else {}
+    request = _Request(source, wanted, _given_settings(data, wanted), recipes, label_map, pretraining, say)
     stored = stored_config(source)
     start = _from_vivit(request) if is_vivit(source, stored) else _from_image(request)
     stored_dtype = str(stored.get("dtype") or stored.get("torch_dtype") or "float32").removeprefix("torch.")
@@ -111,10 +126,9 @@ def build_model(arguments: Arguments, label_map: LabelMap, say: Say) -> Start:
     if wanted.attn_implementation is not None:
         model.set_attn_implementation(wanted.attn_implementation)
     limits = start.processor.video_limits or {}
-    start.processor.video_limits = {**limits, "allow_private_addresses": arguments.data.allow_private_addresses}
+    start.processor.video_limits = {**limits, "allow_private_addresses": data.allow_private_addresses}
     has_random_tubelets = start.report is not None and start.report.parameters[_TUBELETS] == "newly initialised"
     _check_freezing(model, wanted, has_random_tubelets)
-    _check_cache(arguments, model.config)
     if wanted.lora_rank:
         start.model = add_lora(model, wanted, has_random_tubelets, say)
     return start
@@ -135,9 +149,9 @@ def labels_to_score(source: str) -> LabelMap:
     return label_map
 
 
-def _given_settings(arguments: Arguments) -> dict[str, Any]:
+def _given_settings(data: DataArguments, model: ModelArguments) -> dict[str, Any]:
     """Return the settings on the command line or in the settings file."""
-    named = {**vars(arguments.data), **vars(arguments.model)}
+    named = {**vars(data), **vars(model)}
     given = {name: named[name] for group in _SETTINGS for name in group if named[name] is not None}
     if "tubelet_size" in given:
         try:
@@ -174,7 +188,7 @@ def _from_vivit(request: _Request) -> Start:
     settings = choose_settings({GIVEN: request.given, source: own, **request.recipes})
     if is_preset:
         fields = request.config_fields(settings, *STRUCTURE, *SIZES)
-        model = ViViTForVideoClassification(ViViTConfig.from_preset(source, **fields))
+        model = request.model_class(ViViTConfig.from_preset(source, **fields))
         say(f"{source}: new weights")
     else:
         _check_structure(source, stored, request.given)
@@ -217,10 +231,16 @@ def _check_structure(source: str, stored: ViViTConfig, given: Mapping[str, Any])
             )
 
 
-def _load_vivit(request: _Request, stored: ViViTConfig, settings: Settings) -> ViViTForVideoClassification:
+def _load_vivit(request: _Request, stored: ViViTConfig, settings: Settings) -> Any:
     """Load a ViViT with its classifier if the classes are the same, in its order; otherwise with a new classifier."""
     source, label_map = request.source, request.label_map
     fields = {**request.config_fields(settings, *SIZES), "dtype": getattr(torch, request.arguments.dtype)}
+    if label_map is None:
+        with _without_load_report():
+            model, info = ViViTForPreTraining.from_pretrained(source, output_loading_info=True, **fields)
+        is_new = any(name.startswith("decoder.") for name in info["missing_keys"])
+        request.say(f"{source}: {'a new decoder' if is_new else 'its decoder is kept'}")
+        return model
     has_same = bool(stored.num_labels) and sorted(LabelMap.from_config(stored).names) == sorted(label_map.names)
     if has_same:
         request.say(f"{source}: it has the same {stored.num_labels} classes, so its classifier is kept")
@@ -259,7 +279,7 @@ def _from_image(request: _Request) -> Start:
     defaults = {"attention_type": "factorised_encoder", "image_size": image_size}
     settings = choose_settings({GIVEN: request.given, **request.recipes, DEFAULT: defaults})
     fields = request.config_fields(settings, *STRUCTURE, *SIZES)
-    model = ViViTForVideoClassification(config_from_vit(image.vit.config, **fields))
+    model = request.model_class(config_from_vit(image.vit.config, **fields))
     report = _initialise(model, image, request.arguments)
     say(f"{source}: {report} parameters")
     for note in image.notes:
@@ -272,9 +292,7 @@ def _from_image(request: _Request) -> Start:
     return start
 
 
-def _initialise(
-    model: ViViTForVideoClassification, image: ImageSource, arguments: ModelArguments
-) -> InitialisationReport:
+def _initialise(model: ViViTPreTrainedModel, image: ImageSource, arguments: ModelArguments) -> InitialisationReport:
     """Initialise a model from an image ViT; "random" keeps the tubelet kernel that the model was made with."""
     inits: dict[str, Any] = {name: getattr(arguments, name) or default for name, default in _INITS.items()}
     if inits["tubelet_init"] != "random":
@@ -338,7 +356,7 @@ def _check_freezing(model: ViViTForVideoClassification, arguments: ModelArgument
         )
 
 
-def _check_cache(arguments: Arguments, config: ViViTConfig) -> None:
+def check_cache(arguments: Arguments, config: ViViTConfig) -> None:
     """Raise ValueError for arguments that --cache_features does not go with."""
     if not arguments.model.cache_features:
         return

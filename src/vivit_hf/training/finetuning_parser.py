@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -24,6 +24,7 @@ from .finetuning_arguments import (
     ModelArguments,
     OurTrainingArguments,
     Say,
+    VideoDefaults,
     check_choice,
     help_text,
 )
@@ -31,15 +32,23 @@ from .recipes import RECIPES, REFERENCE_BATCH_SIZE
 
 
 @dataclass
-class FineTuningArguments(OurTrainingArguments, TrainingArguments):
-    """transformers' `TrainingArguments` with defaults for videos, and a few more."""
+class VideoTrainingArguments(VideoDefaults, TrainingArguments):
+    """transformers' `TrainingArguments` with defaults for videos."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"--ema_decay {self.ema_decay}: expected 0 for no average, or a decay below 1, as 0.999.")
+        super().__post_init__()
+
+
+@dataclass
+class FineTuningArguments(OurTrainingArguments, VideoTrainingArguments):
+    """`VideoTrainingArguments` of a fine-tuning run."""
 
     def __post_init__(self) -> None:
         check_choice("averaging", self.averaging, AVERAGINGS)
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"--layer_decay {self.layer_decay}: expected a factor above 0 and at most 1.")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"--ema_decay {self.ema_decay}: expected 0 for no average, or a decay below 1, as 0.999.")
         if self.early_stopping_patience < 0:
             raise ValueError(
                 f"--early_stopping_patience {self.early_stopping_patience}: expected a number of evaluations, or 0."
@@ -94,7 +103,7 @@ def parse_arguments(argv: Sequence[str], echo: Say = print) -> Arguments:
     actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
     if {"-h", "--help", "--help-all"} & set(argv):
         shown = {*TRAINER_ARGUMENTS, *(name for one in _CLASSES[:3] for name in one.__annotations__)}
-        shown |= OurTrainingArguments.__annotations__.keys()
+        shown |= {one.name for one in fields(OurTrainingArguments)}
         others = [action for name, action in reversed(actions.items()) if name not in shown]
         echo(help_text(others if "--help-all" in argv else ()))
         sys.exit()

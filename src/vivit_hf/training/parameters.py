@@ -16,9 +16,9 @@ _LAYER = re.compile(r"(?:^|\.)(encoder|temporal_encoder)\.layer\.(\d+)\.")
 
 
 def part_of(name: str) -> str:
-    """Return the part of a model that a parameter belongs to: embeddings, encoder, temporal or classifier."""
-    if re.search(r"(^|\.)classifier\.", name):
-        return "classifier"
+    """Return the part of a model that a parameter belongs to: embeddings, encoder, temporal, classifier or decoder."""
+    if head := re.search(r"(^|\.)(classifier|decoder)\.", name):
+        return head[2]
     if _TEMPORAL.search(name):
         return "temporal"
     return "embeddings" if re.search(r"(^|\.)(embeddings|pre_layernorm)\.", name) else "encoder"
@@ -119,7 +119,8 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = parameter.ndim > 1 and not name.endswith(("cls_token", "register_tokens", "position_embeddings"))
+        tokens = ("cls_token", "mask_token", "register_tokens", "position_embeddings")
+        decays = parameter.ndim > 1 and not name.endswith(tokens)
         depth = depth_of[name] if layer_decay != 1 else 0
         rates = {"lr": learning_rate * layer_decay**depth, "weight_decay": weight_decay if decays else 0.0}
         groups.setdefault((depth, decays), {"params": [], **rates})["params"].append(parameter)

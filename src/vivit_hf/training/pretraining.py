@@ -1,0 +1,265 @@
+"""A pretraining run on videos without labels: everything is checked first, then the model is trained and saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from ..configuration_vivit import ViViTConfig
+from ..data.annotations import ONE_GROUP, LabelledVideo, read_videos
+from ..data.labels import LabelMap
+from ..data.whole_files import written_whole
+from ..explain.reconstruction_picture import draw_reconstructions
+from ..hub.model_card import write_model_card
+from ..modeling_vivit import ViViTForPreTraining, random_tube_masks
+from ..video_processing_vivit import ViViTVideoProcessor
+from .augmentation import ClipAugmentation
+from .checkpoints import deferred_interrupt, last_complete_checkpoint
+from .clips import VideoClips
+from .finetuning import (
+    check_checkpoint,
+    check_folder,
+    check_processes,
+    check_repository,
+    find_checkpoint,
+    lack_of_space,
+    push_model,
+)
+from .finetuning_arguments import AugmentationArguments, DataArguments, ModelArguments, Say
+from .finetuning_model import Start, build_model
+from .finetuning_parser import speaker
+from .pretraining_arguments import PretrainingDataArguments
+from .pretraining_parser import PretrainingRun
+from .trainer import ClipTrainer
+
+
+UNLABELLED = LabelMap({ONE_GROUP: ()}, has_several=True)  # any number of labels, and there are none
+PICTURE_FOLDER = "reconstructions"
+_MASKS = 0x6D61736B73  # separates these random numbers from those of the augmentation
+_PICTURED_CLIPS = 3
+
+
+class TubeMaskCollator:
+    """
+    Collate items of `VideoClips` into a batch with tube masks for `ViViTForPreTraining`.
+
+    A batch has `pixel_values` (batch, frames, channels, height, width), `bool_masked_pos`, bool (batch, space), and
+    `damaged_files`, a list of (file, reason). Masks depend only on the seed, the epoch and the index of the video, not
+    on processes and workers.
+    """
+
+    def __init__(self, config: ViViTConfig, seed: int = 0):
+        self.config, self.seed = config, seed
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "pixel_values": torch.stack([item["pixel_values"] for item in items]),
+            "bool_masked_pos": torch.cat([self._mask(item["epoch"], item["index"]) for item in items]),
+            "damaged_files": [file for item in items for file in item.get("damaged_files", ())],
+        }
+
+    def _mask(self, epoch: int, index: int) -> torch.Tensor:
+        _, height, width = self.config.grid_size
+        seeds = np.random.SeedSequence((_MASKS, self.seed, epoch, index)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(seeds[0]))
+        return random_tube_masks(1, height * width, self.config.mask_ratio, generator)
+
+
+class ReconstructionPictures(TrainerCallback):
+    """
+    Draw what the model predicts for the same clips and masks every few steps, and at the end of the training.
+
+    Args:
+        batch: of `TubeMaskCollator`.
+        processor: the processor of the clips.
+        folder: for the pictures, `step-000100.png` and so on.
+        steps: optimiser steps between two pictures.
+    """
+
+    def __init__(self, batch: dict[str, Any], processor: ViViTVideoProcessor, folder: Path, steps: int):
+        self.batch, self.processor, self.folder, self.steps = batch, processor, folder, steps
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **settings: Any
+    ) -> None:
+        step = state.global_step
+        if state.is_world_process_zero and (step % self.steps == 0 or step == state.max_steps):
+            clips, masks = self.batch["pixel_values"], self.batch["bool_masked_pos"]
+            picture = draw_reconstructions(settings["model"], clips, masks, self.processor)
+            self.folder.mkdir(exist_ok=True)
+            with written_whole(self.folder / f"step-{step:06d}.png") as unfinished:
+                picture.save(unfinished, format="PNG")
+
+
+@dataclass
+class Pretraining:
+    """A run that has passed its checks (see `prepare`); `checkpoint` is what to resume from, or None."""
+
+    arguments: PretrainingRun
+    start: Start
+    trainer: ClipTrainer
+    checkpoint: str | None
+    push: bool
+    say: Say
+
+    def run(self) -> None:
+        """Train, save, and push if the arguments ask for it."""
+        trainer, training = self.trainer, self.arguments.training
+        try:
+            result = trainer.train(resume_from_checkpoint=self.checkpoint)
+            with deferred_interrupt():
+                trainer.save_model()  # in all processes: each may hold a part of it
+                if training.should_save:
+                    self.start.processor.save_pretrained(training.output_dir)
+        except Exception as error:
+            if (reason := lack_of_space(training, trainer.model)) is not None:
+                raise SystemExit(f"pretrain: {reason}") from error
+            raise
+        damaged = trainer.all_damaged_files()["train"]
+        metrics = {**result.metrics, "train_samples": len(trainer.train_dataset), "train_damaged_files": len(damaged)}
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+        trainer.save_state()
+        if training.should_save:
+            self._finish(metrics, damaged)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+
+    def last_checkpoint(self) -> Path | None:
+        """Return the checkpoint that the run would resume from now, or None."""
+        return last_complete_checkpoint(self.arguments.training.output_dir)
+
+    def _finish(self, metrics: dict[str, Any], damaged: dict[str, str]) -> None:
+        """Write the list of damaged files and a model card, and push the model if asked to."""
+        training = self.arguments.training
+        folder = Path(training.output_dir)
+        (folder / "damaged_files.json").write_text(json.dumps({"train": damaged}, indent=2) + "\n", encoding="utf-8")
+        if damaged:
+            self.say(f"Files that could not be read ({len(damaged)}): see {folder / 'damaged_files.json'}")
+        model = ViViTForPreTraining.from_pretrained(folder)
+        text = (
+            f"Pretrained without labels on {metrics['train_samples']} videos for {metrics['epoch']:g} epochs: masked "
+            f"autoencoding with tube masks over {model.config.mask_ratio:.0%} of the places, mean training loss "
+            f"{metrics['train_loss']:.4f}."
+        )
+        report = self.start.report
+        card: dict[str, Any] = {
+            "base_model": None if self.start.source in ViViTConfig.presets else self.start.source,
+            "report": text if report is None else f"{text}\n\n{report.to_markdown()}",
+        }
+        write_model_card(folder, model, repo_id=training.hub_model_id, **card)
+        if self.push:
+            push_model(model, self.start.processor, training, card)
+            self.say("Uploaded to the Hub.")
+
+
+def prepare(arguments: PretrainingRun, echo: Say = print) -> Pretraining:
+    """
+    Check everything that can be checked before training, and set the run up.
+
+    Args:
+        arguments: of the run.
+        echo: prints one text; only the first process uses it.
+
+    Raises:
+        ValueError: for arguments, videos, a model, a checkpoint or an output folder that cannot be used.
+        OSError: for files that cannot be read.
+    """
+    _, data, training = arguments
+    say = speaker(training, echo)
+    check_processes(training, say)
+    check_folder(Path(training.output_dir))
+    videos = read_unlabelled_videos(data, say)
+    push, training.push_to_hub = training.push_to_hub, False  # once, after training
+    if push:
+        check_repository(training)
+    set_seed(training.seed)
+    checkpoint = find_checkpoint(training, say)
+    start = make_model(arguments, say)
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, start, ModelArguments(), training.ema_decay)
+    if (reason := lack_of_space(training, start.model)) is not None:
+        raise ValueError(reason)
+    return Pretraining(arguments, start, make_trainer(arguments, videos, start, say), checkpoint, push, say)
+
+
+def read_unlabelled_videos(data: PretrainingDataArguments, say: Say) -> list[LabelledVideo]:
+    """Return the videos of a folder and its subfolders or of a file, without labels. Opens none."""
+
+    def training_rows(where: str, counts: dict[str, int]) -> list[str]:
+        listed = ", ".join(f"{count} {split}" for split, count in counts.items())
+        used = ["train"] if "train" in counts else list(counts)
+        say(f"{where}: {listed}; used are the {' and '.join(used)} rows.")
+        return used
+
+    found = read_videos(
+        data.videos,
+        needs_labels=False,
+        video_root=data.video_root,
+        video_column=data.video_column_name,
+        missing_videos=data.missing_videos,
+        split_column=data.split_column,
+        choose_splits=training_rows,
+    ).videos
+    say(f"{len(found)} videos to train on, without labels")
+    return [replace(one, labels=()) for one in found]  # annotations of large data sets have them
+
+
+def make_model(arguments: PretrainingRun, say: Say) -> Start:
+    """Load or make the model and its processor. Raises ValueError for a source that cannot be used."""
+    wanted, data, _ = arguments
+    own = ("mask_ratio", "decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads")
+    fields = {name: getattr(wanted, name) for name in own if getattr(wanted, name) is not None}
+    shared = {name: value for name, value in vars(wanted).items() if name not in own}
+    sampling = ("frame_stride", "frames_per_second", "resize", "resize_ratio", "allow_private_addresses")
+    clips = DataArguments(**{name: getattr(data, name) for name in sampling})
+    start = build_model(ModelArguments(**shared), clips, None, say, pretraining=fields)
+    width, layers, heads = start.model.config.decoder_sizes
+    say(
+        f"  masks over {start.model.config.mask_ratio:.0%} of the places; a decoder of {layers} layers, width {width}, "
+        f"{heads} heads"
+    )
+    return start
+
+
+def make_trainer(arguments: PretrainingRun, videos: list[LabelledVideo], start: Start, say: Say) -> ClipTrainer:
+    """Return the trainer, which also draws pictures of reconstructions."""
+    _, data, training = arguments
+    processor, seed = start.processor, training.seed if training.data_seed is None else training.data_seed
+    wanted = AugmentationArguments(horizontal_flip=data.horizontal_flip, scale_jitter=data.scale_jitter)
+    augmentation = ClipAugmentation(
+        crop_size=(processor.crop_size["height"], processor.crop_size["width"]),
+        flip_probability=wanted.flip_probability([]),
+        scale_jitter=wanted.scale_factors(),
+    )
+
+    def clips() -> VideoClips:
+        return VideoClips(videos, processor, UNLABELLED, augmentation=augmentation, seed=seed)
+
+    collator = TubeMaskCollator(start.model.config, seed)
+    training.dataloader_pin_memory &= training.device.type != "cpu"  # without a GPU, torch would warn
+    training.dataloader_persistent_workers = training.dataloader_num_workers > 0
+    trainer = ClipTrainer(
+        model=start.model,
+        args=training,
+        train_dataset=clips(),
+        data_collator=collator,
+        processing_class=processor,
+        label_map=UNLABELLED,
+        ema_decay=training.ema_decay,
+    )
+    if training.picture_steps and training.process_index == 0:
+        first = clips()  # its epoch stays 0, so that all pictures show the same clips
+        batch = collator([first[index] for index in range(min(_PICTURED_CLIPS, len(first)))])
+        folder = Path(training.output_dir, PICTURE_FOLDER)
+        trainer.add_callback(ReconstructionPictures(batch, processor, folder, training.picture_steps))
+        say(f"Reconstructions every {training.picture_steps} steps: {folder}")
+    return trainer
