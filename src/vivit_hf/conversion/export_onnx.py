@@ -16,6 +16,7 @@ from transformers import VivitConfig
 import vivit_hf
 
 from ..configuration_vivit import ViViTConfig
+from ..data.escaping import counted
 from ..data.labels import LabelMap, to_probabilities
 from ..data.scan import find_videos
 from ..initialisation.model_processor import describe_processor, processor_for
@@ -54,8 +55,9 @@ class Export:
 
     def print(self) -> None:
         report, float32 = self.report, self.report["float32"]
+        labels = counted(len(report["id2label"]), "label")
         rows = [
-            ("model", f"{report['attention_type']}, {len(report['id2label'])} labels, opset {report['opset']}"),
+            ("model", f"{report['attention_type']}, {labels}, opset {report['opset']}"),
             ("input", f"{INPUT} {describe_shape(report['input']['shape'])}, float32"),
             ("processor", self.processor),
             ("clips", report["clips"]["description"]),

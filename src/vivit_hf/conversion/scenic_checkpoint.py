@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..initialisation.weight_files import ConversionError
+from ..initialisation.weight_files import ConversionError, as_float32
 from .terminal import needs_extra
 
 
@@ -62,8 +62,7 @@ def _decode_array(code: int, data: bytes) -> Any:
     if code in (1, 3):
         shape, dtype, buffer = msgpack.unpackb(data, raw=False)
         if dtype == "bfloat16":
-            wide = np.frombuffer(buffer, np.uint16).astype(np.uint32) << 16
-            return wide.view(np.float32).reshape(shape)
+            return as_float32(np.frombuffer(buffer, "V2")).reshape(shape)
         return np.frombuffer(buffer, np.dtype(dtype)).reshape(shape)
     if code == 2:
         return complex(*msgpack.unpackb(data, raw=False))
