@@ -187,7 +187,7 @@ def test_a_constant_patch_has_zero_targets():
     assert outputs.loss.item() == pytest.approx(outputs.logits.square().mean().item())
 
 
-@pytest.mark.parametrize("case", PRETRAINED)
+@pytest.mark.parametrize("case", ["spatio_temporal", "factorised_encoder"])
 def test_the_loss_falls(case):
     torch.manual_seed(0)
     config = case_config(case, initializer_range=0.1)
