@@ -23,7 +23,12 @@ from ..video_processing_vivit import ViViTVideoProcessor
 from .augmentation import ClipAugmentation
 from .checkpoints import deferred_interrupt, last_complete_checkpoint
 from .clips import VideoClips
-from .finetuning import (
+from .finetuning_arguments import AugmentationArguments, DataArguments, ModelArguments, Say
+from .finetuning_model import Start, build_model
+from .finetuning_parser import speaker
+from .pretraining_arguments import PretrainingDataArguments
+from .pretraining_parser import PretrainingRun
+from .run_checks import (
     check_checkpoint,
     check_folder,
     check_processes,
@@ -31,12 +36,8 @@ from .finetuning import (
     find_checkpoint,
     lack_of_space,
     push_model,
+    repository_of,
 )
-from .finetuning_arguments import AugmentationArguments, DataArguments, ModelArguments, Say
-from .finetuning_model import Start, build_model
-from .finetuning_parser import speaker
-from .pretraining_arguments import PretrainingDataArguments
-from .pretraining_parser import PretrainingRun
 from .trainer import ClipTrainer
 
 
@@ -158,7 +159,7 @@ class Pretraining:
         write_model_card(folder, model, repo_id=training.hub_model_id, **card)
         if self.push:
             push_model(model, self.start.processor, training, card)
-            self.say("Uploaded to the Hub.")
+            self.say(f"Uploaded to {repository_of(training)}.")
 
 
 def prepare(arguments: PretrainingRun, echo: Say = print) -> Pretraining:
