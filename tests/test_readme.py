@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import invoke
 from moving_shapes import MOTIONS, write_moving_shapes
 from paper_table import PAPER, count
 from paths import ROOT
@@ -60,6 +61,19 @@ def test_snippet_runs(folder, monkeypatch, capsys, index):
     monkeypatch.chdir(folder)
     exec(compile(SNIPPETS[index], f"README.md, snippet {index + 1}", "exec"), {"__name__": "__main__"})
     if "print(" in SNIPPETS[index]:
+        assert capsys.readouterr().out.strip()
+
+
+def test_the_snippets_of_the_page_on_features_run_after_its_first_commands(folder, monkeypatch, capsys):
+    page = (ROOT / "docs" / "features.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(folder)
+    commands = re.findall(r"^vivit-hf (.* (?:demo_output/|--duplicates ).*)$", page, flags=re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["embed", "embed", "search", "search"]
+    for command in commands:
+        result = invoke(*shlex.split(command))
+        assert result.exit_code == 0 and result.stdout.strip(), f"{command}: {result.stderr}"
+    for snippet in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(compile(snippet, "docs/features.md", "exec"), {"__name__": "__main__"})
         assert capsys.readouterr().out.strip()
 
 

@@ -504,3 +504,19 @@ def test_shapes_are_as_requested(total, height, width, num_frames, edge, num_cli
     pixel_values = processor(video)["pixel_values"]
     assert pixel_values.shape == (num_clips * num_crops, num_frames, 3, 8, 8)
     assert (pixel_values - (200 / 127.5 - 1)).abs().max() < 1e-6
+
+
+def test_the_times_of_frames_are_those_of_the_file(processor, video):
+    """60 frames at 25 per second; a clip of 8 frames at stride 2 begins at frame 0 or 44."""
+    features = processor(video, num_clips=2, num_crops=3)
+    assert features.frame_times.shape == features.frame_ids.shape == (6, 8)
+    np.testing.assert_allclose(features.frame_times, features.frame_ids // 3 / 25, atol=1e-6)
+    part = processor({"path": str(video), "start": 1.0, "end": 1.6}, frame_stride=1)
+    np.testing.assert_allclose(part.frame_times[0], np.arange(28, 36) / 25, atol=1e-6)
+    assert np.array_equal(pickle.loads(pickle.dumps(part)).frame_times, part.frame_times)
+
+
+def test_frames_in_memory_have_times_if_their_rate_is_given(processor):
+    frames = moving_frames(8)
+    np.testing.assert_allclose(processor(frames, video_fps=10).frame_times, [np.arange(8) / 10])
+    assert np.isnan(processor(frames).frame_times).all()

@@ -163,7 +163,7 @@ def _from_pretrained(model: str, dtype: str, video_limits: dict[str, Any], image
     import torch
     from safetensors import SafetensorError
 
-    from ..conversion.image_features import is_image_model, vivit_from_image
+    from ..initialisation.image_features import is_image_model, vivit_from_image
     from ..modeling_vivit import ViViTForVideoClassification
     from ..video_processing_vivit import ViViTVideoProcessor
 

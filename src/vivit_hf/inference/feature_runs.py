@@ -137,7 +137,7 @@ def feature_settings(
         fingerprint: see `model_fingerprint`.
     """
     config = model.config
-    hidden = config.hidden_size if per_step or config.representation_size is None else config.representation_size
+    hidden = config.hidden_size if per_step else config.representation_size or config.pooled_size
     is_uniform, rate = processor.frame_sampling == "uniform", processor.frames_per_second
     listed = [json.dumps(description(video)) for video in videos]
     return {

@@ -64,7 +64,7 @@ class NeighbourGraph:
         self.vectors = vectors
         # The nodes that are looked at for each vector: 2 to 4 times usearch's own numbers, for recall.
         settings: Any = {"ndim": vectors.shape[1], "metric": "ip", "dtype": "f32"}
-        settings |= {"expansion_add": 256, "expansion_search": 256}
+        settings |= {"expansion_add": 128, "expansion_search": 128}
         self.graph: Any = Index(**settings)
         if path is not None and Path(path).exists():
             if self._holds(vectors, path):

@@ -14,6 +14,7 @@ from ..configuration_vivit import ViViTConfig
 from ..data.labels import LabelMap
 from ..initialisation.from_image import InitialisationReport, config_from_vit, initialise_from_vit
 from ..initialisation.image_arrays import ImageSource
+from ..initialisation.image_features import default_image_size
 from ..initialisation.image_sources import read_image_source
 from ..initialisation.model_processor import processor_for, resize_ratio_of
 from ..initialisation.weight_files import find_file, has_processor, read_json
@@ -34,7 +35,6 @@ SIZES = ("num_frames", "image_size")
 _SAMPLING = (("frame_stride", "frames_per_second"), ("resize", "resize_ratio"))
 _SETTINGS = (*((name,) for name in (*STRUCTURE, *SIZES)), *_SAMPLING)
 _INITS = {"tubelet_init": "central_frame", "temporal_attention_init": "zero_output", "temporal_encoder_init": None}
-_LARGEST_DEFAULT_SIZE = 224  # image models of 384 and 518 pixels are common, and a clip has 16 times their tokens
 GIVEN, DEFAULT = "given", "default"
 _TUBELETS = "vivit.embeddings.patch_embeddings.projection.weight"
 _LORA_TARGETS = r".*\.(q_proj|v_proj)"
@@ -274,9 +274,7 @@ def _from_image(request: _Request) -> Start:
     source, say = request.source, request.say
     with _without_load_report():
         image = read_image_source(source)
-    sizes = image.vit.config.image_size
-    image_size = min(_LARGEST_DEFAULT_SIZE, *([sizes, sizes] if isinstance(sizes, int) else sizes))
-    defaults = {"attention_type": "factorised_encoder", "image_size": image_size}
+    defaults = {"attention_type": "factorised_encoder", "image_size": default_image_size(image.vit.config)}
     settings = choose_settings({GIVEN: request.given, **request.recipes, DEFAULT: defaults})
     fields = request.config_fields(settings, *STRUCTURE, *SIZES)
     model = request.model_class(config_from_vit(image.vit.config, **fields))
