@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
+from ..data.escaping import counted
 from .evaluate import SplitColumn, VideoColumn, VideoRoot
 from .options import load
 from .output import as_cell, echo, fail, output_console, quiet_libraries
@@ -141,8 +142,7 @@ def _print_report(report: Any, data: Any) -> None:
     for what, names in (("features", data.without_features), ("a label", data.without_label)):
         if names:
             more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
-            videos = "1 video" if len(names) == 1 else f"{len(names)} videos"
-            echo(f"{videos} left out, without {what}: {', '.join(names[:_MAX_SHOWN])}{more}")
+            echo(f"{counted(len(names), 'video')} left out, without {what}: {', '.join(names[:_MAX_SHOWN])}{more}")
 
 
 def _print_checkpoint(output: Path, written: str, report: Any, views: dict[str, Any]) -> None:
