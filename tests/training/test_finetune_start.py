@@ -10,7 +10,7 @@ from image_conversion import jax_arrays
 from safetensors.torch import save_file
 from tiny_models import case_config, make_model
 from transformers import HfArgumentParser, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
-from vit_models import make_vit, timm_weights
+from vit_models import make_vit, make_whole_clip, make_whole_siglip, timm_weights
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor
 from vivit_hf.data.labels import LabelMap
@@ -262,6 +262,16 @@ def test_mae_is_converted_without_its_decoder(tmp_path):
     ViTMAEForPreTraining(config).save_pretrained(tmp_path / "mae")
     start, _ = start_from(tmp_path / "mae", SMALL, num_frames=4, image_size=32)
     assert clips_of(start) == (4, 32, 2, 37)
+
+
+def test_towers_of_clip_and_siglip_are_converted_without_the_rest(tmp_path):
+    for make, left_out in ((make_whole_clip, ["text tower"]), (make_whole_siglip, ["text tower", "pooling head"])):
+        make().save_pretrained(tmp_path / make.__name__)
+        start, printed = start_from(tmp_path / make.__name__, num_frames=4)
+        assert clips_of(start) == (4, 24, 2, 27)
+        line = next(line for line in printed.splitlines() if "left out" in line)
+        assert all(f"{what})" in line for what in left_out)
+    assert start.model.config.pooling == "mean"
 
 
 def test_other_models_are_refused_by_name(tmp_path):

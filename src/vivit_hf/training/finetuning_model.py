@@ -12,7 +12,7 @@ import torch
 
 from ..configuration_vivit import ViViTConfig
 from ..data.labels import LabelMap
-from ..initialisation.from_image import InitialisationReport, config_from_vit, initialise_from_vit
+from ..initialisation.from_image import InitialisationReport, config_from_vit, initialise_from_vit, list_unused
 from ..initialisation.image_arrays import ImageSource
 from ..initialisation.image_features import default_image_size
 from ..initialisation.image_sources import read_image_source
@@ -280,6 +280,8 @@ def _from_image(request: _Request) -> Start:
     model = request.model_class(config_from_vit(image.vit.config, **fields))
     report = _initialise(model, image, request.arguments)
     say(f"{source}: {report} parameters")
+    if unused := report.unused():
+        say(f"{source}: left out {', '.join(list_unused(unused))}")
     for note in image.notes:
         say(f"{source}: {note}")
     settings.origins.setdefault("tubelet_size", source)
