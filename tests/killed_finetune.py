@@ -3,6 +3,7 @@ examples/finetune.py, but the process stops itself at a chosen moment; for test_
 
     python tests/killed_finetune.py step:5 ...            kill -9 in the 5th training step
     python tests/killed_finetune.py optimizer.pt:2 ...    kill -9 with half of the 2nd optimizer.pt written
+    python tests/killed_finetune.py tokens:5 ...          kill -9 with half of the 5th file of stored tokens written
     python tests/killed_finetune.py Ctrl-C:2 ...          Ctrl-C before the 2nd optimizer.pt is written
 """
 
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import finetune
 import torch
 
+from vivit_hf.training import feature_cache
 from vivit_hf.training.trainer import ClipTrainer
 
 
@@ -40,6 +42,18 @@ def main() -> None:
             return step(self, *arguments, **settings)
 
         ClipTrainer.training_step = counted_step
+    elif what == "tokens":
+        save_tokens = feature_cache.save_file
+
+        def half_save_tokens(tensors, path, metadata):
+            nonlocal remaining
+            remaining -= 1
+            save_tokens(tensors, path, metadata)
+            if remaining == 0:
+                path.write_bytes(path.read_bytes()[:100])
+                kill()
+
+        feature_cache.save_file = half_save_tokens
     else:
         save = torch.save
 

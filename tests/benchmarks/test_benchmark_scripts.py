@@ -79,8 +79,9 @@ def test_speed_benchmark_runs_on_tiny_sizes(tmp_path):
 
 
 def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path):
-    for script in ("run.py", "streaming.py", "video.py", "conversion.py", "finetuning.py", "training_step.py"):
-        needed = ["--output", tmp_path] if script == "finetuning.py" else []
+    takes_output = ("finetuning.py", "feature_cache.py")
+    for script in (*takes_output, "run.py", "streaming.py", "video.py", "conversion.py", "training_step.py"):
+        needed = ["--output", tmp_path] if script in takes_output else []
         process = start(script, *needed, "--json", tmp_path / "nowhere" / "rows.json")
         assert process.returncode == 2 and "rows.json' cannot be written" in process.stderr, script
 
@@ -90,6 +91,14 @@ def test_the_streaming_benchmark_runs_on_a_tiny_model(tmp_path):
     assert process.returncode == 0, process.stderr[-3000:]
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["unit"] for row in rows] == ["x", "x", "x", "MB"] and all(row["target"] is None for row in rows)
+
+
+def test_an_epoch_from_stored_tokens_is_measured_against_one_from_videos(tmp_path):
+    process = start("feature_cache.py", "--smoke", "--output", tmp_path, "--json", tmp_path / "rows.json")
+    assert process.returncode == 0, process.stderr[-3000:]
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["unit"] for row in rows] == ["s", "s", ""] * 2 and all(row["target"] is None for row in rows)
+    assert all(row["value"] > 0 for row in rows)
 
 
 def test_a_step_of_fine_tuning_is_measured_against_one_by_hand(tmp_path):
