@@ -12,6 +12,7 @@ from command_line import check_refusal, invoke, rows, said
 from python_without import python_without
 from tiny_models import make_model, tiny_config
 from video_files import write_video
+from vit_models import make_vit
 
 import vivit_hf
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
@@ -113,6 +114,30 @@ def test_one_vector_per_video_gives_the_whole_model_a_new_classifier(fading, tmp
     assert result.exit_code == 0, result.stderr
     model = ViViTForVideoClassification.from_pretrained(output)
     assert model.config.num_temporal_layers == 2 and model.config.num_labels == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_image_model_alone_becomes_a_video_model(fading, tmp_path, dtype):
+    """The features are in two files."""
+    make_vit(image_size=32, num_channels=3).save_pretrained(tmp_path / "vit")
+    views = ("--num-clips", 1, "--num-crops", 1, "--workers", 0, "--num-frames", 4, "--dtype", dtype)
+    files = sorted(fading.glob("*.mp4"))
+    for name, part in (("a", files[:10]), ("b", files[10:])):
+        embedding = ("--model", tmp_path / "vit", "--per-step", "--output", tmp_path / f"{name}.parquet", *views)
+        assert invoke("embed", *part, *embedding).exit_code == 0
+    features = ("-f", tmp_path / "a.parquet", "-f", tmp_path / "b.parquet")
+    output = tmp_path / "probe"
+    result = invoke("probe", *features, "-l", fading / "labels.csv", *FEW, "--output", output)
+    assert result.exit_code == 0, result.stderr
+    model = ViViTForVideoClassification.from_pretrained(output)
+    processor = ViViTVideoProcessor.from_pretrained(output)
+    assert model.config.num_temporal_layers == 0 and processor.frame_sampling == "uniform"
+    stored = read_features([tmp_path / "a.parquet", tmp_path / "b.parquet"])
+    with torch.no_grad():
+        logits = model(**processor(stored.files[11])).logits
+        expected = model.classify_steps(torch.from_numpy(stored.vectors[11:12]))
+    torch.testing.assert_close(logits, expected, atol=1e-4 if dtype == "float32" else 0.3, rtol=1e-4)
 
 
 @pytest.mark.slow
