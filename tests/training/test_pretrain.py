@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
-from finetune_runs import losses, run as finetune, to_argv, write_data
+from finetune_runs import EXAMPLES, losses, run as finetune, start, to_argv, write_data
+from labelled_videos import TORCHRUN
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import make_clips, make_model, tiny_config
@@ -26,9 +28,8 @@ def data(tmp_path_factory):
     return write_data(tmp_path_factory.mktemp("data"))
 
 
-def run(videos, output, **changes):
-    """Pretrain in this process, and return the results."""
-    settings = {
+def settings_for_run(output, **changes):
+    return {
         **TINY,
         "output_dir": output,
         "use_cpu": True,
@@ -41,7 +42,11 @@ def run(videos, output, **changes):
         "disable_tqdm": True,
         **changes,
     }
-    main([str(videos), *to_argv(settings)])
+
+
+def run(videos, output, **changes):
+    """Pretrain in this process, and return the results."""
+    main([str(videos), *to_argv(settings_for_run(output, **changes))])
     return json.loads((output / "all_results.json").read_text())
 
 
@@ -239,3 +244,40 @@ def test_bfloat16_and_gradient_checkpointing_train_alike(data, tmp_path, extra):
     run(data / "videos", tmp_path / "other", picture_steps=2, **extra)
     tolerance = 0.02 if "bf16" in extra else 1e-5
     assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "plain"), rel=tolerance)
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one_with_the_same_batch(data, tmp_path):
+    videos = tmp_path / "videos"
+    shutil.copytree(data / "videos" / "train", videos)
+    broken = videos / "up_left" / "000.mp4"
+    broken.write_bytes(b"broken")
+    settings = settings_for_run(tmp_path / "one", max_steps=4, lr_scheduler_type="constant", optim="sgd")
+    two = {**settings, "output_dir": tmp_path / "two", "per_device_train_batch_size": 2, "ddp_backend": "gloo"}
+    for command, given in (([sys.executable], settings), (TORCHRUN, two)):
+        process = start([*command, EXAMPLES / "pretrain.py", videos, *to_argv(given)])
+        assert process.returncode == 0, process.stderr[-3000:]
+    assert (
+        losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+        and len(losses(tmp_path / "one")) == 4
+    )
+    ours, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(ours[name], tensor, atol=2e-6, rtol=1e-4, msg=name)
+    reports = [json.loads((tmp_path / name / "damaged_files.json").read_text()) for name in ("one", "two")]
+    assert reports[0] == reports[1] and list(reports[0]["train"]) == [str(broken)]
+    assert (tmp_path / "two" / "reconstructions" / "step-000004.png").exists()
+
+
+@pytest.mark.slow
+def test_the_folder_loads_where_the_package_is_missing(data, tmp_path):
+    run(data / "videos", tmp_path / "model", max_steps=1, picture_steps=0)
+    program = f"""
+import sys
+sys.modules["vivit_hf"] = None
+from transformers import AutoModelForPreTraining
+model = AutoModelForPreTraining.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True)
+print(type(model).__name__, type(model).__module__.startswith("transformers_modules"))
+"""
+    process = start([sys.executable, "-c", program], HF_HOME=str(tmp_path / "home"))
+    assert process.stdout.split() == ["ViViTForPreTraining", "True"], process.stderr[-2000:]
