@@ -28,7 +28,7 @@ from transformers import ViTConfig, ViTModel  # noqa: E402
 
 
 TARGETS = {56: 1 / 10, 112: 1 / 20}  # pixels -> largest share of an epoch from videos
-FRAMES, PATCH = 16, 14
+FRAMES, PATCH = 32, 14
 SMALL = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536}
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
 
@@ -72,7 +72,7 @@ def main() -> None:
     args = parser.parse_args()
 
     write_moving_shapes(
-        args.output / "videos", 1 if args.smoke else 4, test_clips_per_class=1, num_frames=24, height=240, width=320
+        args.output / "videos", 1 if args.smoke else 8, test_clips_per_class=1, num_frames=40, height=240, width=320
     )
     torch.manual_seed(0)
     config = ViTConfig(image_size=224, patch_size=PATCH, **(TINY if args.smoke else SMALL))
