@@ -69,7 +69,7 @@ def test_other_models_than_vits_are_refused():
         with pytest.raises(TypeError, match="Expected a ViViT and then an image model"):
             initialise_from_vit(*arguments)
     for read in (config_from_vit, lambda source: initialise_from_vit(vivit, source)):
-        with pytest.raises(ValueError, match="There is no folder nowhere/vit here"):
+        with pytest.raises(OSError, match="there is no folder 'nowhere/vit'"):
             read("nowhere/vit")
 
 

@@ -106,7 +106,7 @@ def test_what_would_fail_after_training_is_refused_before_it(data, tmp_path, mon
     for changes, message in (
         ({"frame_stride": 2}, "`frame_stride=2` has no effect with frame_sampling='uniform'"),
         ({"num_clips": 4}, "frame_sampling='uniform' spreads one clip over the whole video, got num_clips=4"),
-        ({"num_crops": 2}, "`num_crops` must be 1 or 3, got 2"),
+        ({"num_crops": 2}, "`num_crops=2` must be 1 or 3"),
         ({"averaging": "votes"}, "--averaging votes: expected one of probabilities, logits"),
         ({"save_batch_picture": tmp_path / "no" / "p.png"}, r"--save_batch_picture .*p\.png: there is no such folder"),
     ):

@@ -55,10 +55,11 @@ def config_from_vit(vit_config: PretrainedConfig | str | os.PathLike, **override
     if isinstance(vit_config, (str, os.PathLike)):
         vit_config = read_image_config(os.fspath(vit_config))
     structure = image_structure(vit_config)
+    height, width = structure.image_size
     time = 1 if overrides.get("embedding_type") in ("uniform_frame_sampling", "temporal_sampling") else 2
     fields = {
         **structure.settings,
-        "image_size": structure.image_size,
+        "image_size": height if height == width else (height, width),
         "tubelet_size": (time, *structure.patch_size),
         "pooling": None if structure.has_class_token else "mean",
         **overrides,
