@@ -21,7 +21,7 @@ def draw_figures(rows: Sequence[Row], path: Path) -> None:
     panels = [panel for panel in (_shares, _speeds, _times, _memory) if panel(rows, None)]
     if not panels:
         return
-    figure = Figure(figsize=(5.2 * len(panels), 4.2), layout="constrained")
+    figure = Figure(figsize=(5.8 * len(panels), 4.2), layout="constrained")
     for panel, ax in zip(panels, np.atleast_1d(figure.subplots(1, len(panels))), strict=True):
         panel(rows, ax)
         ax.spines[["top", "right"]].set_visible(False)
@@ -53,7 +53,7 @@ def _shares(rows: Sequence[Row], ax: Axes | None) -> bool:
 def _speeds(rows: Sequence[Row], ax: Axes | None) -> bool:
     found = _matching(rows, r"(\w+), batch 1: (Model \d) optimised, speed over (.+)")
     if ax is not None:
-        labels = [f"{match[2]}, {match[1]}\nover {match[3]}" for match, _ in found]
+        labels = [f"{match[2]}, {match[1]}, over {match[3]}" for match, _ in found]
         values = [row.value for _, row in found]
         colours = [COLOURS[VARIANTS.index(match[2])] for match, _ in found]
         bars = ax.barh(labels, values, color=colours)
