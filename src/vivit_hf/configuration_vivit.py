@@ -440,8 +440,8 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
                 f"{source} has a {type(config_dict).__name__} as its configuration, expected a JSON object."
             )
         for name in config_dict:
-            if callable(getattr(cls, name, None)):
-                raise ValueError(f"`{name}` in {source} is the name of a method, not a field.")
+            if name.startswith("__") or callable(getattr(cls, name, None)):
+                raise ValueError(f"`{name}` in {source} is the name of a method or of a class attribute, not a field.")
         for name in ("dtype", "torch_dtype"):
             if config_dict.get(name) is not None:
                 check_choice(name, str(config_dict[name]).removeprefix("torch."), DTYPES)
