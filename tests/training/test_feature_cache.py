@@ -107,14 +107,16 @@ def test_another_model_or_processor_makes_the_cache_stale(data, tmp_path, capsys
     assert len([path for path in (tmp_path / "feature_cache").iterdir() if path.is_dir()]) == 2
 
 
-def test_a_cached_run_resumes_to_the_bit(data, tmp_path):
-    settings = {**FROZEN, "cache_features": True, "num_cached_views": 2, "mixup_alpha": 0.3, "horizontal_flip": "yes"}
+@pytest.mark.parametrize("caching", [{}, {"cache_features": True, "num_cached_views": 2}], ids=["not cached", "cached"])
+def test_a_run_resumed_within_an_epoch_has_the_same_losses(data, tmp_path, caching):
+    settings = {**FROZEN, **caching, "mixup_alpha": 0.3, "horizontal_flip": "yes"}
     run(data, tmp_path / "whole", **settings)
     saved = {**settings, "save_strategy": "steps", "save_steps": 5, "eval_strategy": "no"}
     run(data, tmp_path / "parts", **saved)
     shutil.rmtree(tmp_path / "parts" / "checkpoint-12")
     shutil.rmtree(tmp_path / "parts" / "checkpoint-10")
-    shutil.rmtree(tmp_path / "parts" / "feature_cache")  # computed anew, to the same tokens
+    if caching:
+        shutil.rmtree(tmp_path / "parts" / "feature_cache")  # computed anew, to the same tokens
     run(data, tmp_path / "parts", **saved)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 12
 
