@@ -72,9 +72,8 @@ def test_streams_that_nobody_reads_take_no_memory(container, num_streams, large_
     path = tmp_path / "streams"
     path.write_bytes(with_streams(large_picture, container, num_streams))
     outcome, megabytes = opened(path)
-    # PyAV before 18.1 leaves out the last packet of the first stream when it writes this MP4.
-    expected = ("1 frames", "2 frames") if num_streams == 60 else ("it has more than max_streams=128 streams",)
-    assert outcome.startswith(expected), outcome
+    num_frames = len(plain_decode(path))  # not always 2: PyAV before 18.1 loses a packet as it writes the MP4
+    assert outcome == f"{num_frames} frames" if num_streams == 60 else "more than max_streams=128 streams" in outcome
     assert megabytes < 300, "each decoder would take 20"
 
 
