@@ -12,6 +12,16 @@ from transformers import ViTConfig, ViTModel
 
 
 EXAMPLES = Path(finetune.__file__).parent
+SHORT_RUN = {
+    "use_cpu": True,
+    "max_steps": 2,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "dataloader_num_workers": 0,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
 
 
 def write_data(folder):
@@ -31,14 +41,7 @@ def settings_for(data, output, **changes):
         "num_frames": 4,
         "frame_stride": 2,
         "output_dir": output,
-        "use_cpu": True,
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "dataloader_num_workers": 0,
-        "report_to": "none",
-        "disable_tqdm": True,
+        **SHORT_RUN,
         **changes,
     }
 

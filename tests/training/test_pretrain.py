@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from finetune_runs import EXAMPLES, losses, run as finetune, start, to_argv, write_data
+from finetune_runs import EXAMPLES, SHORT_RUN, losses, run as finetune, start, to_argv, write_data
 from labelled_videos import TORCHRUN
 from PIL import Image
 from safetensors.torch import load_file
@@ -29,19 +29,7 @@ def data(tmp_path_factory):
 
 
 def settings_for_run(output, **changes):
-    return {
-        **TINY,
-        "output_dir": output,
-        "use_cpu": True,
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "dataloader_num_workers": 0,
-        "report_to": "none",
-        "disable_tqdm": True,
-        **changes,
-    }
+    return {**TINY, **SHORT_RUN, "output_dir": output, **changes}
 
 
 def run(videos, output, **changes):
