@@ -193,10 +193,13 @@ def test_a_full_disk_is_a_named_error_and_leaves_no_half_file(data, tmp_path, mo
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Five videos, the third of which is broken."""
-    folder = tmp_path_factory.mktemp("videos")
+    """Five videos, the third of which is broken. Folder and times are fixed, because the views are drawn from them."""
+    folder = tmp_path_factory.mktemp("cached") / "videos"
+    folder.mkdir()
     paths = [write_video(folder / f"{index}.mp4", moving_frames(20, 40 + 2 * index, 64)) for index in range(5)]
     paths[2].write_bytes(b"this is not a video")
+    for path in paths:
+        os.utime(path, (1_600_000_000, 1_600_000_000))
     return [LabelledVideo(str(path), (("even", "odd")[index % 2],), str(path)) for index, path in enumerate(paths)]
 
 
