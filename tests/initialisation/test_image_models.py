@@ -10,7 +10,12 @@ import torch
 from hub_server import HubServer
 from tiny_models import ATTENTION_TYPES, make_clips
 from transformers import (
+    Aimv2Config,
+    Aimv2VisionConfig,
     AutoConfig,
+    BeitConfig,
+    Data2VecVisionConfig,
+    DeiTConfig,
     Dinov2Config,
     DINOv3ViTConfig,
     Siglip2Config,
@@ -211,6 +216,11 @@ REFUSED = {
     "rotary": (DINOv3ViTConfig(), r"a DINOv3, whose attention rotates .* \(RoPE\)"),
     "NaFlex": (Siglip2Config(), "a NaFlex SigLIP 2, .* are of type 'siglip'"),
     "NaFlex tower": (Siglip2VisionConfig(), "a NaFlex SigLIP 2"),
+    "distilled DeiT": (DeiTConfig(), "a distilled DeiT, whose distillation token"),
+    "BEiT": (BeitConfig(), "a BEiT, whose attention has relative position biases"),
+    "data2vec": (Data2VecVisionConfig(), "a BEiT, whose attention"),
+    "AIMv2": (Aimv2Config(), "an AIMv2, which has RMSNorm and SwiGLU layers"),
+    "AIMv2 tower": (Aimv2VisionConfig(), "an AIMv2, which"),
     "text tower": (SiglipTextConfig(), "a text model, which sees no images"),
 }
 
