@@ -47,7 +47,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification, demo_model_path
 from vivit_hf.inference import optimize
-from vivit_hf.inference.optimization import has_bfloat16_units
+from vivit_hf.inference.onednn import has_bfloat16_units
 
 
 VARIANTS = {

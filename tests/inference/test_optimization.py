@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vivit_hf import ViViTForVideoClassification
 from vivit_hf.inference import optimization, optimize, restore
+from vivit_hf.inference.onednn import is_plain_linear
 from vivit_hf.inference.optimization import PackedLinear, optimized
 from vivit_hf.modeling_vivit import ViViTMLP, eager_attention_forward
 
@@ -50,7 +51,7 @@ def optimised(model, machine):
         for module in list(model.modules()):
             if isinstance(module, (ViViTMLP, optimization.ViViTAttention)):
                 for child in module.children():
-                    if optimization._is_plain_linear(child):
+                    if is_plain_linear(child):
                         PackedLinear.pack(child)
     return report
 

@@ -7,7 +7,6 @@ to the plain class; weights that are laid out for oneDNN raise an error that nam
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 
@@ -28,6 +26,15 @@ from ..modeling_vivit import (
     ViViTLayer,
     ViViTMLP,
     ViViTPreTrainedModel,
+)
+from .onednn import (
+    gelu_approximation,
+    has_amx,
+    has_avx512,
+    has_bfloat16_units,
+    is_observed,
+    is_plain_linear,
+    needs_plain_code,
 )
 
 
@@ -101,7 +108,7 @@ def optimize(model: Any, *, dtype: torch.dtype | None = None) -> OptimizationRep
             module.__class__ = OneDNNMLP if fuses else InPlaceMLP
             changes["GELU fused into the product by oneDNN" if fuses else "GELU computed in place"] += 1
         if runs_bfloat16 and type(module) in (*_MLPS, ViViTAttention, ViViTFactorisedDotProductAttention):
-            packed = [PackedLinear.pack(child) for child in module.children() if _is_plain_linear(child)]
+            packed = [PackedLinear.pack(child) for child in module.children() if is_plain_linear(child)]
             changes["linear layers with bias fused and weights laid out for oneDNN"] += len(packed)
     for layer, cls in _class_token_layers(backbone):
         layer.__class__ = cls
@@ -163,7 +170,7 @@ class InPlaceMLP(ViViTMLP):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(batch, ..., hidden) -> (batch, ..., hidden)."""
         approximation = gelu_approximation(self.activation)
-        if approximation is None or torch.is_grad_enabled() or not _is_plain_linear(self.fc1):
+        if approximation is None or torch.is_grad_enabled() or not is_plain_linear(self.fc1):
             return super().forward(hidden_states)
         inner = torch.ops.aten.gelu_(self.fc1(hidden_states), approximate=approximation)  # (batch, ..., intermediate)
         return self.dropout(self.fc2(self.dropout(inner)))
@@ -175,11 +182,11 @@ class OneDNNMLP(InPlaceMLP):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(batch, ..., hidden) -> (batch, ..., hidden)."""
         approximation = gelu_approximation(self.activation)
-        if approximation is None or _needs_plain_code(hidden_states):
+        if approximation is None or needs_plain_code(hidden_states):
             return super().forward(hidden_states)
         if isinstance(self.fc1, PackedLinear):
             inner = self.fc1.product(hidden_states, "gelu", approximation)
-        elif hidden_states.dtype == torch.float32 and hidden_states.device.type == "cpu" and _is_plain_linear(self.fc1):
+        elif hidden_states.dtype == torch.float32 and hidden_states.device.type == "cpu" and is_plain_linear(self.fc1):
             fused: Callable = torch.ops.mkldnn._linear_pointwise
             weight, bias = self.fc1.weight, self.fc1.bias
             inner = fused(hidden_states.contiguous(), weight, bias, "gelu", [], approximation)
@@ -223,7 +230,7 @@ class PackedLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(batch, ..., in_features) -> (batch, ..., out_features)."""
         needs_gradients = torch.is_grad_enabled() and (input.requires_grad or self._requires_grad)
-        if needs_gradients or _is_observed(input):
+        if needs_gradients or is_observed(input):
             raise RuntimeError(
                 "The linear weights of this model are laid out for inference: they have no gradients, and cannot be "
                 "compiled or traced. Use `torch.inference_mode()`, or call `vivit_hf.inference.restore(model)` first."
@@ -315,58 +322,6 @@ def _class_token_layers(backbone: Any) -> list[tuple[nn.Module, type[ClassTokenL
     return [(layer, cls) for layer, cls in found if type(layer) is ViViTLayer]
 
 
-def gelu_approximation(activation: nn.Module) -> str | None:
-    """PyTorch's name for the variant of GELU that a module computes; None for another activation."""
-    function = getattr(activation, "act", None)
-    if isinstance(function, functools.partial) and function.func is nn.functional.gelu and not function.args:
-        return function.keywords.get("approximate", "none")
-    return "none" if function is nn.functional.gelu else None
-
-
-def _is_plain_linear(layer: nn.Module) -> bool:
-    """Whether a layer computes what nn.Linear computes: no wrapper, no offloading, no quantised weight."""
-    return type(layer) is nn.Linear and "forward" not in vars(layer) and type(layer.weight) is nn.Parameter
-
-
-def _needs_plain_code(tensor: torch.Tensor) -> bool:
-    """Whether oneDNN's operations have no rule for this call: gradients, autocast, and what `_is_observed` finds."""
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-        return True
-    return _is_observed(tensor)
-
-
-def _is_observed(tensor: torch.Tensor) -> bool:
-    """Whether the call is compiled, traced, or differentiated in forward mode, which `no_grad` leaves on."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return True
-    return forward_ad.unpack_dual(tensor).tangent is not None
-
-
-@functools.cache
-def has_avx512() -> bool:
-    """Whether this CPU has AVX-512; with AVX2 alone, oneDNN's fused product is slower than PyTorch's separate ones."""
-    has_onednn = bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
-    return has_onednn and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-
-
-@functools.cache
-def has_bfloat16_units() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices itself (AVX512-BF16, AMX)."""
-    return has_avx512() and (_cpu_has("avx512_bf16") or has_amx())
-
-
-@functools.cache
-def has_amx() -> bool:
-    """Whether this CPU has AMX, which PyTorch's attention uses in bfloat16: there it is twice as fast as blocks."""
-    return _cpu_has("amx_tile")
-
-
-def _cpu_has(feature: str) -> bool:
-    """Whether PyTorch reports a feature of the CPU; older versions do not know all of them."""
-    check = getattr(torch.cpu, f"_is_{feature}_supported", None)
-    return check is not None and check()
-
-
 # Attention
 
 
@@ -397,7 +352,7 @@ def blockwise_attention_forward(
     batch, heads, queries, head_dim = query.shape
     tokens = key.shape[2]
     is_short = batch * heads * queries * tokens < LEAST_SCORES
-    if attention_mask is not None or dropout or _needs_plain_code(query) or is_short:
+    if attention_mask is not None or dropout or needs_plain_code(query) or is_short:
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     # (batch, heads, tokens, head_dim) -> (batch * heads, tokens, head_dim)
