@@ -260,7 +260,9 @@ def measure_training(bench: Bench) -> None:
         set_checkpointing(True)
         step()
 
-    ours.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # The two names of it in older and newer transformers.
+    enable = getattr(ours, "activation_checkpointing_enable", None) or ours.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     names = ["transformers", "Model 1", "Model 1, checkpointing"]
     jobs = dict(zip(names, (training_step(native, clips, labels), plain, checkpointed), strict=True))
     for parameter in (*ours.parameters(), *native.parameters()):

@@ -79,6 +79,12 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model
 
 
+def checkpoint_activations(model: Any, settings: dict[str, Any] | None = None) -> None:
+    """Compute activations again in the backward pass, by the name that the installed transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(settings)
+
+
 def make_clips(config: ViViTConfig, batch: int = 2, seed: int = 1, **sizes: Any) -> torch.Tensor:
     """(batch, frames, channels, height, width) in the configured size, or in `num_frames` and `image_size`."""
     height, width = sizes.get("image_size", config.frame_size)

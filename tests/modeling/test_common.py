@@ -13,7 +13,7 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import MODEL_CLASSES, first, make_clips, make_model, tiny_config
+from tiny_models import MODEL_CLASSES, checkpoint_activations, first, make_clips, make_model, tiny_config
 from transformers import AutoModel, AutoModelForVideoClassification
 from transformers.modeling_utils import PreTrainedModel
 
@@ -345,27 +345,29 @@ def test_training(model, clips):
 
 @pytest.mark.parametrize("kwargs", [None, {"use_reentrant": True}, {"use_reentrant": False}], ids=str)
 def test_training_gradient_checkpointing(model, clips, kwargs):
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    checkpoint_activations(model, kwargs)
     assert not {name for name in train_step(model, clips) if not name.endswith("k_proj.bias")}
 
 
 def test_gradient_checkpointing_enable_disable(model):
-    assert model.supports_gradient_checkpointing and not model.is_gradient_checkpointing
-    model.gradient_checkpointing_enable()
+    word = "activation" if hasattr(model, "activation_checkpointing_disable") else "gradient"
+    assert model.supports_gradient_checkpointing and not getattr(model, f"is_{word}_checkpointing")
+    checkpoint_activations(model)
     layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-    assert model.is_gradient_checkpointing and layers and all(layer.gradient_checkpointing for layer in layers)
+    assert getattr(model, f"is_{word}_checkpointing")
+    assert layers and all(layer.gradient_checkpointing for layer in layers)
     assert {type(layer).__name__ for layer in layers} <= set(model._no_split_modules)
     expected = model.config.num_hidden_layers
     expected += model.config.num_temporal_layers if model.config.attention_type == "factorised_encoder" else 0
     assert len(layers) == expected
-    model.gradient_checkpointing_disable()
-    assert not model.is_gradient_checkpointing and not any(layer.gradient_checkpointing for layer in layers)
+    getattr(model, f"{word}_checkpointing_disable")()
+    assert not getattr(model, f"is_{word}_checkpointing") and not any(layer.gradient_checkpointing for layer in layers)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_peft_gradient_checkpointing_enable_disable(model, clips, use_reentrant):
     """With the embeddings frozen, as adapters do, the gradient still reaches the layers."""
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpoint_activations(model, {"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     for module in (model.base_model.embeddings, model.base_model.temporal_embeddings):
         if module is not None:

@@ -8,7 +8,16 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import ATTENTION_TYPES, CASES, case_config, make_clips, make_model, randomise, tiny_config
+from tiny_models import (
+    ATTENTION_TYPES,
+    CASES,
+    case_config,
+    checkpoint_activations,
+    make_clips,
+    make_model,
+    randomise,
+    tiny_config,
+)
 
 from vivit_hf import ViViTForVideoClassification, ViViTModel, sample_frames_uniformly
 from vivit_hf.modeling_vivit import ViViTDropPath
@@ -117,7 +126,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(case, use_reentrant):
     plain = run_and_backward(model, clips)
     assert len(runs) == len(layers)
     runs.clear()
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpoint_activations(model, {"use_reentrant": use_reentrant})
     torch.manual_seed(7)
     checkpointed = run_and_backward(model, clips)
 

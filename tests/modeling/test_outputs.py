@@ -5,6 +5,7 @@ import torch
 from tiny_models import (
     ATTENTION_TYPES,
     case_config,
+    checkpoint_activations,
     make_clips,
     make_model,
     num_temporal_class_tokens,
@@ -158,7 +159,7 @@ def test_the_gradient_reaches_every_hidden_state_and_attention(case):
 def test_they_come_under_gradient_checkpointing_too(case, use_reentrant):
     model, clips = make(case)
     expected = model(clips, output_hidden_states=True, output_attentions=True)
-    model.train().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpoint_activations(model.train(), {"use_reentrant": use_reentrant})
     outputs = model(clips, output_hidden_states=True, output_attentions=True)
     outputs.logits.sum().backward()
     for what in ("hidden_states", "attentions"):

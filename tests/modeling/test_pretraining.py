@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
-from tiny_models import CASES, case_config, make_clips, make_model, tiny_config
+from tiny_models import CASES, case_config, checkpoint_activations, make_clips, make_model, tiny_config
 from transformers import AutoModel, AutoModelForPreTraining, AutoModelForVideoClassification
 from transformers.models.videomae.modeling_videomae import get_sinusoid_encoding_table
 
@@ -220,7 +220,7 @@ def test_gradient_checkpointing_changes_no_gradient(case):
     for is_checkpointed in (False, True):
         model = make_model(case_config(case), ViViTForPreTraining).train()
         if is_checkpointed:
-            model.gradient_checkpointing_enable()
+            checkpoint_activations(model)
         model(make_clips(model.config), make_masks(model.config)).loss.backward()
         gradients.append([one.grad for one in model.parameters() if one.grad is not None])
     for plain, checkpointed in zip(*gradients, strict=True):

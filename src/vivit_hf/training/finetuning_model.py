@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..initialisation.weight_files import find_file, has_processor, read_json
 from ..modeling_vivit import ViViTForPreTraining, ViViTForVideoClassification, ViViTPreTrainedModel
 from ..video_processing_vivit import ViViTVideoProcessor
 from .finetuning_arguments import DataArguments, ModelArguments, Say
-from .finetuning_parser import Arguments, without_renaming_warnings
+from .finetuning_parser import Arguments
 from .parameters import untrained_modules
 from .recipes import RECIPES
 
@@ -392,7 +393,8 @@ def add_lora(model: ViViTForVideoClassification, arguments: ModelArguments, has_
         exclude_modules=rf".*\.({'|'.join(whole)})\..*" if whole else None,
         modules_to_save=["classifier", *whole],
     )
-    with without_renaming_warnings():
+    with warnings.catch_warnings():  # peft reads a property that newer transformers has renamed
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         adapted = get_peft_model(model, settings)
     adapted.peft_config["default"].base_model_name_or_path = arguments.model_name_or_path
     return adapted

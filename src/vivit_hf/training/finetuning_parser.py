@@ -4,9 +4,7 @@ import argparse
 import difflib
 import json
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -38,6 +36,10 @@ class VideoTrainingArguments(VideoDefaults, TrainingArguments):
     def __post_init__(self) -> None:
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"--ema_decay {self.ema_decay}: expected 0 for no average, or a decay below 1, as 0.999.")
+        for suffix in ("", "_kwargs"):
+            # Newer transformers has another name for this, and warns of the one that all versions know.
+            if getattr(self, f"activation_checkpointing{suffix}", "older") is None:
+                setattr(self, f"activation_checkpointing{suffix}", getattr(self, f"gradient_checkpointing{suffix}"))
         super().__post_init__()
 
 
@@ -76,14 +78,6 @@ def speaker(training: TrainingArguments, echo: Say) -> Say:
     return echo if training.process_index == 0 else lambda text: None
 
 
-@contextmanager
-def without_renaming_warnings() -> Iterator[None]:
-    """Silence newer transformers on `gradient_checkpointing`, the only name that older ones and peft know."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing\w*` is deprecated", FutureWarning)
-        yield
-
-
 def parse_arguments(argv: Sequence[str], echo: Say = print) -> Arguments:
     """Parse the arguments of a run; print the help and exit if they ask for it.
 
@@ -119,8 +113,7 @@ def parse_arguments(argv: Sequence[str], echo: Say = print) -> Arguments:
     settings = {**(RECIPES[name].arguments if name else {}), **given}
     if "output_dir" not in settings:
         parser.error("--output_dir is required: the folder for checkpoints and results")
-    with without_renaming_warnings():
-        arguments = Arguments(*parser.parse_dict(settings))
+    arguments = Arguments(*parser.parse_dict(settings))
     training = arguments.training
     training.do_train = bool(given.get("do_train", not given.get("do_eval")))  # --do_eval alone only evaluates
     if name and "learning_rate" not in given:

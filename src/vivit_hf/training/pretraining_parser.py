@@ -8,7 +8,7 @@ from typing import NamedTuple
 from transformers import HfArgumentParser
 
 from .finetuning_arguments import Say
-from .finetuning_parser import VideoTrainingArguments, without_renaming_warnings
+from .finetuning_parser import VideoTrainingArguments
 from .pretraining_arguments import (
     USAGE,
     PretrainingDataArguments,
@@ -60,5 +60,4 @@ def parse_arguments(argv: Sequence[str], echo: Say = print) -> PretrainingRun:
         argv = ["--videos", *argv]
     for action in parser._actions:
         action.required |= action.dest == "output_dir"
-    with without_renaming_warnings():
-        return PretrainingRun(*parser.parse_args_into_dataclasses(list(argv)))
+    return PretrainingRun(*parser.parse_args_into_dataclasses(list(argv)))
