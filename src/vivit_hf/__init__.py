@@ -5,7 +5,9 @@ Importing the package registers it with the Auto classes, so that `AutoModelForV
 `AutoImageProcessor` and `pipeline("video-classification")` find a saved ViViT by its folder or Hub id.
 """
 
+import ast
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -14,19 +16,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 
-def lazy_exports(
-    package: str, modules: dict[str, str]
-) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+def lazy_exports(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """
     Return `__getattr__`, `__dir__` and `__all__` of a package that imports its exports when they are first used.
 
-    Most modules import torch, which takes seconds; `import vivit_hf` and `vivit-hf --help` do not need it.
+    Most modules import torch, which takes seconds; `import vivit_hf` and `vivit-hf --help` do not need it. The exports
+    are those that a type checker sees: the imports `from .module import name as name` in the package's source.
 
-    Args:
-        package: the full name of the package.
-        modules: modules of the package, each with the names that it exports, separated by spaces.
+    Raises OSError if the package is installed without its source, which transformers needs as well.
     """
-    homes = {name: module for module, names in modules.items() for name in names.split()}
+    source = inspect.getsource(sys.modules[package])
+    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
+    homes = {alias.asname: node.module for node in imports for alias in node.names if alias.asname}
 
     def import_export(name: str) -> Any:
         if name not in homes:
@@ -60,22 +61,7 @@ if TYPE_CHECKING:
     from .video_processing_vivit import ViViTVideoProcessor as ViViTVideoProcessor
     from .video_sources import VideoDecodingError as VideoDecodingError
 
-__getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "configuration_vivit": "ViViTConfig",
-        "frame_sampling": "sample_frames_uniformly",
-        "hub.model_card": "write_model_card",
-        "inference.demo_model": "demo_model_path",
-        "inference.finite_outputs": "NonFiniteError",
-        "inference.streaming": "StreamingClassifier",
-        "initialisation.from_image": "InitialisationReport config_from_vit initialise_from_vit",
-        "modeling_vivit": "ViViTForPreTraining ViViTForVideoClassification ViViTModel ViViTPreTrainedModel",
-        "video_decoding": "VideoReader",
-        "video_processing_vivit": "ViViTVideoProcessor",
-        "video_sources": "VideoDecodingError",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_exports(__name__)
 
 
 def _register_config() -> None:

@@ -12,10 +12,4 @@ if TYPE_CHECKING:
         state_dict_from_scenic as state_dict_from_scenic,
     )
 
-__getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "scenic_checkpoint": "read_scenic_checkpoint",
-        "scenic_weights": "config_from_scenic state_dict_from_scenic",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_exports(__name__)

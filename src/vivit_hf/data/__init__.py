@@ -17,13 +17,4 @@ if TYPE_CHECKING:
     from .labels import LabelMap as LabelMap, split_videos as split_videos, to_probabilities as to_probabilities
     from .scan import VideoScan as VideoScan, find_videos as find_videos, scan_files as scan_files
 
-__getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "annotation_rows": "AnnotationError",
-        "annotations": "Annotations LabelledVideo read_videos",
-        "hub_datasets": "StreamedVideos hub_videos load_hub_dataset unlabelled_videos",
-        "labels": "LabelMap split_videos to_probabilities",
-        "scan": "VideoScan find_videos scan_files",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_exports(__name__)

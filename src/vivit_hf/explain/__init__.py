@@ -16,13 +16,4 @@ if TYPE_CHECKING:
         gradient_relevance as gradient_relevance,
     )
 
-__getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "batch_picture": "draw_batch",
-        "explanation": "Explanation explain_clip",
-        "heat": "draw_overlay",
-        "pictures": "draw_explanation save_explanation",
-        "relevance": "Relevance attention_rollout gradient_relevance",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_exports(__name__)

@@ -24,25 +24,4 @@ if TYPE_CHECKING:
     from .timeline import video_timeline as video_timeline, watch_video as watch_video
     from .views import average_views as average_views, describe_views as describe_views, predict_views as predict_views
 
-__getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "clips": "predict_clips",
-        "demo_model": "demo_model_path",
-        "evaluation": "Evaluation evaluate_videos",
-        "feature_files": "Features read_features write_features",
-        "features": "VideoEmbedding embed_videos",
-        "fingerprints": "hub_commit model_fingerprint",
-        "finite_outputs": "NonFiniteError",
-        "live_video": "LiveVideo",
-        "metrics": "classification_metrics",
-        "optimization": "OptimizationReport optimize restore",
-        "pipeline": "ViViTVideoClassificationPipeline",
-        "prediction": "VideoPrediction predict_videos",
-        "search": "find_duplicates search_features",
-        "segments": "Segment merge_windows",
-        "streaming": "StreamingClassifier WindowPrediction",
-        "timeline": "video_timeline watch_video",
-        "views": "average_views describe_views predict_views",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_exports(__name__)

@@ -17,14 +17,4 @@ if TYPE_CHECKING:
     from .model_processor import check_processor as check_processor, processor_for as processor_for
     from .weight_files import ConversionError as ConversionError
 
-__getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "from_image": "InitialisationReport config_from_vit initialise_from_vit",
-        "image_arrays": "ImageSource",
-        "image_sources": "read_image_source",
-        "inspection": "ModelPart describe_model inspect_parts",
-        "model_processor": "check_processor processor_for",
-        "weight_files": "ConversionError",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_exports(__name__)

@@ -17,18 +17,4 @@ if TYPE_CHECKING:
     from .recipes import RECIPES as RECIPES, Recipe as Recipe
     from .trainer import ClipTrainer as ClipTrainer
 
-__getattr__, __dir__, __all__ = lazy_exports(
-    __name__,
-    {
-        "finetuning_model": "add_lora",
-        "augmentation": "ClipAugmentation",
-        "clips": "ClipSampler StreamedClips VideoClips",
-        "finetuning": "FineTuning prepare",
-        "finetuning_parser": "parse_arguments",
-        "mixing": "ClipCollator cutmix mixup soft_labels",
-        "overfitting": "OverfitReport overfit_one_batch",
-        "parameters": "freeze gradient_norms parameter_groups",
-        "recipes": "RECIPES Recipe",
-        "trainer": "ClipTrainer",
-    },
-)
+__getattr__, __dir__, __all__ = lazy_exports(__name__)
