@@ -122,12 +122,18 @@ def test_features_of_other_weights_are_refused_by_name(tmp_path):
     model.classifier.weight.data.neg_()
     model.save_pretrained(tmp_path / "model")
     query = ("search", SAMPLES / "up_left.mp4", "--index", index)
-    check_refusal(query, 2, f"{index} was made with other weights than {tmp_path / 'model'} has now")
+    check_refusal(query, 2, "is not the one that the features come from: its weights changed")
     assert invoke(*query, "--model", tmp_path / "moved").exit_code == 0
     ViViTVideoProcessor.from_pretrained(tmp_path / "moved", frame_stride=2).save_pretrained(tmp_path / "moved")
-    check_refusal([*query, "--model", tmp_path / "moved"], 2, "was made with other processor")
+    check_refusal([*query, "--model", tmp_path / "moved"], 2, "its processor changed")
     shutil.rmtree(tmp_path / "model")
     check_refusal(query, 2, "there is no folder")
+
+
+def test_features_computed_with_private_addresses_are_searched_without(tmp_path):
+    index = embed(tmp_path / "f.parquet", SAMPLES, "--allow-private-addresses")
+    best = rows(invoke("search", SAMPLES / "up_left.mp4", "--index", index, "--json").stdout)[0]
+    assert best["file"] == str(SAMPLES / "up_left.mp4")
 
 
 def test_a_query_that_cannot_be_read_is_named(samples, tmp_path):

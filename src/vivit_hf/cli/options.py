@@ -188,6 +188,45 @@ def _from_pretrained(model: str, dtype: str, video_limits: dict[str, Any], image
     return fail(f"Cannot load the model {model}: {reason}", code=2)
 
 
+def load_encoder(
+    settings: dict[str, Any],
+    model: str | None,
+    device: str | None,
+    *,
+    allow_private_addresses: bool = False,
+    needs_gradients: bool = False,
+) -> tuple[Any, Any]:
+    """
+    Load the model that features come from, and the processor with their sampling; exits with 2 if it has changed.
+
+    Args:
+        settings: see `Features`.
+        model: where the model is now; None for the place in the settings.
+        device, allow_private_addresses, needs_gradients: see `load`.
+    """
+    from ..inference.fingerprints import hub_commit, model_fingerprint
+
+    name, views = model or settings["model"], settings["views"]
+    encoder, processor = load(
+        name,
+        device,
+        settings["dtype"],
+        needs_labels=False,
+        allow_private_addresses=allow_private_addresses,
+        needs_gradients=needs_gradients,
+        image_frames=views["num_frames"],
+    )
+    processor.frame_sampling = views["frame_sampling"]
+    found = model_fingerprint(name, encoder.config, processor, hub_commit(name))
+    if changed := [part for part, digest in settings["fingerprint"].items() if found[part] != digest]:
+        fail(
+            f"The model {name} is not the one that the features come from: its {' and '.join(changed)} changed. Give "
+            "the right one with --model, or embed the videos again.",
+            code=2,
+        )
+    return encoder, processor
+
+
 def expand(videos: Sequence[str]) -> list[str]:
     """Return the videos in order: files, those in folders, matches of patterns, addresses, and - for standard input."""
     from ..data.scan import find_videos

@@ -8,7 +8,7 @@ from rich.table import Column, Table
 
 from ..data.escaping import counted
 from .evaluate import SplitColumn, VideoColumn, VideoRoot
-from .options import load
+from .options import load_encoder
 from .output import as_cell, echo, fail, output_console, quiet_libraries
 
 
@@ -88,37 +88,14 @@ def probe(
             _print_report(score_probes(data, num_folds=folds, num_repeats=repeats, seed=seed), data)
             return
         with whole_folder(output) as folder:
-            encoder, processor = _load_encoder(found.settings, model)
+            encoder, processor = load_encoder(found.settings, model, "cpu", needs_gradients=True)
             possible_heads(found.settings, encoder.config)  # what is wrong with the model is known before the scores
             report = score_probes(data, num_folds=folds, num_repeats=repeats, seed=seed)
             _print_report(report, data)
-            written = save_probe(folder, output.name, encoder, processor, found.settings, data, report, seed)
+            written = save_probe(folder, output.name, encoder.float(), processor, found.settings, data, report, seed)
         _print_checkpoint(output, written, report, found.settings["views"])
     except (OSError, ValueError, ModuleNotFoundError) as error:
         fail(str(error), code=2)
-
-
-def _load_encoder(settings: dict[str, Any], model: str | None) -> tuple[Any, Any]:
-    """Return the model that computed the features, with its processor. Raises ValueError if it is another one."""
-    from ..inference.fingerprints import hub_commit, model_fingerprint
-
-    name, views = model or settings["model"], settings["views"]
-    encoder, processor = load(
-        name,
-        "cpu",
-        settings["dtype"],
-        needs_labels=False,
-        needs_gradients=True,
-        image_frames=views["num_frames"],
-    )
-    processor.frame_sampling = views["frame_sampling"]
-    found = model_fingerprint(name, encoder.config, processor, hub_commit(name))
-    if changed := [part for part, digest in settings["fingerprint"].items() if found[part] != digest]:
-        raise ValueError(
-            f"The model {name} is not the one that the features come from: its {' and '.join(changed)} changed. Give "
-            "the right one with --model, or compute the features again."
-        )
-    return encoder.float(), processor
 
 
 def _print_report(report: Any, data: Any) -> None:

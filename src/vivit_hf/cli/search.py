@@ -67,7 +67,10 @@ def search(
     if query is None:
         _print_groups(_duplicates(features, threshold, index[0]), features, as_json)
     else:
-        vector = _embed(query, features, index[0], model, device, allow_private_addresses)
+        encoder, processor = options.load_encoder(
+            features.settings, model, device, allow_private_addresses=allow_private_addresses
+        )
+        vector = _embed(query, features.settings, encoder, processor)
         _print_matches(_matches(features, vector, top_k, index[0]), features, as_json)
 
 
@@ -86,36 +89,14 @@ def _matches(features: Any, vector: Any, top_k: int, index: Path) -> list[Any]:
     return search_features(features, vector, top_k, graph)
 
 
-def _embed(
-    query: str, features: Any, index: Path, model: str | None, device: str | None, allow_private_addresses: bool
-) -> Any:
-    """Return the vectors of the query, by the model and the views of the features."""
+def _embed(query: str, settings: dict[str, Any], encoder: Any, processor: Any) -> Any:
+    """Return the vectors of the query, from the views of the features."""
     from ..inference.features import embed_videos
-    from ..inference.fingerprints import hub_commit, model_fingerprint
 
-    settings, views = features.settings, features.settings["views"]
-    name = settings["model"] if model is None else model
+    processor.on_error = settings["views"]["on_error"]
     source: Any = {"bytes": options.standard_input(), "path": "-"} if query == "-" else query
-    encoder, processor = options.load(
-        name,
-        device,
-        settings["dtype"],
-        needs_labels=False,
-        allow_private_addresses=allow_private_addresses,
-        image_frames=views["num_frames"],
-    )
-    processor.frame_sampling = views["frame_sampling"]
-    fingerprint = model_fingerprint(name, encoder.config, processor, hub_commit(name))
-    for part, digest in settings["fingerprint"].items():
-        if fingerprint[part] != digest:
-            fail(
-                f"{index} was made with other {part} than {name} has now ({digest[:12]}..., now "
-                f"{fingerprint[part][:12]}...): name the model that made it with --model, or embed the videos again.",
-                code=2,
-            )
-    processor.on_error = views["on_error"]
-    number_of_views = {name: views[name] for name in ("num_clips", "num_crops")}
-    (found,) = embed_videos(encoder, processor, [source], per_step=settings["kind"] == "step", **number_of_views)
+    views = {name: settings["views"][name] for name in ("num_clips", "num_crops")}
+    (found,) = embed_videos(encoder, processor, [source], per_step=settings["kind"] == "step", **views)
     if found.error is not None:
         fail(found.error)
     return found.vectors

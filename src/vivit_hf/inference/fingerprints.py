@@ -25,7 +25,7 @@ def model_fingerprint(
     model: str | os.PathLike[str], config: Any, processor: Any, commit: str | None = None
 ) -> dict[str, str]:
     """
-    Return digests of a stored model's weights, configuration and processor.
+    Return digests of a stored model's weights, configuration and processor, without permissions to download.
 
     Args:
         model: a folder, whose weight files are read (about a second per gigabyte), or a Hub id.
@@ -33,10 +33,12 @@ def model_fingerprint(
         processor: the processor that makes the clips.
         commit: for a Hub id, the commit that it was loaded from, which identifies the weights.
     """
+    made = processor.to_dict()
+    limits = {**(made.get("video_limits") or {}), "allow_private_addresses": False}
     return {
         "weights": commit or _weights(Path(model)),
         "config": _settings(config.to_dict()),
-        "processor": _settings(processor.to_dict()),
+        "processor": _settings({**made, "video_limits": limits}),
     }
 
 
