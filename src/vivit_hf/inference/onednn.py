@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ def gelu_approximation(activation: nn.Module) -> str | None:
     return "none" if function is nn.functional.gelu else None
 
 
-def is_plain_linear(layer: nn.Module) -> bool:
+def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a layer computes what nn.Linear computes: no wrapper, no offloading, no quantised weight."""
     return type(layer) is nn.Linear and "forward" not in vars(layer) and type(layer.weight) is nn.Parameter
 
@@ -53,6 +54,12 @@ def has_bfloat16_units() -> bool:
 def has_amx() -> bool:
     """Whether this CPU has AMX, which PyTorch's attention uses in bfloat16: there it is twice as fast as blocks."""
     return _cpu_has("amx_tile")
+
+
+@functools.cache
+def has_vnni() -> bool:
+    """Whether this CPU multiplies int8 matrices exactly and fast; oneDNN's int8 products can overflow without VNNI."""
+    return has_avx512() and _cpu_has("vnni")
 
 
 def _cpu_has(feature: str) -> bool:

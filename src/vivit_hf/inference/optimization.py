@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,6 @@ from transformers.processing_utils import Unpack
 
 from ..modeling_vivit import (
     ViViTAttention,
-    ViViTFactorisedDotProductAttention,
     ViViTKwargs,
     ViViTLayer,
     ViViTMLP,
@@ -36,6 +35,7 @@ from .onednn import (
     is_plain_linear,
     needs_plain_code,
 )
+from .quantisation import PLAIN_CLASSES, QuantisationReport, QuantisedLinear, check_int8, quantise_layers
 
 
 # Attention scores in memory at once, per thread: as many as a core's caches hold (1.6 MB in bfloat16).
@@ -48,18 +48,29 @@ LEAST_SCORES = 20_000
 
 @dataclass(frozen=True)
 class OptimizationReport:
-    """The changes that `optimize` made, in words, and the device and dtype that they were made for."""
+    """
+    The changes that `optimize` made, in words, and the device and dtype that they were made for.
+
+    `quantisation` tells what became of each linear layer; None without `int8`.
+    """
 
     device: str
     dtype: str
     changes: tuple[str, ...]
+    quantisation: QuantisationReport | None = None
 
     def __str__(self) -> str:
         lines = self.changes or ("nothing: no module of this model has a faster class",)
         return "\n".join([f"Optimised for inference on {self.device} in {self.dtype}:", *(f"- {one}" for one in lines)])
 
 
-def optimize(model: Any, *, dtype: torch.dtype | None = None) -> OptimizationReport:
+def optimize(
+    model: Any,
+    *,
+    dtype: torch.dtype | None = None,
+    int8: bool = False,
+    calibration: Iterable[torch.Tensor] | torch.Tensor | None = None,
+) -> OptimizationReport:
     """
     Speed up inference of a trained model, in place.
 
@@ -76,17 +87,24 @@ def optimize(model: Any, *, dtype: torch.dtype | None = None) -> OptimizationRep
     `load_state_dict` make the weights plain again. Forward hooks see what the faster modules compute. Optimising again
     starts from the plain model.
 
+    `int8` changes outputs, so it is off by default: the linear layers of attention and MLPs multiply in int8. Their
+    plain weights stay in memory. LayerNorm, softmax, attention and the residual stream keep their dtype.
+
     Args:
         model: a `ViViTModel` or `ViViTForVideoClassification`, on the device that it will run on.
         dtype: dtype to cast the model to first, as `model.to(dtype)` does; unchanged if None. `restore` does not undo
             the cast, whose rounding is final.
+        int8: whether to quantise; needs a CPU with VNNI, float32 or bfloat16, and `calibration`.
+        calibration: clips of the kind that the model will see: pixel values (batch, frames, channels, height, width),
+            or an iterable of such batches. 16 clips are enough.
 
     Returns:
         The report; printing it shows what was done.
 
     Raises:
         TypeError: for another kind of model, or one wrapped in an adapter.
-        ValueError: for a dtype that is not a floating-point one.
+        ValueError: for a dtype that is not a floating-point one, and for `int8` on a machine, in a dtype or without the
+            clips that it needs.
     """
     if not isinstance(model, ViViTPreTrainedModel):
         raise TypeError(
@@ -95,11 +113,14 @@ def optimize(model: Any, *, dtype: torch.dtype | None = None) -> OptimizationRep
         )
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"`dtype={dtype!r}` must be a floating-point torch.dtype, such as torch.bfloat16.")
+    if int8:
+        check_int8(model, dtype or model.dtype, calibration)
     restore(model)
     changes: Counter[str] = Counter()
     if dtype not in (None, model.dtype):
         changes[f"weights cast from {_word(model.dtype)} to {_word(dtype)}"] += 1
         model.to(dtype)
+    quantisation = quantise_layers(model, calibration) if int8 and calibration is not None else None
     backbone = model.base_model
     runs_bfloat16 = model.device.type == "cpu" and model.dtype == torch.bfloat16 and has_bfloat16_units()
     for module in list(backbone.modules()):
@@ -107,7 +128,7 @@ def optimize(model: Any, *, dtype: torch.dtype | None = None) -> OptimizationRep
             fuses = runs_bfloat16 or (model.device.type == "cpu" and model.dtype == torch.float32 and has_avx512())
             module.__class__ = OneDNNMLP if fuses else InPlaceMLP
             changes["GELU fused into the product by oneDNN" if fuses else "GELU computed in place"] += 1
-        if runs_bfloat16 and type(module) in (*_MLPS, ViViTAttention, ViViTFactorisedDotProductAttention):
+        if runs_bfloat16 and isinstance(module, (ViViTMLP, ViViTAttention)):
             packed = [PackedLinear.pack(child) for child in module.children() if is_plain_linear(child)]
             changes["linear layers with bias fused and weights laid out for oneDNN"] += len(packed)
     for layer, cls in _class_token_layers(backbone):
@@ -117,9 +138,11 @@ def optimize(model: Any, *, dtype: torch.dtype | None = None) -> OptimizationRep
         model.set_attn_implementation("blockwise")
         changes["attention by matrix products, a block of scores at a time"] += 1
     words = [f"{name} ({count} modules)" if count > 1 else name for name, count in changes.items() if count]
+    if quantisation is not None:
+        words[:0] = quantisation.words()
     if model.device.type != "cpu":
         words.append("fused products and laid-out weights are for CPUs, and left out")
-    return OptimizationReport(str(model.device), _word(model.dtype), tuple(words))
+    return OptimizationReport(str(model.device), _word(model.dtype), tuple(words), quantisation)
 
 
 def restore(model: Any) -> None:
@@ -130,7 +153,7 @@ def restore(model: Any) -> None:
     """
     faster = [module for module in model.modules() if type(module) in _PLAIN]
     for module in faster:
-        if isinstance(module, PackedLinear):
+        if isinstance(module, (PackedLinear, QuantisedLinear)):
             module.unpack()
         else:
             module.__class__ = _PLAIN[type(module)]
@@ -301,13 +324,13 @@ class FinalClassTokenLayer(ClassTokenLayer):
         return kwargs.get("output_last_hidden_state", True) or super().needs_all_tokens(**kwargs)
 
 
-_MLPS = (ViViTMLP, InPlaceMLP, OneDNNMLP)
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     InPlaceMLP: ViViTMLP,
     OneDNNMLP: ViViTMLP,
     PackedLinear: nn.Linear,
     ClassTokenLayer: ViViTLayer,
     FinalClassTokenLayer: ViViTLayer,
+    **PLAIN_CLASSES,
 }
 
 
