@@ -1007,7 +1007,7 @@ class ViViTForVideoClassification(ViViTPreTrainedModel):
 
     def classify_steps(self, steps: torch.Tensor) -> torch.Tensor:
         """Model 2: (batch, time, hidden), as `vivit.encode_steps` returns them, -> logits (batch, num_labels)."""
-        _, pooled = self.vivit.encode_time(steps, output_last_hidden_state=False)
+        _, pooled = self.vivit.encode_time(steps.to(self.dtype), output_last_hidden_state=False)
         return self.classifier(self.vivit.represent(pooled))
 
     def split_logits(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:

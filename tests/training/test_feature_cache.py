@@ -349,7 +349,7 @@ def test_the_store_is_of_the_frozen_weights_and_settings_alone(frozen_model):
     assert spatial_settings(other)["config"] != settings["config"]
 
 
-def test_a_video_is_known_by_name_size_time_and_part(tmp_path):
+def test_a_video_is_known_by_name_size_time_ends_and_part(tmp_path):
     path = tmp_path / "a" / "video.mp4"
     path.parent.mkdir()
     path.write_bytes(b"12345")
@@ -359,6 +359,11 @@ def test_a_video_is_known_by_name_size_time_and_part(tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(tmp_path / "a", moved / "a")
     assert identity_of(moved / "a" / "video.mp4") == one
+    other = tmp_path / "other" / "a" / "video.mp4"  # another video of the same name, size and time
+    shutil.copytree(tmp_path / "a", other.parent)
+    other.write_bytes(b"12354")
+    shutil.copystat(path, other)
+    assert other.stat().st_mtime_ns == path.stat().st_mtime_ns and identity_of(other) != one
     os.utime(path, ns=(5, 5))
     assert identity_of(path) != one
     assert identity_of({"bytes": b"1", "path": None}) != identity_of({"bytes": b"2", "path": None})
@@ -407,6 +412,7 @@ def test_classifier_takes_steps_in_place_of_pixels():
         expected, steps = model(clips, labels=labels), model.vivit.encode_steps(clips)
         found = model(steps=steps, labels=labels)
     assert torch.equal(found.logits, expected.logits) and torch.equal(found.loss, expected.loss)
+    assert torch.equal(model.bfloat16()(steps=steps).logits, model(steps=steps.bfloat16()).logits)  # as with pixels
     with pytest.raises(ValueError, match="Both `pixel_values` and `steps` were given"):
         model(clips, steps=steps)
     with pytest.raises(ValueError, match=r"`steps` must be \(batch, time, 32\), got \(4, 32\)"):

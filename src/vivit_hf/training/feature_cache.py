@@ -3,7 +3,7 @@ Compute frozen parts once: the outputs of Model 2's frozen spatial encoder, on d
 
 Each view of a video is a file that is written whole or not at all, so that several processes can write at once and a
 killed run goes on where it stopped. Its name is a digest of everything that its tokens depend on: weights, processor,
-augmentation, dtype, and the name, size and time of the video file. Labels are not part of it.
+augmentation, dtype, and the name, size, time and ends of the video file. Labels are not part of it.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ _NOT_SPATIAL = (
 _NOT_COMPARED = ("_name_or_path", "transformers_version", "auto_map")
 _SETTINGS, _STEPS, _CHECKSUM = "settings.json", "steps", "crc32"
 _VIEW, _ORDER = 0x76696577, 0x6F72646572  # separate the random numbers of views and of their order from others
+_END_BYTES = 1 << 14  # tables of sizes and times differ between any two videos of one length
 _HEADER_BYTES = 200  # of a file, about
 
 Autocast = Callable[[], AbstractContextManager]
@@ -173,10 +174,10 @@ def remove_stale(root: Path, stores: Sequence[StepStore]) -> list[str]:
 
 def identity_of(source: Any) -> str:
     """
-    Return what tells a video from others and from its own older versions: name, size, time of change, start and end.
+    Return what tells a video from others and from its own older versions, as JSON.
 
-    Of the path only the last folder counts, so that a data set can be moved. Bytes are told apart by their digest, and
-    addresses by themselves.
+    For a file, this is its name with its folder, its size, its time of change and a digest of its first and last bytes,
+    so that a data set can be moved; for bytes their digest, and for an address the address. Start and end are added.
 
     Raises:
         OSError: if the file does not exist.
@@ -190,8 +191,13 @@ def identity_of(source: Any) -> str:
     elif str(path).lower().startswith(("http://", "https://")):
         what = [str(path)]
     else:
-        status = os.stat(path)  # type: ignore[arg-type]
-        what = [*Path(os.fsdecode(path)).absolute().parts[-2:], status.st_size, status.st_mtime_ns]  # type: ignore[arg-type]
+        with open(path, "rb") as file:  # type: ignore[arg-type]
+            status = os.fstat(file.fileno())
+            ends = file.read(_END_BYTES)
+            file.seek(max(0, status.st_size - _END_BYTES))
+            ends += file.read()
+        name = Path(os.fsdecode(path)).absolute().parts[-2:]  # type: ignore[arg-type]
+        what = [*name, status.st_size, status.st_mtime_ns, hashlib.sha256(ends).hexdigest()]
     return json.dumps([*what, parts.get("start"), parts.get("end")])
 
 
