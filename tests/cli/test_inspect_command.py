@@ -8,7 +8,7 @@ import pytest
 from paper_table import PAPER
 from tiny_models import CASES, case_config, make_model
 
-from vivit_hf import ViViTConfig
+from vivit_hf import ViViTConfig, ViViTVideoProcessor
 from vivit_hf.initialisation.inspection import describe_model, inspect_parts
 
 
@@ -46,6 +46,17 @@ def test_inspect_needs_no_weights(tmp_path):
         assert text in process.stdout
     found = json.loads(run(tmp_path, "--json").stdout)
     assert found["tokens"]["grid"] == [16, 14, 14] and found["processor"] is None
+
+
+def test_the_range_of_the_input_is_that_of_the_processor(tmp_path):
+    ViViTConfig.from_preset("vivit-tiny", num_labels=2).save_pretrained(tmp_path)
+    ViViTVideoProcessor(image_mean=[0.48, 0.46, 0.41], image_std=[0.27, 0.26, 0.28], offset=False).save_pretrained(
+        tmp_path
+    )
+    expected = [-0.48 / 0.27, 0.59 / 0.28]
+    assert json.loads(run(tmp_path, "--json").stdout)["input"]["range"] == pytest.approx(expected, abs=1e-2)
+    assert "values in [-1.778, " in run(tmp_path).stdout
+    assert "values in [-1, 1]" in run().stdout
 
 
 def test_inspect_shows_the_demo_model_and_presets():

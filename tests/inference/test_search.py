@@ -165,6 +165,9 @@ def test_the_graph_is_kept_and_made_anew_for_other_vectors(tmp_path):
     written = path.stat().st_mtime_ns
     kept = NeighbourGraph(vectors, path)
     assert path.stat().st_mtime_ns == written and kept.nearest(vectors[:3], 1)[1][:, 0].tolist() == [0, 1, 2]
+    one_other = vectors.copy()
+    one_other[5] = -vectors[5]
+    assert NeighbourGraph(one_other, path).nearest(one_other[5:6], 1)[1].tolist() == [[5]]
     for others in (clustered(500, seed=3), clustered(400), clustered(500, hidden=16)):
         assert NeighbourGraph(others, path).nearest(others[:3], 1)[1][:, 0].tolist() == [0, 1, 2]
     path.write_bytes(path.read_bytes()[:1000])

@@ -123,6 +123,23 @@ def test_frames_are_sampled_by_their_times_as_the_processor_samples_a_file(tmp_p
             torch.testing.assert_close(window.logits, stream.model(pixel_values).logits[0], atol=1e-5, rtol=1e-5)
 
 
+def test_a_stream_sampled_by_rate_goes_on_after_a_flush():
+    streams = [make_stream(8), make_stream(8)]
+    frames, windows = make_frames(64), ([], [])
+    for stream, found, pause in zip(streams, windows, (True, False), strict=True):
+        stream.processor.frames_per_second = 10.0
+        for index, frame in enumerate(frames):
+            found += stream.push(frame, index / 20)
+            if pause and index % 7 == 0:
+                found += stream.flush()
+        found += stream.flush()
+        assert stream.flush() == []
+    assert [(one.first_frame, one.start, one.end) for one in windows[0]] == [
+        (one.first_frame, one.start, one.end) for one in windows[1]
+    ]
+    assert len(windows[0]) == 4
+
+
 @pytest.mark.parametrize("hop", [2, 5, 7, 16])
 def test_the_windows_of_a_file_of_300_frames(tmp_path, hop):
     """Decoded as a stream, the frames are those of `frames_at`, to the bit, B-frames included."""

@@ -33,7 +33,7 @@ def inspect(
     quiet_libraries()
     name = model or str(demo_model_path())
     config, processor = _read(name)
-    found = {"model": name, **describe_model(config), "processor": processor and processor.to_dict()}
+    found = {"model": name, **describe_model(config, processor)}
     if as_json:
         echo_json(found)
         return
@@ -79,6 +79,7 @@ def _lines(found: dict[str, Any], all_labels: bool) -> dict[str, str]:
     """Return the lines above the table, by their headings."""
     variant, tokens = found["variant"], found["tokens"]
     frames, channels, height, width = found["input"]["shape"]
+    low, high = found["input"]["range"]
     grid = " x ".join(map(str, tokens["grid"]))
     registers = f" and {tokens['register_tokens']} registers" if tokens["register_tokens"] else ""
     patches = "2D patches" if tokens["embedding"] != "tubelet" else "tubelets"
@@ -89,7 +90,7 @@ def _lines(found: dict[str, Any], all_labels: bool) -> dict[str, str]:
     lines = {
         "model": found["model"],
         "variant": f"{variant['attention_type']} ({variant['paper']} of the paper)",
-        "input": f"{frames} frames of {height} x {width} pixels, {channels} channels, values in [-1, 1]",
+        "input": f"{frames} frames of {height} x {width} pixels, {channels} channels, values in [{low:g}, {high:g}]",
         "tokens": f"{grid} = {tokens['total']:,} (time x height x width){registers}, {patches} of {size}",
         "sizes": ", ".join(f"{key} {value}" for key, value in found["sizes"].items()),
         "labels": f"{len(labels)}: {', '.join(shown)}{more}" if labels else "none: the model returns features",

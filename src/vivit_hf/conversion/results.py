@@ -50,7 +50,7 @@ def run(module: str, args: argparse.Namespace) -> int:
     try:
         importlib.import_module(f".{module}", __package__).convert(args).print()
         if repository := vars(args).get("push_to_hub"):
-            _push(args.output, repository, args.private)
+            _push(args.output, repository, is_private=args.private)
     except _EXPECTED_ERRORS as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
@@ -102,12 +102,13 @@ def read_processor(source: str) -> ViViTVideoProcessor | None:
     return None
 
 
-def _push(folder: str, repository: str, private: bool) -> None:
+def _push(folder: str, repository: str, is_private: bool) -> None:
     """Upload the model and processor in a finished folder with their own `push_to_hub`."""
     config = read_json(Path(folder) / "config.json")
     package = vivit_hf if config["model_type"] == ViViTConfig.model_type else transformers
     model = getattr(package, config["architectures"][0]).from_pretrained(folder)
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    private = is_private or None  # None leaves a new repository to the Hub's default, which may be private
     try:
         model.push_to_hub(repository, private=private)
         processor.push_to_hub(repository, private=private)

@@ -26,7 +26,6 @@ MOST_EXACT = 100_000
 DUPLICATE_SCORE = 0.99
 _BLOCK = 256  # rows of scores in memory at once
 _NEIGHBOURS = 32  # per vector, among which an approximate search for duplicates looks
-_CHECKED = 64  # stored vectors that must equal the features for a graph to be theirs
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,11 @@ class NeighbourGraph:
             return False
         if len(self.graph) != len(vectors) or self.graph.ndim != vectors.shape[1]:
             return False
-        checked = np.linspace(0, len(vectors) - 1, _CHECKED).astype(np.int64)
-        return np.array_equal(self.graph.get(checked), vectors[checked])
+        starts = range(0, len(vectors), _BLOCK)
+        blocks = (
+            (np.arange(start, min(start + _BLOCK, len(vectors))), vectors[start : start + _BLOCK]) for start in starts
+        )
+        return all(np.array_equal(self.graph.get(keys), block) for keys, block in blocks)
 
     def nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return what `exact_nearest` returns, for almost all of the nearest vectors."""

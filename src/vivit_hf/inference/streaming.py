@@ -89,8 +89,10 @@ class _Sampler:
 
     def flush(self) -> list[tuple[Any, float]]:
         """Return the last frame if it is still to be sampled."""
-        held, self.held = self.held, None
-        return [held] if held is not None and self._next_moment() <= held[1] + TIME_TOLERANCE else []
+        if self.held is None or self._next_moment() > self.held[1] + TIME_TOLERANCE:
+            return []
+        self.num_chosen += 1
+        return [self.held]
 
     def _next_moment(self) -> float:
         return self.first_time + self.num_chosen / float(self.processor.frames_per_second or 1)

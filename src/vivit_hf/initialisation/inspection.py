@@ -1,4 +1,4 @@
-"""Describe a model from its configuration alone: sizes, parameters, multiply-adds, and expected input."""
+"""Describe a model without its weights: sizes, parameters, multiply-adds, and expected input."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..configuration_vivit import ViViTConfig
 from ..modeling_vivit import ViViTForVideoClassification
+from ..video_processing_vivit import ViViTVideoProcessor
+from .model_processor import value_range
 
 
 _PAPER_NAMES = {
@@ -58,8 +60,12 @@ def inspect_parts(config: ViViTConfig) -> list[ModelPart]:
     return parts
 
 
-def describe_model(config: ViViTConfig) -> dict[str, Any]:
-    """Return variant, sizes, tokens, expected input and labels of a configuration, ready for JSON."""
+def describe_model(config: ViViTConfig, processor: ViViTVideoProcessor | None = None) -> dict[str, Any]:
+    """
+    Return variant, sizes, tokens, expected input, labels and processor of a model, ready for JSON.
+
+    Without a processor, the range of the input is that of the official models.
+    """
     time, height, width = config.grid_size
     parts = inspect_parts(config)
     is_encoder = config.attention_type == "factorised_encoder"
@@ -68,7 +74,7 @@ def describe_model(config: ViViTConfig) -> dict[str, Any]:
         "input": {
             "shape": [config.num_frames, config.num_channels, *config.frame_size],
             "axes": "frames, channels, height, width",
-            "range": [-1, 1],
+            "range": [-1, 1] if processor is None else [round(value, 3) for value in value_range(processor)],
         },
         "tokens": {
             "embedding": config.embedding_type,
@@ -93,6 +99,7 @@ def describe_model(config: ViViTConfig) -> dict[str, Any]:
         "labels": list(config.id2label.values()) if config.num_labels else [],
         "label_groups": config.label_groups,
         "pretraining": _describe_pretraining(config),
+        "processor": None if processor is None else processor.to_dict(),
     }
 
 
