@@ -13,12 +13,16 @@ sys.path.insert(0, str(paths.EXAMPLES))
 
 import pytest
 import torch
+from hypothesis import settings
 from tiny_models import CASES, case_config, make_clips, make_model
 
 from vivit_hf.configuration_vivit import ATTENTION_TYPES
 
 
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+# The same examples in every run, and as much time as a busy machine takes for them.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)

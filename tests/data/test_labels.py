@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from tiny_models import tiny_config
 
 from vivit_hf import ViViTConfig
@@ -143,7 +143,6 @@ def test_too_few_classes_or_too_many_labels_are_refused():
         LabelMap.of(videos("a", ("a", "b")))
 
 
-@settings(deadline=None)
 @given(
     counts=st.lists(st.integers(2, 12), min_size=2, max_size=6),
     fraction=st.floats(0.05, 0.95),

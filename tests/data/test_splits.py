@@ -37,7 +37,7 @@ def is_possible(units):
     return False
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     units=st.lists(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=4), min_size=2, max_size=8),
     fraction=st.floats(0.05, 0.6),
@@ -56,7 +56,7 @@ def test_both_sides_have_every_class_if_possible(units, fraction, seed):
     assert split_videos(videos, fraction, seed) == (train, validation)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     sizes=st.lists(st.integers(1, 4), min_size=40, max_size=60),
     num_classes=st.integers(2, 4),
@@ -73,7 +73,7 @@ def test_the_share_of_every_class_is_near_the_requested_one(sizes, num_classes, 
         assert abs(held[labels] - fraction * count) <= 0.5 + max(sizes) / 2
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(units=st.lists(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=4), min_size=2, max_size=8))
 def test_missing_labels_put_rare_classes_into_training(units):
     videos = grouped(*units)

@@ -102,7 +102,7 @@ def test_actions_are_pairs_by_the_product_of_the_softmaxes():
     assert joint_ranks([logits[:, :3], logits[:, 3:]], np.array([[1, 1]])).tolist() == [2]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 10_000), sizes=st.tuples(st.integers(2, 6), st.integers(2, 6)))
 def test_joint_ranks_are_those_of_all_products(seed, sizes):
     rng = np.random.default_rng(seed)

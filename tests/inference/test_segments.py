@@ -26,7 +26,7 @@ def windows_of(labels, hop=1.0, length=3.0, sharpness=6.0, cuts=()):
     ]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     labels=st.lists(st.integers(0, 2), min_size=1, max_size=40),
     hop=st.sampled_from([0.5, 1.0, 2.5, 4.0]),

@@ -45,7 +45,7 @@ def check_windows(stream, frames, windows):
         torch.testing.assert_close(window.logits, expected, atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     hop=st.integers(1, 21),
     tubelet=st.integers(1, 4),

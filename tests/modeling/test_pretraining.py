@@ -109,7 +109,7 @@ def test_each_prediction_depends_on_its_own_place():
 # Masks
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     batch=st.integers(1, 4),
     space=st.integers(2, 300),

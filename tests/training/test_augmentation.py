@@ -38,7 +38,7 @@ EVERYTHING = ClipAugmentation(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32 - 1), magnitude=st.floats(0, 20))
 def test_all_frames_are_treated_alike(clip, seed, magnitude):
     augmentation = ClipAugmentation(**{**EVERYTHING.to_dict(), "rand_augment_magnitude": magnitude})

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
 from vivit_hf.data.labels import LabelMap
 from vivit_hf.training.mixing import ClipCollator, cutmix, cutmix_box, mixup, soft_labels
@@ -41,7 +41,6 @@ def test_mixup_is_with_the_reversed_batch():
     assert soft.tolist() == [[0.75, 0, 0.25], [0, 1, 0], [0.25, 0, 0.75]]
 
 
-@settings(deadline=None)
 @given(weight=st.floats(0, 1), seed=st.integers(0, 20))
 def test_cutmix_is_one_box_in_all_frames_and_labels_go_by_its_area(weight, seed):
     box = cutmix_box(8, 10, weight, np.random.default_rng(seed))

@@ -109,7 +109,7 @@ def test_annotated_splits_are_scored_once():
 # Folds
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     labels=st.lists(st.integers(0, 2), min_size=6, max_size=40),
     group_seed=st.integers(0, 1000),
