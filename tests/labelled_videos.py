@@ -1,6 +1,7 @@
 """Labelled videos of moving shapes and a model for them, for the tests of scripts and commands."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -10,6 +11,26 @@ from tiny_models import make_model
 from vivit_hf import ViViTConfig, ViViTVideoProcessor
 
 
+# Runs a script, or a module with -m, and kills itself when it would give the next shard its name.
+KILLED_AFTER = """
+import os, runpy, signal, sys
+left, publish = int(sys.argv[1]), os.replace
+
+def replace(source, target):
+    global left
+    if os.path.basename(target).startswith("part-"):
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+    publish(source, target)
+
+os.replace, sys.argv = replace, sys.argv[2:]
+if sys.argv[0] == "-m":
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+else:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--master_port=0"]
 
 
@@ -25,6 +46,12 @@ def write_labelled_videos(folder):
         num_frames=8, frame_stride=1, size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}
     ).save_pretrained(folder / "model")
     return folder
+
+
+def start_and_kill(command, num_shards):
+    """Run a command of Python that is killed with so many shards, however fast the machine is."""
+    process = start([sys.executable, "-c", KILLED_AFTER, num_shards, *command[1:]])
+    assert process.returncode == -signal.SIGKILL, process.stderr[-3000:]
 
 
 def start(command):

@@ -7,6 +7,7 @@ import sys
 import time
 
 import av
+import psutil
 import pytest
 from command_line import MOTIONS, SAMPLES, check_refusal, invoke, rows, start
 
@@ -74,7 +75,9 @@ def test_a_silent_pipe_can_be_interrupted():
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     first = process.stderr.readline()  # about the demo model, whose weights are loaded next
-    time.sleep(3)
+    used = None
+    while used != (used := psutil.Process(process.pid).cpu_times()):  # until it waits for the pipe
+        time.sleep(1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     os.close(write), os.close(read)

@@ -1,13 +1,9 @@
 """`vivit-hf embed` on two processes and after a kill: the file is the one of an undisturbed run on one process."""
 
-import os
-import signal
-import subprocess
 import sys
-import time
 
 import pytest
-from labelled_videos import TORCHRUN, start, write_labelled_videos
+from labelled_videos import TORCHRUN, start, start_and_kill, write_labelled_videos
 
 
 pytestmark = pytest.mark.slow
@@ -45,19 +41,11 @@ def test_two_processes_write_the_file_of_one(data, one_process, tmp_path):
 
 def test_a_killed_run_goes_on_where_it_stopped(data, one_process, tmp_path):
     output = tmp_path / "f.parquet"
-    command = list(map(str, [sys.executable, "-m", "vivit_hf", *embed(data, output)]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment)
-    deadline = time.monotonic() + 120
-    parts = tmp_path / "f.parquet.parts"
-    while not list(parts.glob("part-*.parquet")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    finished = len(list(parts.glob("part-*.parquet")))
-    assert 0 < finished < 16 and not output.exists(), "killed in the middle"
+    command = [sys.executable, "-m", "vivit_hf", *embed(data, output)]
+    start_and_kill(command, num_shards=5)
+    assert len(list((tmp_path / "f.parquet.parts").glob("part-*.parquet"))) == 5 and not output.exists()
 
     again = start(command)
     assert again.returncode == 1, again.stderr[-3000:]
-    assert f"{finished} of 16 shards are there already" in again.stderr
+    assert "5 of 16 shards are there already" in again.stderr
     assert output.read_bytes() == one_process.read_bytes()

@@ -5,11 +5,11 @@ import pickle
 from functools import partial
 
 import pytest
-from tiny_models import case_config
+from tiny_models import case_config, make_model
 from transformers import AutoImageProcessor, pipeline
 from video_files import http_server, write_video
 
-from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
+from vivit_hf import ViViTVideoProcessor
 from vivit_hf.inference.live_video import LiveVideo
 from vivit_hf.inference.prediction import predict_videos
 from vivit_hf.inference.timeline import file_windows
@@ -102,8 +102,7 @@ def test_limits_are_numbers_and_the_permission_is_true_or_false():
 
 @pytest.fixture(scope="module")
 def model():
-    config = case_config("factorised_encoder", num_labels=2)
-    return ViViTForVideoClassification(config).eval()
+    return make_model(case_config("factorised_encoder", num_labels=2))
 
 
 def test_every_way_in_needs_the_permission_and_shows_no_secret(address, model, tmp_path, caplog):
