@@ -1,80 +1,23 @@
 """`optimize` changes the speed of a model and nothing else, says what it does, and can be undone."""
 
-import copy
-import io
-import pickle
-
 import pytest
 import torch
+from optimized_models import ONEDNN_HAS_BFLOAT16, assert_close, faster_modules, make_pair, optimised
 from safetensors.torch import load_file
-from tiny_models import (
-    ATTENTION_TYPES,
-    CASES,
-    MODEL_CLASSES,
-    case_config,
-    make_clips,
-    make_model,
-    tiny_config,
-)
+from tiny_models import CASES, MODEL_CLASSES, case_config, make_clips, make_model, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.activations import ACT2FN
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vivit_hf import ViViTForVideoClassification
 from vivit_hf.inference import optimization, optimize, restore
-from vivit_hf.inference.onednn import is_plain_linear
 from vivit_hf.inference.optimization import PackedLinear, optimized
-from vivit_hf.modeling_vivit import ViViTMLP, eager_attention_forward
+from vivit_hf.modeling_vivit import ViViTMLP
 
 
-ONEDNN_HAS_BFLOAT16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 # `temporal_pooling` replaces the class token over time, and with it one of two faster layers.
 WITH_CLASS_TOKEN = [
     case for case in CASES if case_config(case).pooling == "cls" and case_config(case).temporal_pooling is None
 ]
-# Two roundings in different places, in units of outputs around 1.
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 0.2, torch.float64: 1e-10}
-
-
-@pytest.fixture(params=["plain CPU", "AVX-512", "laid out"])
-def machine(request, monkeypatch):
-    """A CPU without special instructions, one with AVX-512, and one whose weights `optimize` lays out for oneDNN."""
-    monkeypatch.setattr(optimization, "has_avx512", lambda: request.param != "plain CPU")
-    monkeypatch.setattr(optimization, "has_bfloat16_units", lambda: request.param == "laid out" and ONEDNN_HAS_BFLOAT16)
-    return request.param
-
-
-def optimised(model, machine):
-    """Optimise a float32 model. Its weights are laid out on request, which `optimize` does in bfloat16 only."""
-    report = optimize(model)
-    if machine == "laid out":
-        for module in list(model.modules()):
-            if isinstance(module, (ViViTMLP, optimization.ViViTAttention)):
-                for child in module.children():
-                    if is_plain_linear(child):
-                        PackedLinear.pack(child)
-    return report
-
-
-def assert_close(actual, expected):
-    tolerance = TOLERANCES[expected.dtype]
-    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
-
-
-def faster_modules(model):
-    return [module for module in model.modules() if type(module) in optimization._PLAIN]
-
-
-def make_pair(case, machine):
-    """A plain model and its optimised twin."""
-    plain, twin = (make_model(case_config(case)) for _ in range(2))
-    optimised(twin, machine)
-    return plain, twin
-
-
-@pytest.fixture
-def pair(variant, machine):
-    return make_pair(variant, machine)
 
 
 # The same outputs
@@ -237,130 +180,6 @@ def test_modules_replaced_afterwards_are_the_ones_that_run(machine):
     assert torch.equal(hidden_states, kept)
 
 
-# Everything that is not plain inference
-
-
-def equals_or_names_restore(machine, function, expected):
-    """Laid-out weights may refuse, with the way out; everything else gives what the plain model gives."""
-    if machine == "laid out":
-        with pytest.raises(Exception, match=r"vivit_hf\.inference\.restore") as caught:
-            function()
-        assert caught.value
-    else:
-        assert_close(function(), expected)
-
-
-def gradients_of(model, clips):
-    model.zero_grad()
-    logits = model(clips).logits
-    (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
-    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-
-
-def test_gradients(pair, machine):
-    plain, twin = pair
-    clips = make_clips(plain.config)
-    equals_or_names_restore(machine, lambda: gradients_of(twin, clips), gradients_of(plain, clips))
-    frozen = twin.requires_grad_(False)
-    leaf = clips.clone().requires_grad_()
-    if machine != "laid out":
-        frozen(leaf).logits.sum().backward()
-        expected = clips.clone().requires_grad_()
-        plain(expected).logits.sum().backward()
-        assert_close(leaf.grad, expected.grad)
-
-
-@torch.no_grad()
-def test_derivatives_in_forward_mode(variant, machine):
-    plain, twin = (make_model(tiny_config(variant, attn_implementation="eager")) for _ in range(2))
-    optimised(twin, machine)
-    clips = make_clips(plain.config)
-    direction = torch.randn_like(clips)
-
-    def derivative(model):
-        return torch.func.jvp(lambda given: model(given).logits, (clips,), (direction,))[1]
-
-    equals_or_names_restore(machine, lambda: derivative(twin), derivative(plain))
-
-
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-@torch.no_grad()
-def test_compiling_exporting_and_tracing(machine):
-    config = tiny_config("factorised_encoder", num_hidden_layers=1, num_temporal_layers=1)
-    plain, twin = (make_model(config) for _ in range(2))
-    optimised(twin, machine)
-    clips = make_clips(plain.config)
-    expected = plain(clips).logits
-    torch.compiler.reset()
-    equals_or_names_restore(
-        machine, lambda: torch.compile(twin, backend="eager", fullgraph=True)(clips).logits, expected
-    )
-    equals_or_names_restore(machine, lambda: torch.export.export(twin, (clips,)).module()(clips).logits, expected)
-    equals_or_names_restore(machine, lambda: torch.jit.trace(twin, clips, strict=False)(clips)["logits"], expected)
-
-
-@torch.no_grad()
-def test_copies_and_pickles_hold_plain_weights(pair, machine):
-    plain, twin = pair
-    clips = make_clips(plain.config)
-    file = io.BytesIO()
-    torch.save(twin, file)
-    file.seek(0)
-    for again in (copy.deepcopy(twin), pickle.loads(pickle.dumps(twin)), torch.load(file, weights_only=False)):
-        assert not any(isinstance(module, PackedLinear) for module in again.modules())
-        assert_close(again(clips).logits, plain(clips).logits)
-        again.vivit.encoder.layer[0].mlp.fc1.weight.zero_()
-        assert_close(twin(clips).logits, plain(clips).logits)
-        restore(again)
-        assert {type(module) for module in again.modules()} == {type(module) for module in plain.modules()}
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-@torch.no_grad()
-def test_a_cast_gives_the_plain_model_in_that_dtype(variant, machine, dtype):
-    plain, twin = (make_model(tiny_config(variant)) for _ in range(2))
-    optimised(twin, machine)
-    clips = make_clips(plain.config)
-    twin.to("cpu")
-    assert any(isinstance(module, PackedLinear) for module in twin.modules()) == (machine == "laid out")
-    twin.to(dtype)
-    plain.to(dtype)
-    assert {parameter.dtype for parameter in twin.parameters()} == {dtype}
-    for name, tensor in plain.state_dict().items():
-        assert torch.equal(twin.state_dict()[name], tensor), name
-    torch.testing.assert_close(twin(clips).logits.float(), plain(clips).logits.float(), atol=0.2, rtol=0.2)
-
-
-@torch.no_grad()
-def test_autocast_gives_the_dtype_of_the_plain_model(variant, machine):
-    plain, twin = (make_model(tiny_config(variant)) for _ in range(2))
-    optimised(twin, machine)
-    clips = make_clips(plain.config)
-    with torch.autocast("cpu", torch.bfloat16):
-        expected, actual = plain(clips).logits, twin(clips).logits
-    assert actual.dtype == expected.dtype == torch.bfloat16
-    assert_close(actual, expected)
-
-
-def test_a_step_of_training_is_that_of_the_plain_model(variant):
-    """Also with dropout: the same random numbers are drawn in the same places."""
-    losses = []
-    for is_optimised in (False, True):
-        model = make_model(tiny_config(variant, hidden_dropout_prob=0.2, drop_path_rate=0.2))
-        if is_optimised:
-            optimize(model)
-        model.train()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-        torch.manual_seed(3)
-        for _ in range(2):
-            loss = model(make_clips(model.config), labels=torch.tensor([1, 4])).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-    assert losses[:2] == losses[2:]
-
-
 # Undone, repeated, saved
 
 
@@ -498,78 +317,3 @@ def test_bfloat16_units_get_laid_out_weights_and_the_faster_attention(monkeypatc
     assert_close(twin(clips).logits, plain(clips).logits)
     restore(twin)
     assert twin.config._attn_implementation == "sdpa" and torch.equal(twin(clips).logits, plain(clips).logits)
-
-
-# Attention block by block
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("scores", [1, 100, 800_000])
-def test_attention_block_by_block_is_eager_attention(case, scores, monkeypatch):
-    """One row at a time, some rows or some sequences at a time, and all in one."""
-    monkeypatch.setattr(optimization, "LEAST_SCORES", 0)
-    monkeypatch.setattr(optimization, "BLOCK_SCORES", scores)
-    clips = make_clips(case_config(case))
-    logits = {}
-    for name in ("eager", "blockwise"):
-        model = make_model(case_config(case, attn_implementation=name))
-        assert model.config._attn_implementation == name
-        with torch.no_grad():
-            logits[name] = model(clips).logits
-    torch.testing.assert_close(logits["blockwise"], logits["eager"], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
-def test_attention_block_by_block_has_the_gradients_of_sdpa(attention_type, monkeypatch):
-    monkeypatch.setattr(optimization, "LEAST_SCORES", 0)
-    found = []
-    for name in ("sdpa", "blockwise"):
-        model = make_model(tiny_config(attention_type, attn_implementation=name)).train()
-        found.append(gradients_of(model, make_clips(model.config)))
-    assert torch.equal(*found)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_blocks_are_as_exact_as_the_dtype(dtype, monkeypatch):
-    """No further from the attention of float64 than the eager path is, with a scale that is no power of two."""
-    monkeypatch.setattr(optimization, "LEAST_SCORES", 0)
-    exact = [4 * torch.randn(2, 3, 40, 24, dtype=torch.float64).to(dtype).double() for _ in range(3)]
-    expected = torch.nn.functional.scaled_dot_product_attention(*exact, scale=0.21).transpose(1, 2)
-    errors = {}
-    for name in ("eager", "blockwise"):
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-        with torch.no_grad():
-            context, _ = attention(torch.nn.Module(), *(tensor.to(dtype) for tensor in exact), None, scaling=0.21)
-        errors[name] = (context.double() - expected).square().mean().sqrt().item()
-    assert errors["blockwise"] <= 1.1 * errors["eager"] + 1e-14
-
-
-def test_scores_take_bounded_memory(monkeypatch):
-    monkeypatch.setattr(optimization, "BLOCK_SCORES", 5_000)
-    query = torch.randn(2, 4, 700, 8)
-    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
-        optimization.blockwise_attention_forward(torch.nn.Module(), query, query, query, None, scaling=0.3)
-    largest = max(event.self_cpu_memory_usage for event in profile.events())
-    assert largest == max(query.nbytes, 4 * 5_000 * torch.get_num_threads() // 700 * 700)
-    assert 4 * 700 * 700 > 4 * largest
-
-
-def test_sdpa_takes_over_where_blocks_do_not_pay_or_are_wrong(monkeypatch):
-    calls = []
-    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    monkeypatch.setitem(
-        ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", lambda *a, **k: calls.append(1) or sdpa(*a, **k)
-    )
-    query = torch.randn(1, 2, 120, 8)
-
-    def is_sdpa(query, mask=None, dropout=0.0):
-        calls.clear()
-        module = torch.nn.Module().eval()
-        optimization.blockwise_attention_forward(module, query, query, query, mask, scaling=0.3, dropout=dropout)
-        return bool(calls)
-
-    with torch.no_grad():
-        assert not is_sdpa(query)
-        assert is_sdpa(query[:, :, :20]), "few scores"
-        assert is_sdpa(query, mask=torch.zeros(1, 1, 120, 120)) and is_sdpa(query, dropout=0.1)
-    assert is_sdpa(query), "gradients"
