@@ -246,6 +246,7 @@ def test_the_width_of_a_timm_model_determines_its_heads(tmp_path, width, heads):
         ({"norm.weight": torch.ones(7)}, {}, ["wrong shape: norm.weight gives (7,)"]),
         ({"cls_token": None}, {}, ["10 position embeddings"]),
         ({"pos_embed": torch.ones(1, 8, 24)}, {"pretrained_cfg": {}}, ["8 position embeddings"]),
+        ({}, {"architecture": "vit_small_patch16_rope_ape_224"}, ["rotary position embeddings"]),
         ({}, {"architecture": "vit_small_patch16_dinov3"}, ["vit_small_patch16_dinov3", "rotary position embeddings"]),
         (
             {},

@@ -17,6 +17,14 @@ from ..modeling_vivit import POOLINGS, ViViTForVideoClassification, ViViTModel, 
 from .parity import chosen_steps, random_clip
 
 
+# The image that the ViT sees in place of a tubelet, by `tubelet_init`; see `step_images`.
+_SEEN = {
+    "central_frame": "the central frames",
+    "filter_inflation": "the tubelets' mean frames",
+    "approximate_rank_pooling": "the tubelets' rank-pooled frames",
+}
+
+
 @dataclass
 class ImageReference:
     """Outputs of an image model that a ViViT initialised from it must reproduce on `clip`."""
@@ -24,6 +32,7 @@ class ImageReference:
     clip: torch.Tensor
     expected: dict[str, torch.Tensor]
     what: str
+    silences_time: bool = False  # whether to run Model 3 without its temporal attention
 
 
 @torch.no_grad()
@@ -38,18 +47,17 @@ def image_reference(
     patches = embedded[:, structure.num_prefix_tokens :]  # (time, space, hidden)
     chosen = torch.cat([prefix, patches], dim=1)[chosen_steps(config)]  # (steps, tokens, hidden)
     outputs, what = _OUTPUTS[config.attention_type](vit, config, chosen)
-    if config.attention_type == "factorised_self_attention" and temporal_attention_init in ("copy", "random"):
+    silences_time = config.attention_type == "factorised_self_attention" and temporal_attention_init in (
+        "copy",
+        "random",
+    )
+    if silences_time:
         what += ", with the temporal attention silenced"
-    seen = {
-        "central_frame": "the central frames",
-        "filter_inflation": "the tubelets' mean frames",
-        "approximate_rank_pooling": "the tubelets' rank-pooled frames",
-    }[tubelet_init]
-    seen = "the sampled frames" if config.embedding_type == "uniform_frame_sampling" else seen
+    seen = "the sampled frames" if config.embedding_type == "uniform_frame_sampling" else _SEEN[tubelet_init]
     expected = {"tokens": patches[None], "outputs": outputs}
     if prefix.shape[1]:
         expected["class and register tokens"] = prefix[:1]
-    return ImageReference(clip, expected, f"{what}; the ViT saw {seen}")
+    return ImageReference(clip, expected, f"{what}; the ViT saw {seen}", silences_time)
 
 
 @torch.no_grad()
@@ -64,7 +72,7 @@ def image_outputs(model: ViViTForVideoClassification, reference: ImageReference)
     elif config.attention_type == "factorised_encoder":
         outputs = vivit.encode_space(chosen, prefix)[0]  # (steps, hidden)
     else:
-        with silent_temporal_attention(vivit) if "silenced" in reference.what else contextlib.nullcontext():
+        with silent_temporal_attention(vivit) if reference.silences_time else contextlib.nullcontext():
             outputs, _ = vivit.encode_token_grid(chosen, None)
         outputs = outputs[0].unflatten(0, (chosen.shape[1], -1))  # (steps, space, hidden)
     result = {"tokens": tokens, "outputs": outputs}

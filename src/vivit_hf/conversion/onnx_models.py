@@ -224,7 +224,7 @@ def name_of(source: str | Path) -> str:
 
 
 def onnx_metadata(source: str, config: ViViTConfig, processor: ViViTVideoProcessor) -> dict[str, str]:
-    """Return what the graph itself does not state, as text; numbers, lists and maps are JSON."""
+    """Return the metadata of the file: settings that the graph does not hold, as text; lists and maps are JSON."""
     low, high = value_range(processor)
     shape = describe_shape(input_shape(config))
     metadata = {

@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ import vivit_hf
 
 from ..configuration_vivit import ViViTConfig
 from ..hub.model_card import write_model_card
-from ..initialisation.from_image import list_unused
+from ..initialisation.from_image import list_unused, merge_layers
 from ..initialisation.weight_files import ConversionError, has_processor, read_json
 from ..video_processing_vivit import ViViTVideoProcessor
 from .terminal import one_line, print_table, warn
@@ -148,10 +148,9 @@ class Result:
         )
 
 
-def shortened(names: Iterable[str], limit: int = 8) -> str:
+def shortened(names: Sequence[str], limit: int = 8) -> str:
     """List names with layer numbers replaced by N, each once; merge whole layers if there are more than `limit`."""
-    names = list(names)
-    kinds = list(dict.fromkeys(re.sub(r"(?<=[._/])\d+(?=[./])", "N", name) for name in names))
+    kinds = merge_layers(names)
     if len(kinds) > limit:
         kinds = list(dict.fromkeys(re.sub(r"(?<=[._/]N[./]).*", "*", kind) for kind in kinds))
     listing = ", ".join(kinds[:limit]) + (f", and {len(kinds) - limit} more kinds" if len(kinds) > limit else "")

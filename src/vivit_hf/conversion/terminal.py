@@ -1,4 +1,4 @@
-"""What conversions print."""
+"""Errors, warnings, progress and results of conversions in the terminal."""
 
 import sys
 from collections.abc import Callable, Iterator

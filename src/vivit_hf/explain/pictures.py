@@ -14,6 +14,7 @@ from ..data.whole_files import written_whole
 from ..limits_vivit import check_positive_integer
 from .explanation import Explanation
 from .heat import colours, draw_overlay, peak
+from .pixels import evenly_spaced
 from .text import text_width, write_text
 
 
@@ -37,7 +38,7 @@ def draw_explanation(explanation: Explanation, max_steps: int = 8) -> Image.Imag
     check_positive_integer("max_steps", max_steps)
     frames, space = explanation.frames, explanation.relevance.space[0].numpy()
     steps, per_step = len(space), len(frames) // len(space)
-    shown = np.unique(np.linspace(0, steps - 1, min(max_steps, steps)).round().astype(int))
+    shown = evenly_spaced(steps, max_steps)
     cell = min(_WIDEST_CELL, max(_CELL, (_LEAST_WIDTH + _GAP) // len(shown) - _GAP))
     cell_height = max(1, round(frames.shape[1] * cell / frames.shape[2]))
     cells = _resized(frames, cell_height, cell)

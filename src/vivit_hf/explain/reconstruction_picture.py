@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from ..configuration_vivit import ViViTConfig
 from ..modeling_vivit import ViViTForPreTraining, patch_pixels, split_places
 from ..video_processing_vivit import ViViTVideoProcessor
-from .pixels import to_uint8
+from .pixels import draw_rows, to_uint8
 
 
-ROWS = ("original", "masked", "reconstruction")
-_MARGIN, _LINE, _GAP = 4, 14, 2  # pixels
 _MASK_COLOUR = 128
 
 
@@ -50,7 +48,8 @@ def draw_reconstructions(
     hidden = bool_masked_pos.cpu()[:, None, :, None, None].expand_as(patches)
     is_hidden = assemble_patches(hidden, model.config).movedim(2, -1)[..., :1].numpy()
     masked = np.where(is_hidden, np.uint8(_MASK_COLOUR), original)
-    return _grid([original, masked, predicted], max_frames)
+    rows = {"original": original, "masked": masked, "reconstruction": predicted}
+    return draw_rows([(name, clips[i]) for i in range(len(original)) for name, clips in rows.items()], max_frames)
 
 
 def fill_masked_patches(patches: torch.Tensor, logits: torch.Tensor, bool_masked_pos: torch.Tensor) -> torch.Tensor:
@@ -80,23 +79,3 @@ def assemble_patches(patches: torch.Tensor, config: ViViTConfig) -> torch.Tensor
     patches = patches.unflatten(3, tuple(config.tubelet_size)).unflatten(2, (rows, columns))
     patches = patches.permute(0, 1, 4, 7, 2, 5, 3, 6)  # (batch, time, kt, channels, rows, kh, columns, kw)
     return patches.flatten(6, 7).flatten(4, 5).flatten(1, 2)  # (batch, frames, channels, height, width)
-
-
-def _grid(rows: list[np.ndarray], max_frames: int) -> Image.Image:
-    """Draw a row of frames for each of the clips (batch, frames, height, width, 3), with its name above."""
-    batch, frames, height, width = rows[0].shape[:4]
-    shown = np.unique(np.linspace(0, frames - 1, min(max_frames, frames)).round().astype(int))
-    row_height = height + _LINE + _GAP
-    canvas = Image.new(
-        "RGB",
-        (max(120, 2 * _MARGIN + len(shown) * (width + _GAP)), batch * (len(rows) * row_height + 2 * _MARGIN)),
-        "white",
-    )
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default()
-    for clip in range(batch):
-        for number, (name, frames_of) in enumerate(zip(ROWS, rows, strict=True)):
-            top = clip * (len(rows) * row_height + 2 * _MARGIN) + number * row_height + _MARGIN
-            draw.text((_MARGIN, top), name, fill="black", font=font)
-            for place, frame in enumerate(shown):
-                canvas.paste(Image.fromarray(frames_of[clip, frame]), (_MARGIN + place * (width + _GAP), top + _LINE))
-    return canvas

@@ -21,6 +21,12 @@ def reuses_tubelets(config: Any) -> bool:
     return config.attention_type == "factorised_encoder" and config.embedding_type == "tubelet"
 
 
+def unique_frame_ids(frame_ids: np.ndarray) -> np.ndarray:
+    """Return ids (batch, views, frames) as (batch * views, frames), with no id in common between videos."""
+    ids = frame_ids * len(frame_ids) + np.arange(len(frame_ids))[:, None, None]
+    return ids.reshape(-1, ids.shape[-1])
+
+
 def predict_clips(
     model: Any, clips: torch.Tensor, frame_ids: np.ndarray | None = None, max_clips: int = BATCH
 ) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The small trained model that ships in the package, and its sample videos."""
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -27,5 +28,5 @@ def copy_samples(folder: Path) -> list[Path]:
     for sample in samples:
         file = folder / sample.name
         if file.exists() and file.read_bytes() != sample.read_bytes():
-            raise FileExistsError(17, "there is another video of that name", str(file))
+            raise FileExistsError(errno.EEXIST, "there is another video of that name", str(file))
     return [Path(shutil.copyfile(sample, folder / sample.name)) for sample in samples]

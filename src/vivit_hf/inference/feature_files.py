@@ -28,7 +28,6 @@ from ..data.whole_files import written_whole
 
 
 METADATA_KEY = b"vivit_hf"
-KINDS = ("video", "step")
 # Settings that may differ between the files of one set of features.
 _OF_A_FILE = ("model", "num_videos", "videos_digest", "versions", "failed")
 
@@ -36,7 +35,7 @@ _OF_A_FILE = ("model", "num_videos", "videos_digest", "versions", "failed")
 @dataclass(frozen=True)
 class Features:
     """
-    Features of videos, and the settings that they come from.
+    Features of videos, and the settings that they were computed with.
 
     `files`: the video of each vector, as it was given.
     `vectors`: float32 (videos, hidden), or per step (videos, steps, hidden).
@@ -45,8 +44,9 @@ class Features:
     `starts`, `ends`: float64 (videos,), the part of the file in seconds; NaN stands for the beginning or end of it.
     `settings`: "kind" ("video" or "step"), "model" (its name), "fingerprint" (digests of its "weights", "config" and
         "processor"), "dtype", "hidden_size", "num_steps" (None for a vector per video), "views" ("num_frames",
-        "frame_sampling", "frame_stride", "frames_per_second", "num_clips", "num_crops"), "versions", and "failed":
-        {"file", "start", "end", "error"} of every video that could not be read.
+        "frame_sampling", "frame_stride", "frames_per_second", "num_clips", "num_crops", "on_error"), "num_videos",
+        "videos_digest" (of the names of all videos), "versions", and "failed": {"file", "start", "end", "error"} of
+        every video without features.
 
     Raises ValueError if the shapes do not fit each other.
     """
@@ -129,17 +129,16 @@ def read_features(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str
     if not paths:
         raise ValueError("There is no file of features to read: expected one or more.")
     settings = _joined([(os.fspath(path), read_settings(path)) for path in paths])
-    tables = [_checked_table(path, settings) for path in paths]
+    table = pyarrow.concat_tables([_checked_table(path, settings) for path in paths])
     steps, is_step = settings["num_steps"] or 1, settings["kind"] == "step"
-    rows = sum(table.num_rows for table in tables)
-    shape = (rows // steps, steps, settings["hidden_size"]) if is_step else (rows, settings["hidden_size"])
-    vectors = _numbers(tables, "vector", np.float32).reshape(shape)
+    shape = (len(table) // steps, steps) if is_step else (len(table),)
+    vectors = [chunk.flatten().to_numpy() for chunk in table["vector"].chunks]
     return Features(
-        files=tuple(name for table in tables for name in table["file"].to_pylist()[::steps]),
-        vectors=vectors,
-        times=_numbers(tables, "time", np.float64).reshape(shape[:2]) if is_step else None,
-        starts=_numbers(tables, "start", np.float64)[::steps],
-        ends=_numbers(tables, "end", np.float64)[::steps],
+        files=tuple(table["file"].to_pylist()[::steps]),
+        vectors=np.concatenate([np.empty(0, np.float32), *vectors]).reshape(*shape, settings["hidden_size"]),
+        times=np.array(table["time"]).reshape(shape) if is_step else None,
+        starts=np.array(table["start"])[::steps],  # null becomes NaN
+        ends=np.array(table["end"])[::steps],
         settings=settings,
     )
 
@@ -175,12 +174,3 @@ def _checked_table(path: str | os.PathLike[str], settings: dict[str, Any]) -> An
                 f"{os.fspath(path)} has lost rows or their order: expected steps 0 to {steps - 1} a video."
             )
     return table
-
-
-def _numbers(tables: Sequence[Any], name: str, dtype: Any) -> np.ndarray:
-    """Return a column of all tables, lists one after the other; null becomes NaN."""
-    chunks = [chunk for table in tables for chunk in table[name].chunks]
-    if name == "vector":
-        chunks = [chunk.flatten() for chunk in chunks]
-    arrays = [chunk.to_numpy(zero_copy_only=False).astype(dtype, copy=False) for chunk in chunks]
-    return np.concatenate([np.empty(0, dtype), *arrays])

@@ -29,10 +29,8 @@ from .features import VideoEmbedding, embed_videos
 from .shards import OtherRunError, changes, check_run, shard_starts, start_run
 
 
-# What a killed run computes again at most, per process.
-MOST_SHARD_VIDEOS = 64
-# Small sets are divided, too, so that several processes share them.
-LEAST_SHARDS = 16
+MOST_SHARD_VIDEOS = 64  # a killed process loses one shard at most
+LEAST_SHARDS = 16  # so that several processes share small sets, too
 
 
 @dataclass(frozen=True)
@@ -130,7 +128,7 @@ def feature_settings(
     num_crops: int,
 ) -> dict[str, Any]:
     """
-    Return everything that features depend on, as `Features.settings` has it.
+    Return the settings that features depend on, for `Features.settings`.
 
     Args:
         name: of the model.

@@ -13,7 +13,7 @@ from ..configuration_vivit import ViViTConfig
 from ..frame_sampling import sample_frames_uniformly
 from ..modeling_vivit import check_pixel_values
 from ..video_processing_vivit import ViViTVideoProcessor
-from .clips import shared_steps
+from .clips import shared_steps, unique_frame_ids
 from .finite_outputs import check_finite
 from .view_batches import each_or_error, run_on_views
 
@@ -66,12 +66,9 @@ def embed_videos(
     encode = encode_clip_steps if per_step else encode_clips
 
     def compute(pixel_values: torch.Tensor, frame_ids: np.ndarray) -> torch.Tensor:
-        batch, views = pixel_values.shape[:2]
-        # Make the ids unique across the videos of the batch.
-        ids = (frame_ids * batch + np.arange(batch)[:, None, None]).reshape(batch * views, -1)
-        vectors = encode(model, pixel_values.flatten(0, 1), ids, batch_size).float()
+        vectors = encode(model, pixel_values.flatten(0, 1), unique_frame_ids(frame_ids), batch_size).float()
         check_finite(vectors, model, pixel_values)
-        vectors = vectors.unflatten(0, (batch, views))
+        vectors = vectors.unflatten(0, pixel_values.shape[:2])
         if not per_step:
             return vectors.mean(dim=1)  # (batch, hidden)
         vectors = vectors.unflatten(1, (num_clips, -1)).mean(dim=2)  # (batch, clips, time, hidden)

@@ -1,8 +1,8 @@
 """
 Faster inference, on request: `optimize` swaps the classes of a trained model's modules, `restore` swaps them back.
 
-Parameters keep their names and values. What a faster class cannot do (gradients, compiling, recorded outputs) it leaves
-to the plain class; weights that are laid out for oneDNN raise an error that names `restore` instead.
+Parameters keep their names and values. The faster classes run the plain code for gradients, compiling and recorded
+outputs; weights that are laid out for oneDNN raise an error that names `restore` instead.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ _NEIGHBOURS = 32  # per vector, among which an approximate search for duplicates
 
 @dataclass(frozen=True)
 class Match:
-    """A video of the features: its index, the cosine similarity, and per step the time of the best one in seconds."""
+    """The index of a video, its cosine similarity to the query, and for features per step the time of the best step."""
 
     index: int
     score: float
@@ -39,7 +39,7 @@ class Match:
 
 @dataclass(frozen=True)
 class DuplicateGroup:
-    """Near-duplicates: the indices of the videos, and the score of each with the one in the group most like it."""
+    """Near-duplicates: the indices of the videos, and the cosine similarity of each to the one most like it."""
 
     indices: tuple[int, ...]
     scores: tuple[float, ...]
@@ -161,7 +161,7 @@ def find_duplicates(
     features: Features, threshold: float = DUPLICATE_SCORE, graph: NeighbourGraph | None = None
 ) -> list[DuplicateGroup]:
     """
-    Return groups of videos whose similarity, with at least one other of the group, is the threshold or more.
+    Return groups in which every video has a near-duplicate: another video whose similarity is the threshold or more.
 
     Args:
         features: of the videos; of features per step, the mean over the steps counts.
@@ -201,7 +201,7 @@ def _close_pairs(
 
 def neighbour_graph(vectors: np.ndarray, path: str | os.PathLike[str] | None = None) -> NeighbourGraph | None:
     """
-    Return the graph for an approximate search, or None if an exact one is to be preferred.
+    Return the graph for an approximate search; None for so few vectors that all are compared, or without usearch.
 
     Args:
         vectors: float32 (vectors, hidden), of length 1.

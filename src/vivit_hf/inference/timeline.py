@@ -1,4 +1,4 @@
-"""What happens when in a video file or a live source, by a sliding window, in constant memory."""
+"""Timelines of video files and live sources, by a sliding window and in constant memory."""
 
 from collections.abc import Iterator
 from itertools import islice

@@ -14,7 +14,7 @@ from ..data.labels import LabelMap
 from ..initialisation.model_processor import describe_frames
 from ..limits_vivit import check_choice
 from ..video_processing_vivit import ViViTVideoProcessor
-from .clips import BATCH, predict_clips
+from .clips import BATCH, predict_clips, unique_frame_ids
 
 
 AVERAGINGS = ("probabilities", "logits")
@@ -31,11 +31,8 @@ def predict_views(
         max_clips: clips that the model sees at a time.
         frame_ids: int64 (batch, views, frames), see `predict_clips`. Views of the same video share their tubelets.
     """
-    batch, views = pixel_values.shape[:2]
-    if frame_ids is not None:  # make the ids unique across the videos of the batch
-        frame_ids = (frame_ids * batch + np.arange(batch)[:, None, None]).reshape(batch * views, -1)
-    logits = predict_clips(model, pixel_values.flatten(0, 1), frame_ids, max_clips)
-    return logits.unflatten(0, (batch, views))
+    ids = None if frame_ids is None else unique_frame_ids(frame_ids)
+    return predict_clips(model, pixel_values.flatten(0, 1), ids, max_clips).unflatten(0, pixel_values.shape[:2])
 
 
 def average_views(logits: torch.Tensor, label_map: LabelMap, averaging: str = "probabilities") -> torch.Tensor:

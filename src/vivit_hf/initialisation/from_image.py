@@ -11,7 +11,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -115,7 +115,7 @@ class InitialisationReport:
             lines += [f"Deliberately unused: {'; '.join(list_unused(unused, mark='`'))}."]
         for status in sorted(set(self.parameters.values()) - {"copied"}):
             names = [name for name, value in self.parameters.items() if value == status]
-            lines += ["", f"{status.capitalize()}: {', '.join(f'`{name}`' for name in _shorten(names))}."]
+            lines += ["", f"{status.capitalize()}: {', '.join(f'`{name}`' for name in merge_layers(names))}."]
         if self.settings:
             changed = [f"`{name}` {old!r} -> {new!r}" for name, (old, new) in self.settings.items()]
             lines += ["", f"Carried over from the ViT: {', '.join(changed)}."]
@@ -125,9 +125,9 @@ class InitialisationReport:
         return ", ".join(f"{count} {status}" for status, count in sorted(self.counts().items()))
 
 
-def _shorten(names: list[str]) -> list[str]:
-    """Merge `encoder.layer.0.x`, `encoder.layer.1.x`, ... into `encoder.layer.N.x`."""
-    return list(dict.fromkeys(re.sub(r"\.layer\.\d+\.", ".layer.N.", name) for name in names))
+def merge_layers(names: Iterable[str]) -> list[str]:
+    """Merge `encoder.layer.0.x`, `encoder.layer.1.x`, ... into `encoder.layer.N.x`, also with `/` or `_` between."""
+    return list(dict.fromkeys(re.sub(r"(?<=[._/])\d+(?=[./])", "N", name) for name in names))
 
 
 def list_unused(unused: Mapping[str, str], mark: str = "", most: int = 4) -> list[str]:

@@ -57,16 +57,17 @@ def raise_problems(source: Any, problems: list[str]) -> None:
 
 def square_image_size(
     source: Any, num_positions: int, patch: tuple[int, ...], prefixes: tuple[int, ...] = (1,)
-) -> int | list[int]:
-    """Return the image size in pixels for positions of a square grid behind one of these numbers of prefix tokens."""
+) -> tuple[int, ...]:
+    """Return (height, width) in pixels for positions of a square grid behind one of these numbers of prefix tokens."""
     for prefix in prefixes:
         side = round((num_positions - prefix) ** 0.5)
         if side * side == num_positions - prefix:
-            return int_or_pair((side * patch[0], side * patch[1]))
+            return side * patch[0], side * patch[1]
     raise ConversionError(
         f"{source} has {num_positions} position embeddings, which is not a class token and a square grid."
     )
 
 
 def int_or_pair(size: tuple[int, ...]) -> int | list[int]:
+    """Return a size as configurations of transformers store it: a number if all sides are equal, else their list."""
     return size[0] if len(set(size)) == 1 else list(size)

@@ -76,7 +76,7 @@ _UNUSED = {
 @dataclass(frozen=True)
 class ImageStructure:
     """
-    What the weights of an image transformer compute.
+    The settings that decide what the weights of an image transformer compute.
 
     `settings`: fields of `ViViTConfig` by name. `image_size`, `patch_size`: (height, width) in pixels.
     `has_class_token`: whether a class token comes before the patches. `position_mode`: how the model resizes its
@@ -150,7 +150,7 @@ def vision_config(config: Any) -> Any:
 
 
 def refusal(model_type: str, settings: Mapping[str, Any]) -> str | None:
-    """Return what a model is that looks usable by its type and settings, but is not; None for other models."""
+    """Return why a ViViT cannot start from a model, in words that follow "is"; None if it may be usable."""
     if settings.get("use_swiglu_ffn"):
         return f"of type {model_type!r} with SwiGLU layers (use_swiglu_ffn), which a ViViT cannot use"
     return _REFUSED_TYPES.get(model_type)

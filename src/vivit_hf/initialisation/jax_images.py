@@ -93,6 +93,7 @@ def read_jax_vit(path: Path) -> ImageSource:
     if missing:
         raise_problems(path, missing + problems)
     height, width, channels, hidden = arrays[f"{prefix}embedding/kernel"].shape
+    num_positions = state["embeddings.position_embeddings"][1].shape[1]
     config = ViTConfig(
         hidden_size=hidden,
         num_hidden_layers=len({name for name in state if name.endswith("layernorm_before.weight")}),
@@ -100,7 +101,7 @@ def read_jax_vit(path: Path) -> ImageSource:
         intermediate_size=state["layers.0.mlp.fc1.weight"][1].shape[0],
         num_channels=channels,
         patch_size=int_or_pair((height, width)),
-        image_size=square_image_size(path, state["embeddings.position_embeddings"][1].shape[1], (height, width)),
+        image_size=int_or_pair(square_image_size(path, num_positions, (height, width))),
         qkv_bias="layers.0.attention.q_proj.bias" in state,
         **_SETTINGS,
     )

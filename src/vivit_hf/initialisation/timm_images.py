@@ -54,7 +54,7 @@ _REFUSED = {
 }
 _ARCHITECTURES = r"(vit|deit|flexivit)_.*"
 _REFUSED_ARCHITECTURES = {
-    r".*_dinov3.*|eva02_.*|vit_pe_.*": "rotary position embeddings (RoPE)",
+    r".*_dinov3.*|.*_rope_.*|eva02_.*|vit_pe_.*": "rotary position embeddings (RoPE)",
     r"naflexvit_.*": "position embeddings for images of any shape (NaFlex)",
 }
 # Activations by architecture, where it is not the exact GELU, and the names of timm's `act_layer`.
@@ -153,28 +153,26 @@ def _num_layers(tensors: Mapping[str, torch.Tensor]) -> int:
 
 def _positions(
     path: Path, timm_config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
-) -> tuple[int | list[int], torch.Tensor]:
-    """Return the image size in pixels, and the position embeddings with a zero for a class token that has none."""
+) -> tuple[tuple[int, ...], torch.Tensor]:
+    """Return (height, width) in pixels, and the position embeddings with a zero for a class token that has none."""
     positions, patch = tensors["pos_embed"], tuple(tensors["patch_embed.proj.weight"].shape[2:])
     num_positions, has_class_token = positions.shape[1], "cls_token" in tensors
-    _, *input_size = (timm_config.get("pretrained_cfg") or {}).get("input_size") or (3, 0, 0)
-    num_patches = (input_size[0] // patch[0]) * (input_size[1] // patch[1])
+    _, height, width = (timm_config.get("pretrained_cfg") or {}).get("input_size") or (3, 0, 0)
     prefixes = (1, 0) if has_class_token else (0,)
-    if num_patches and num_positions - num_patches in prefixes:
-        image_size = int_or_pair(tuple(input_size))
-    else:
-        image_size = square_image_size(path, num_positions, patch, prefixes)
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if has_class_token and num_positions == (height // patch[0]) * (width // patch[1]):
+    num_patches = (height // patch[0]) * (width // patch[1])
+    if not num_patches or num_positions - num_patches not in prefixes:
+        height, width = square_image_size(path, num_positions, patch, prefixes)
+        num_patches = (height // patch[0]) * (width // patch[1])
+    if has_class_token and num_positions == num_patches:
         positions = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
-    return image_size, positions
+    return (height, width), positions
 
 
 def _model_for(
     path: Path,
     timm_config: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
-    image_size: int | list[int],
+    image_size: tuple[int, ...],
     num_heads: int | None,
 ) -> tuple[Callable[[], PreTrainedModel], list[str]]:
     """Return a maker of the model of transformers that computes what these arrays compute, and notes for the user."""
@@ -194,7 +192,7 @@ def _model_for(
         "intermediate_size": inner,
         "num_channels": channels,
         "patch_size": int_or_pair(tuple(patch)),
-        "image_size": image_size,
+        "image_size": int_or_pair(image_size),
         "hidden_act": activation,
         "layer_norm_eps": 1e-5 if has_pre_norm else 1e-6,
     }
@@ -210,7 +208,7 @@ def _model_for(
     if has_class_token and not has_pre_norm:
         config["qkv_bias"] = "blocks.0.attn.qkv.bias" in tensors
         return lambda: ViTModel(ViTConfig(**config), add_pooling_layer=False), notes
-    if not isinstance(image_size, int) or not isinstance(config["patch_size"], int):
+    if isinstance(config["image_size"], list) or isinstance(config["patch_size"], list):
         raise ConversionError(f"{path}: expected square images and patches in a CLIP or SigLIP, got {image_size}.")
     if has_class_token:
         return lambda: CLIPVisionModel(CLIPVisionConfig(**config)), notes
