@@ -42,15 +42,15 @@ class Relevance:
 
 def attention_rollout(model: Any, pixel_values: torch.Tensor) -> Relevance:
     """
-    Attention rollout: which tokens the pooled output attends to, regardless of the class.
+    Compute attention rollout: how much the pooled output attends to each token, whatever the class.
 
     Each sub-layer with attention A, averaged over its heads, counts as 0.5 I + 0.5 A, because of its residual
     connection. The map is the class token's row of their product or, if tokens are pooled without one, the mean row.
 
     - Model 1: the joint attention.
     - Model 2: rollout in the temporal encoder gives the share of each time step (without that encoder, the pooling over
-      time alone does: equal shares, or those of `temporal_pooling="attention"`);
-      rollout in the spatial encoder spreads it over the positions of the step.
+      time alone does: equal shares, or those of `temporal_pooling="attention"`); rollout in the spatial encoder spreads
+      it over the positions of the step.
     - Model 3: attention over space and over time are separate sub-layers, in the configured order.
     - Model 4: half of the heads attend over time and half over space, so A is the mean of both.
 
@@ -89,7 +89,7 @@ def gradient_relevance(
     model: Any, pixel_values: torch.Tensor, class_index: int | Sequence[int] | torch.Tensor | None = None
 ) -> Relevance:
     """
-    Attention weighted by gradients: which tokens support one class.
+    Compute attention weighted by gradients: how much each token supports one class.
 
     A sub-layer with attention A counts as I + mean over heads of max(0, A * gradient of the class's logit for A). As in
     `attention_rollout`, the map is the class token's row of their product or the mean row, without the share that
@@ -223,7 +223,7 @@ def _keep_gradient(recorded: Recorded, module: nn.Module, weights: torch.Tensor)
 
 
 def _sublayers(encoder: Any) -> list[Sublayer]:
-    """The attention sub-layers of an encoder in the order of computation."""
+    """Return the attention sub-layers of an encoder in the order of computation."""
     sublayers: list[Sublayer] = []
     for layer in encoder.layer:
         if hasattr(layer, "attention_space"):  # Model 3
@@ -290,7 +290,7 @@ def _start(backbone: Any, recorded: Recorded, kept: float, passed: float) -> tor
 
 
 def _rollout(backbone: Any, recorded: Recorded) -> torch.Tensor:
-    """(time, height, width), not yet shares."""
+    """Return relevance (time, height, width) that does not sum to 1 yet."""
     start = _start(backbone, recorded, 0.5, 0.5)
     grid = backbone.config.grid_size
     relevance = _pass_back(backbone.encoder, recorded, start, 0.5, 0.5)[0]
@@ -303,7 +303,7 @@ def _rollout(backbone: Any, recorded: Recorded) -> torch.Tensor:
 
 
 def _gradient_rule(backbone: Any, recorded: Recorded) -> torch.Tensor:
-    """(time, height, width), not yet shares."""
+    """Return relevance (time, height, width) that does not sum to 1 yet."""
     grid = backbone.config.grid_size
     attended = _pass_back(backbone.encoder, recorded, _start(backbone, recorded, 1, 1), 1, 1)[1]
     if backbone.config.attention_type == "spatio_temporal":

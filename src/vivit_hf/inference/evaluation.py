@@ -26,7 +26,7 @@ class Evaluation:
     `targets`: the labels of the videos, encoded by `LabelMap.encode`.
     `predictions`: one per video, in their order.
     `protocol`: see `describe_views`.
-    `num_processes`: that shared the videos.
+    `num_processes`: the number of processes that shared the videos.
 
     Raises ValueError if none of the videos could be read.
     """
@@ -72,7 +72,7 @@ def read_split(path: str, split: str | None = None, **settings: Any) -> Sequence
     Args:
         path: a folder of class folders, or a CSV or JSON file, see `read_videos`.
         split: "train", "validation" or "test", for a file with a column of splits. None if it has only one split.
-        settings: for `read_videos`.
+        settings: other arguments of `read_videos`.
 
     Raises:
         AnnotationError: with file and line, if the videos cannot be read, or the split does not exist or is ambiguous.

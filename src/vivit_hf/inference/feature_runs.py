@@ -131,7 +131,7 @@ def feature_settings(
     Return the settings that features depend on, for `Features.settings`.
 
     Args:
-        name: of the model.
+        name: the folder or Hub id of the model.
         fingerprint: see `model_fingerprint`.
     """
     config = model.config

@@ -23,7 +23,7 @@ class VideoEmbedding:
     """
     The features of one video, or the reason why it has none.
 
-    `index`: of the video in the input.
+    `index`: the place of the video in the input.
     `vectors`: float32 (hidden,), or per step (steps, hidden); None after an error.
     `times`: per step float64 (steps,), in order: seconds from the first frame of the file to the middle frame of the
         step. NaN for frames in memory.

@@ -10,18 +10,13 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+import av
 import numpy as np
 
 from ..frame_conversion import FrameConverter, FrameShape, FrameSize
 from ..limits_vivit import check_choice, check_positive_integer
 from ..video_container import decoder_max_pixels, demuxed, open_container
 from ..video_sources import VideoDecodingError, VideoLimits, is_pipe, open_pipe, source_name
-
-
-try:
-    import av
-except ImportError:
-    av = None  # type: ignore[assignment]
 
 
 POLICIES = ("drop_oldest", "wait")
@@ -71,8 +66,6 @@ class LiveVideo:
         timeout: float = 30.0,
         limits: VideoLimits | None = None,
     ):
-        if av is None:
-            raise ImportError("Reading video needs PyAV: pip install av.")
         self.policy = check_choice("policy", policy, POLICIES)
         self.queue_size = check_positive_integer("queue_size", queue_size)
         self.name = source_name(source)

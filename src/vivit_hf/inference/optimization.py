@@ -239,7 +239,7 @@ class PackedLinear(nn.Linear):
     @torch.inference_mode(False)
     @torch.no_grad()
     def to_dense(self) -> torch.Tensor:
-        """The plain weight (out_features, in_features), equal bit for bit to the one that was packed."""
+        """Return the plain weight (out_features, in_features), equal bit for bit to the one that was packed."""
         return self._packed.to_dense()
 
     def unpack(self) -> None:
@@ -335,7 +335,7 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def _class_token_layers(backbone: Any) -> list[tuple[nn.Module, type[ClassTokenLayer]]]:
-    """The last layers whose other tokens are not pooled, with the class for each."""
+    """Return the last layers whose other tokens are not pooled, with the faster class for each."""
     config, found = backbone.config, []
     if config.pooling == "cls":
         is_encoder = config.attention_type == "factorised_encoder"

@@ -19,7 +19,7 @@ class VideoPrediction:
     """
     The scores of one video, or the reason why it has none.
 
-    `index`: of the video in the input.
+    `index`: the place of the video in the input.
     `logits`, `probabilities`: float32 (num_labels,), None after an error. In a regression both hold its values.
     `error`: None if the video was read.
     """

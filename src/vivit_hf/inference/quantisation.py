@@ -29,7 +29,7 @@ _ROWS = 256  # tokens that are quantised at a time, so that they stay in a core'
 
 @dataclass(frozen=True)
 class ActivationScale:
-    """Activations are `scale * (uint8 - zero_point)`."""
+    """The scale and zero point of quantised activations, which are `scale * (uint8 - zero_point)`."""
 
     scale: float
     zero_point: int
@@ -104,8 +104,8 @@ class QuantisedLinear(nn.Linear):
         """
         Multiply tokens (batch, ..., in_features), floats or uint8 of `input_scale`.
 
-        `gelu`: PyTorch's name for the variant to apply. `output_scale`: of a uint8 result; without it, the result has
-        the dtype of the plain weight.
+        `gelu`: PyTorch's name for the variant to apply. `output_scale`: the scale of a uint8 result; without it, the
+        result has the dtype of the plain weight.
         """
         scale = self.input_scale
         assert scale is not None
@@ -197,7 +197,7 @@ PLAIN_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
 @dataclass(frozen=True)
 class QuantisationReport:
     """
-    What became of the linear layers, by name.
+    The layers that `quantise_layers` quantised or kept, by name.
 
     `errors` has the relative error of the output on the calibration clips for each layer that was quantised;
     `per_token` and `kept` name those with scales per token, and those that stay as they are.

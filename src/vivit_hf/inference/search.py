@@ -130,7 +130,7 @@ def search_features(
     Return the videos most like a query, the best first; of features per step, each with its best moment.
 
     Args:
-        features: of the videos.
+        features: the features of the videos.
         query: float (hidden,), or (steps, hidden), whose mean is searched for.
         top_k: videos to return.
         graph: for an approximate search, see `neighbour_graph`; None compares all vectors.
@@ -164,7 +164,7 @@ def find_duplicates(
     Return groups in which every video has a near-duplicate: another video whose similarity is the threshold or more.
 
     Args:
-        features: of the videos; of features per step, the mean over the steps counts.
+        features: the features of the videos; those per step are averaged over the steps.
         threshold: cosine similarity, up to 1.
         graph: of the videos, for an approximate search, see `neighbour_graph`; None compares all pairs.
     """

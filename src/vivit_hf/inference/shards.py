@@ -81,7 +81,7 @@ def write_shard(
     Write the predictions of a shard, with the columns index, video, labels and scores (best first) and error.
 
     Args:
-        names: of all videos of the run. Addresses are written without secrets.
+        names: the paths or addresses of all videos of the run. Addresses are written without secrets.
         start: the index of the first video of the shard.
         top_k: labels per video, and per group of labels.
 

@@ -24,7 +24,7 @@ class Views:
     """
     The views of one video, or the reason why it has none.
 
-    `index`: of the video in the input.
+    `index`: the place of the video in the input.
     `pixel_values`: float32 (views, frames, channels, height, width), None after an error.
     `frame_ids`, `frame_times`: (views, frames), see `VideoFeatures`.
     """

@@ -211,10 +211,10 @@ def fill_model(
     Return a model with these tensors, and the origins of its weights.
 
     Args:
-        source: of the tensors, for error messages.
+        source: the name of the file, for error messages.
         build: makes the model.
         state: names in any of the image models, each with the name in the source ("" for a constant) and the tensor.
-        problems: that were found so far.
+        problems: the problems that were found so far.
 
     Raises:
         ConversionError: if there are problems, a parameter has no tensor, or a tensor has no place or another shape.

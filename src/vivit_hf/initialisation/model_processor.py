@@ -38,7 +38,7 @@ def processor_for(
     Return a processor that turns videos of any shape into clips of the model's size.
 
     Args:
-        config: of the video model; sets the number of frames and the size of the crop.
+        config: the configuration of the video model, which sets the number of frames and the size of the crop.
         source: other settings, from a `ViViTVideoProcessor`, or from the `preprocessor_config.json` of an image model,
             which gives mean, standard deviation, rescaling and resampling. None is the official recipe: every second
             frame, values in [-1, 1].
