@@ -11,7 +11,9 @@ from transformers.activations import ACT2FN
 
 from .frame_sampling import sample_frames_uniformly
 from .limits_vivit import (
+    ALIASES,
     MOST_PARAMETERS,
+    TRANSFORMERS_VIVIT_FIELDS,
     check_choice,
     check_clip,
     check_count,
@@ -19,6 +21,7 @@ from .limits_vivit import (
     check_label_groups,
     check_labels,
     check_limit,
+    check_merge_tokens,
     check_positive_number,
     check_probability,
     check_scale,
@@ -43,31 +46,6 @@ POOLINGS = ("cls", "mean", "max", "sum")
 TEMPORAL_POOLINGS = (*POOLINGS, "concatenate", "attention")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
-
-_POOLING_ALIASES = {"token": "cls", "gap": "mean", "gmp": "max", "gsp": "sum"}
-# US spellings and the names of google-research/scenic projects/vivit are accepted, and stored in the paper's form.
-_ALIASES = {
-    "attention_type": {
-        "spacetime": "spatio_temporal",
-        "spatiotemporal": "spatio_temporal",
-        "factorized_encoder": "factorised_encoder",
-        "factorized_self_attention": "factorised_self_attention",
-        "factorized_self_attention_block": "factorised_self_attention",
-        "factorized_dot_product_attention": "factorised_dot_product_attention",
-    },
-    "embedding_type": {"3d_conv": "tubelet", "temporal_sampling": "uniform_frame_sampling"},
-    "pooling": _POOLING_ALIASES,
-    "temporal_pooling": _POOLING_ALIASES,
-    # Both compute the tanh approximation in separate operations; the fused one is the same function.
-    "hidden_act": {"gelu_fast": "gelu_pytorch_tanh", "gelu_new": "gelu_pytorch_tanh"},
-}
-
-# Fields with the same name and meaning in transformers' own `VivitConfig`.
-_TRANSFORMERS_VIVIT_FIELDS = (
-    "image_size num_frames tubelet_size num_channels hidden_size num_hidden_layers num_attention_heads "
-    "intermediate_size hidden_act hidden_dropout_prob attention_probs_dropout_prob initializer_range layer_norm_eps "
-    "qkv_bias id2label label2id problem_type dtype torch_dtype output_hidden_states output_attentions return_dict"
-).split()
 
 
 @with_value_errors
@@ -124,6 +102,11 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
             pooled, as in DINOv2 with registers (Darcet et al., "Vision Transformers Need Registers", ICLR 2024).
         pre_layernorm (`bool`, defaults to `False`): A LayerNorm in front of the first layer, as in CLIP.
         patch_bias (`bool`, defaults to `True`): Whether the embedding of patches has a bias; CLIP's has none.
+        merge_tokens (`int` or `list[int]`, *optional*):
+            Models 1 and 2: tokens that each layer of the (spatial) encoder merges into similar ones, in training as
+            well: one number, or one per layer (Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023). At most
+            half of a layer's tokens are merged. `vivit_hf.inference.optimize` merges the tokens of a model that was
+            trained without.
         label_groups (`dict`, *optional*):
             Names and sizes of several classifications that share one output, in the order of the output, such as
             `{"noun": 300, "verb": 97}` for EPIC-Kitchens. `num_labels` is their sum; the loss is their mean.
@@ -153,10 +136,10 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
     num_frames: int = setting(32, check_count)
     num_channels: int = setting(3, check_count)
     attention_type: str = setting(
-        "spatio_temporal", check_choice, choices=ATTENTION_TYPES, aliases=_ALIASES["attention_type"]
+        "spatio_temporal", check_choice, choices=ATTENTION_TYPES, aliases=ALIASES["attention_type"]
     )
     attention_order: str = setting("space_time", check_choice, choices=ATTENTION_ORDERS)
-    embedding_type: str = setting("tubelet", check_choice, choices=EMBEDDING_TYPES, aliases=_ALIASES["embedding_type"])
+    embedding_type: str = setting("tubelet", check_choice, choices=EMBEDDING_TYPES, aliases=ALIASES["embedding_type"])
     tubelet_size: list[int] | tuple[int, ...] | None = setting(None, check_tubelet_size)  # type: ignore[no-redef]
     num_sampled_frames: int | None = setting(None, check_count)  # type: ignore[no-redef]
     hidden_size: int = setting(768, check_count)
@@ -166,12 +149,12 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
     num_temporal_layers: int = setting(4, check_count, least=0)
     temporal_num_attention_heads: int | None = setting(None, check_count)
     temporal_intermediate_size: int | None = setting(None, check_count)
-    pooling: str | None = setting(None, check_choice, choices=POOLINGS, aliases=_ALIASES["pooling"])  # type: ignore[no-redef]
+    pooling: str | None = setting(None, check_choice, choices=POOLINGS, aliases=ALIASES["pooling"])  # type: ignore[no-redef]
     temporal_pooling: str | None = setting(
-        None, check_choice, choices=TEMPORAL_POOLINGS, aliases=_ALIASES["temporal_pooling"]
+        None, check_choice, choices=TEMPORAL_POOLINGS, aliases=ALIASES["temporal_pooling"]
     )
     representation_size: int | None = setting(None, check_count)
-    hidden_act: str = setting("gelu_pytorch_tanh", check_choice, choices=ACT2FN, aliases=_ALIASES["hidden_act"])
+    hidden_act: str = setting("gelu_pytorch_tanh", check_choice, choices=ACT2FN, aliases=ALIASES["hidden_act"])
     hidden_dropout_prob: float | int = setting(0.0, check_probability)
     attention_probs_dropout_prob: float | int = setting(0.0, check_probability)
     drop_path_rate: float | int = setting(0.0, check_probability)
@@ -181,6 +164,7 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
     num_register_tokens: int = setting(0, check_count, least=0)
     pre_layernorm: bool = False
     patch_bias: bool = True
+    merge_tokens: int | list[int] | tuple[int, ...] | None = setting(None, check_merge_tokens)
     label_groups: dict[str, int] | None = setting(None, check_label_groups)
     problem_type: str | None = setting(None, check_choice, choices=PROBLEM_TYPES)
     mask_ratio: float | int = setting(0.9, check_positive_number, most=0.999)
@@ -254,6 +238,18 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
         return time, height // patch_height, width // patch_width
 
     @property
+    def num_prefix_tokens(self) -> int:
+        """The number of tokens in front of those of the grid: class token and registers."""
+        return int(self.pooling == "cls") + self.num_register_tokens
+
+    @property
+    def merging_schedule(self) -> list[int]:
+        """The tokens to merge in each layer of the (spatial) encoder."""
+        if isinstance(self.merge_tokens, (list, tuple)):
+            return [*self.merge_tokens]
+        return [self.merge_tokens or 0] * self.num_hidden_layers
+
+    @property
     def decoder_sizes(self) -> tuple[int, int, int]:
         """(width, layers, heads) of the decoder of `ViViTForPreTraining`."""
         half = (self.num_attention_heads + 1) // 2
@@ -294,10 +290,16 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
                 "use `pooling='mean'` (the official one), 'max' or 'sum'."
             )
         self._check_temporal_pooling()
-        if self.is_token_grid and self.num_register_tokens:
+        for name, unset in (("num_register_tokens", 0), ("merge_tokens", None)):
+            if self.is_token_grid and getattr(self, name) != unset:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)}` does not go with `attention_type={self.attention_type!r}`, whose "
+                    f"layers take the whole grid of tokens and no others; use {unset}, or Model 1 or 2."
+                )
+        if len(self.merging_schedule) != self.num_hidden_layers:
             raise ValueError(
-                f"`num_register_tokens={self.num_register_tokens}` does not go with `attention_type="
-                f"'{self.attention_type}'`, whose layers take the grid of tokens alone; use 0, or Model 1 or 2."
+                f"`merge_tokens={self.merge_tokens}` has {len(self.merging_schedule)} numbers, but there are "
+                f"`num_hidden_layers={self.num_hidden_layers}`; give one number per layer, or one for all."
             )
 
     def validate_output_attentions(self) -> None:
@@ -455,7 +457,7 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
             check_value(name, config_dict.get(name), not isinstance(config_dict.get(name), kinds), expected)
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type == "vivit":
-            known = {name: config_dict[name] for name in _TRANSFORMERS_VIVIT_FIELDS if name in config_dict}
+            known = {name: config_dict[name] for name in TRANSFORMERS_VIVIT_FIELDS if name in config_dict}
             known.setdefault("hidden_act", "gelu_fast")
             return {**known, "attention_type": "spatio_temporal", "pooling": "cls"}
         if model_type != cls.model_type:

@@ -1,5 +1,5 @@
 """
-The values that the configuration and the processor accept, and the largest sizes.
+The values that the configuration and the processor accept, their aliases, and the largest sizes.
 
 A `config.json` or `preprocessor_config.json` may come from a stranger, so sizes are compared with these limits before
 memory or time is spent on them. They are far above those of any model in the literature.
@@ -56,6 +56,31 @@ RATES = (1e-6, 1_000.0)
 # Scales, such as `initializer_range`, `layer_norm_eps` and `rescale_factor`.
 LARGEST_SCALE = 1e6
 LARGEST_FLOAT = sys.float_info.max
+
+
+_POOLING_ALIASES = {"token": "cls", "gap": "mean", "gmp": "max", "gsp": "sum"}
+# US spellings and the names of google-research/scenic projects/vivit are accepted, and stored in the paper's form.
+ALIASES = {
+    "attention_type": {
+        "spacetime": "spatio_temporal",
+        "spatiotemporal": "spatio_temporal",
+        "factorized_encoder": "factorised_encoder",
+        "factorized_self_attention": "factorised_self_attention",
+        "factorized_self_attention_block": "factorised_self_attention",
+        "factorized_dot_product_attention": "factorised_dot_product_attention",
+    },
+    "embedding_type": {"3d_conv": "tubelet", "temporal_sampling": "uniform_frame_sampling"},
+    "pooling": _POOLING_ALIASES,
+    "temporal_pooling": _POOLING_ALIASES,
+    # Both compute the tanh approximation in separate operations; the fused one is the same function.
+    "hidden_act": {"gelu_fast": "gelu_pytorch_tanh", "gelu_new": "gelu_pytorch_tanh"},
+}
+# Fields with the same name and meaning in transformers' own `VivitConfig`.
+TRANSFORMERS_VIVIT_FIELDS = (
+    "image_size num_frames tubelet_size num_channels hidden_size num_hidden_layers num_attention_heads "
+    "intermediate_size hidden_act hidden_dropout_prob attention_probs_dropout_prob initializer_range layer_norm_eps "
+    "qkv_bias id2label label2id problem_type dtype torch_dtype output_hidden_states output_attentions return_dict"
+).split()
 
 
 def check_value(name: str, value: Any, is_good: bool, expected: str) -> None:
@@ -173,6 +198,13 @@ def check_tubelet_size(name: str, value: Any) -> list[int]:
     is_good = len(value) == 3 and min(value) >= 1
     check_value(name, value, is_good, "three numbers of at least 1: (time, height, width)")
     return [*value]
+
+
+def check_merge_tokens(name: str, value: Any) -> int | list[int]:
+    """Return `value`; raise ValueError unless it is a whole number of at least 0, or a list of these."""
+    if isinstance(value, (list, tuple)):
+        return [check_positive_integer(name, one, least=0) for one in value]
+    return check_positive_integer(name, value, least=0)
 
 
 def check_label_groups(name: str, value: Any) -> dict[str, int]:

@@ -409,10 +409,12 @@ def eager_attention_forward(
     **kwargs: object,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Softmax attention, written out. Query, key, value (batch, heads, tokens, head_dim) ->
-    context (batch, tokens, heads, head_dim), weights (batch, heads, tokens, tokens).
+    Softmax attention, written out. Query, key, value (batch, heads, tokens, head_dim), `attention_mask` added to the
+    scores -> context (batch, tokens, heads, head_dim), weights (batch, heads, tokens, tokens).
     """
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
     weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
@@ -434,19 +436,27 @@ class ViViTDotProductAttention(nn.Module):
         self.scaling = head_dim**-0.5
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Unpack[ViViTKwargs]
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sizes: torch.Tensor | None = None,
+        **kwargs: Unpack[ViViTKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Query, key, value and context (batch, tokens, heads, head_dim), weights (batch, heads, tokens, tokens).
+
+        With `sizes` (batch, tokens), a key counts as many times as the patches that its token stands for.
         """
         implementation = "eager" if kwargs.get("output_attentions") else self.config._attn_implementation
+        bias = None if sizes is None else proportional_attention_bias(sizes, query.dtype, implementation)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         return attention(
             self,
             query.transpose(1, 2),  # (batch, heads, tokens, head_dim)
             key.transpose(1, 2),
             value.transpose(1, 2),
-            None,
+            bias,
             scaling=self.scaling,
             dropout=self.config.attention_probs_dropout_prob if self.training else 0.0,
         )
@@ -455,7 +465,7 @@ class ViViTDotProductAttention(nn.Module):
 class ViViTSpatialDotProductAttention(ViViTDotProductAttention):
     """Attention over space within each time step; weights (batch * time, heads, space, space)."""
 
-    def forward(
+    def forward(  # type: ignore[override]  # tokens of a grid all have the same size
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Unpack[ViViTKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Query, key, value and context (batch, time, space, heads, head_dim)."""
@@ -469,7 +479,7 @@ class ViViTSpatialDotProductAttention(ViViTDotProductAttention):
 class ViViTTemporalDotProductAttention(ViViTDotProductAttention):
     """Attention over time at each place of the space; weights (batch * space, heads, time, time)."""
 
-    def forward(
+    def forward(  # type: ignore[override]  # as above
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Unpack[ViViTKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Query, key, value and context (batch, time, space, heads, head_dim)."""
@@ -502,12 +512,16 @@ class ViViTAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[ViViTKwargs]) -> torch.Tensor:
         """(batch, ..., hidden) -> (batch, ..., hidden); `dot_product` determines the axes in between."""
+        context = self.attend(*self.project(hidden_states), **kwargs)
+        return self.o_proj(context.flatten(-2))  # (batch, ..., hidden)
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(batch, ..., hidden) -> query, key and value, (batch, ..., heads, head_dim)."""
         heads = (self.num_heads, self.head_dim)
         query = self.q_proj(hidden_states).unflatten(-1, heads)  # (batch, ..., heads, head_dim)
         key = self.k_proj(hidden_states).unflatten(-1, heads)
         value = self.v_proj(hidden_states).unflatten(-1, heads)
-        context = self.attend(query, key, value, **kwargs)
-        return self.o_proj(context.flatten(-2))  # (batch, ..., hidden)
+        return query, key, value
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Unpack[ViViTKwargs]
@@ -532,6 +546,126 @@ class ViViTFactorisedDotProductAttention(ViViTAttention):
         temporal, _ = self.dot_product(*over_time, **kwargs)
         spatial, _ = self.spatial_dot_product(*over_space, **kwargs)
         return torch.cat([temporal, spatial], dim=-2)  # (batch, time, space, heads, head_dim)
+
+
+# Token merging (Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023)
+
+# The implementations of attention that add a bias to the scores; "blockwise" is that of `vivit_hf.inference.optimize`.
+BIASED_ATTENTION = ("eager", "sdpa", "blockwise")
+
+
+def proportional_attention_bias(sizes: torch.Tensor, dtype: torch.dtype, implementation: str) -> torch.Tensor:
+    """
+    Return the bias of proportional attention (section 3): the logarithm of each token's number of patches.
+
+    sizes (batch, tokens) -> (batch, 1, 1, tokens) in `dtype`.
+
+    Raises:
+        ValueError: for an implementation of attention that takes no bias.
+    """
+    if implementation not in BIASED_ATTENTION:
+        raise ValueError(
+            f"`attn_implementation={implementation!r}` takes no bias of the scores, which merged tokens need. Call "
+            "`model.set_attn_implementation('sdpa')`, or use the model without `merge_tokens`."
+        )
+    return sizes.to(torch.promote_types(dtype, torch.float32)).log().to(dtype)[:, None, None]
+
+
+def take_tokens(tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """(batch, tokens, hidden), places (batch, n) -> (batch, n, hidden)."""
+    return tokens.gather(1, places.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def match_tokens(key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Bipartite soft matching (section 3): the first, third, ... token belong to set A, the others to set B, and each
+    token of A is matched with the token of B whose key is most similar.
+
+    Args:
+        key: (batch, tokens, heads, head_dim). Similar is the cosine of the keys, averaged over the heads.
+
+    Returns:
+        The places in A by descending similarity to their match, and the place in B of each token's match, both int64
+        (batch, tokens in A).
+    """
+    key = key.detach().to(torch.promote_types(key.dtype, torch.float32)).mean(dim=2)  # (batch, tokens, head_dim)
+    key = nn.functional.normalize(key, dim=-1)
+    similarity = key[:, ::2] @ key[:, 1::2].transpose(1, 2)  # (batch, tokens in A, tokens in B)
+    best, matches = similarity.max(dim=-1)
+    return best.argsort(dim=1, descending=True), matches
+
+
+class ViViTTokenMerging(nn.Module):
+    """
+    Merge the tokens of each sequence that are most similar to another one into that one (section 3).
+
+    A merged token is the mean of its tokens, weighted by the patches that they stand for. Prefix tokens, which are the
+    class token and the registers, are never merged.
+
+    num_merged: tokens that disappear; at most half of those behind the prefix do.
+    """
+
+    def __init__(self, num_prefix_tokens: int, num_merged: int):
+        super().__init__()
+        self.num_prefix_tokens, self.num_merged = num_prefix_tokens, num_merged
+
+    def forward(
+        self, hidden_states: torch.Tensor, key: torch.Tensor, sizes: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states: (batch, tokens, hidden).
+            key: the keys of these tokens in the attention before, (batch, tokens, heads, head_dim).
+            sizes: the number of patches that each token stands for, int64 (batch, tokens); None if all are 1.
+
+        Returns:
+            The tokens that remain, (batch, remaining, hidden): the prefix, what is left of set A, and set B. Their
+            sizes, int64 (batch, remaining). The place of every token's successor among them, int64 (batch, tokens);
+            None if nothing was merged.
+        """
+        prefix = self.num_prefix_tokens
+        num_merged = min(self.num_merged, (hidden_states.shape[1] - prefix) // 2)
+        if num_merged == 0:
+            return hidden_states, sizes, None
+        if sizes is None:
+            sizes = torch.ones(hidden_states.shape[:2], dtype=torch.int64, device=hidden_states.device)
+        order, matches = match_tokens(key[:, prefix:])
+        merged, kept = order[:, :num_merged], order[:, num_merged:].sort(dim=1).values
+        targets = matches.gather(1, merged)  # (batch, merged), places in B
+
+        head, a, b = (hidden_states[:, part] for part in self._parts())
+        head_sizes, a_sizes, b_sizes = (sizes[:, part] for part in self._parts())
+        merged_sizes = a_sizes.gather(1, merged)
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        total = (b.to(dtype) * b_sizes.unsqueeze(-1)).scatter_add(
+            1,
+            targets.unsqueeze(-1).expand(-1, -1, b.shape[-1]),
+            take_tokens(a, merged).to(dtype) * merged_sizes.unsqueeze(-1),
+        )
+        b_sizes = b_sizes.scatter_add(1, targets, merged_sizes)
+        b = (total / b_sizes.unsqueeze(-1)).to(hidden_states.dtype)
+        hidden_states = torch.cat([head, take_tokens(a, kept), b], dim=1)  # (batch, remaining, hidden)
+        sizes = torch.cat([head_sizes, a_sizes.gather(1, kept), b_sizes], dim=1)  # (batch, remaining)
+        return hidden_states, sizes, self._successors(kept, merged, targets, b.shape[1])
+
+    def _parts(self) -> tuple[slice, slice, slice]:
+        """The places of the prefix, of set A and of set B."""
+        prefix = self.num_prefix_tokens
+        return slice(prefix), slice(prefix, None, 2), slice(prefix + 1, None, 2)
+
+    def _successors(self, kept: torch.Tensor, merged: torch.Tensor, targets: torch.Tensor, num_b: int) -> torch.Tensor:
+        """The place of every token's successor: int64 (batch, tokens)."""
+        num_kept, num_a = kept.shape[1], kept.shape[1] + merged.shape[1]
+        numbers = torch.arange(self.num_prefix_tokens + num_a + num_b, device=kept.device)
+        places = torch.cat([numbers[:num_kept].expand_as(kept), num_kept + targets], dim=1)  # of A, as in the next line
+        places = torch.zeros_like(places).scatter(1, torch.cat([kept, merged], dim=1), places)
+        places = torch.cat([places, (num_kept + numbers[:num_b]).expand(len(kept), -1)], dim=1)  # of A, then of B
+        alternating = numbers[: num_a + num_b] // 2 + numbers[: num_a + num_b] % 2 * num_a
+        prefix = numbers[: self.num_prefix_tokens].expand(len(kept), -1)
+        return torch.cat([prefix, self.num_prefix_tokens + places[:, alternating]], dim=1)
+
+    def extra_repr(self) -> str:
+        return f"num_prefix_tokens={self.num_prefix_tokens}, num_merged={self.num_merged}"
 
 
 # Layers
@@ -601,6 +735,25 @@ class ViViTLayer(GradientCheckpointingLayer):
         return hidden_states + self.drop_path(self.mlp(self.layernorm_after(hidden_states)))
 
 
+class ViViTMergingLayer(ViViTLayer):
+    """A `ViViTLayer` that merges tokens between its attention and its MLP."""
+
+    def __init__(self, config: ViViTConfig, drop_path_rate: float = 0.0, num_merged: int = 0):
+        super().__init__(config, drop_path_rate)
+        self.merging = ViViTTokenMerging(config.num_prefix_tokens, num_merged)
+
+    def forward(  # type: ignore[override]  # a `ViViTMergingEncoder` calls it
+        self, hidden_states: torch.Tensor, sizes: torch.Tensor | None = None, **kwargs: Unpack[ViViTKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """(batch, tokens, hidden), sizes (batch, tokens) -> what `ViViTTokenMerging` returns."""
+        query, key, value = self.attention.project(self.layernorm_before(hidden_states))
+        context = self.attention.attend(query, key, value, sizes=sizes, **kwargs)  # (batch, tokens, heads, head_dim)
+        attended = self.attention.o_proj(context.flatten(-2))  # (batch, tokens, hidden)
+        hidden_states = hidden_states + self.drop_path(self.dropout(attended))
+        hidden_states, sizes, successors = self.merging(hidden_states, key, sizes)
+        return hidden_states + self.drop_path(self.mlp(self.layernorm_after(hidden_states))), sizes, successors
+
+
 class ViViTFactorisedSelfAttentionLayer(GradientCheckpointingLayer):
     """Model 3: attention over space, attention over time, MLP, each with its residual (section 3.3.3, equation 7)."""
 
@@ -657,6 +810,39 @@ class ViViTEncoder(nn.Module):
         return hidden_states
 
 
+class ViViTMergingEncoder(ViViTEncoder):
+    """
+    A stack of layers that merge tokens: Model 1, and the spatial encoder of Model 2.
+
+    The output has every token again, merged ones as copies of their mean, so that pooling weighs them by their size.
+    """
+
+    def __init__(self, config: ViViTConfig):
+        super().__init__(config, ViViTMergingLayer, config.num_hidden_layers)
+        self.set_schedule(config.num_prefix_tokens, config.merging_schedule)
+
+    @property
+    def schedule(self) -> list[int]:
+        """The tokens to merge in each layer."""
+        return [layer.merging.num_merged for layer in self.layer]  # type: ignore[misc, union-attr]
+
+    def set_schedule(self, num_prefix_tokens: int, schedule: Sequence[int]) -> None:
+        """Set the tokens to merge in each layer."""
+        for layer, num_merged in zip(self.layer, schedule, strict=True):
+            layer.merging = ViViTTokenMerging(num_prefix_tokens, num_merged)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[ViViTKwargs]) -> torch.Tensor:
+        """(batch, tokens, hidden) -> (batch, tokens, hidden)."""
+        hidden_states = self.dropout(hidden_states)
+        sizes = places = None
+        for layer in self.layer:
+            hidden_states, sizes, successors = layer(hidden_states, sizes, **kwargs)
+            if successors is not None:
+                places = successors if places is None else successors.gather(1, places)
+        # Without sizes nothing was merged, or the last layer computed the class token alone.
+        return hidden_states if sizes is None or places is None else take_tokens(hidden_states, places)
+
+
 class ViViTAttentionPooling(nn.Module):
     """
     A mean of tokens, weighted by the softmax of their scaled dot products with a learned query.
@@ -694,6 +880,7 @@ class ViViTPreTrainedModel(AutoClassMixin, CheckpointMixin, PreTrainedModel):
         "ViViTEmbeddings",
         "ViViTTemporalEmbeddings",
         "ViViTLayer",
+        "ViViTMergingLayer",
         "ViViTFactorisedSelfAttentionLayer",
         "ViViTFactorisedDotProductAttentionLayer",
     ]
@@ -782,7 +969,8 @@ class ViViTModel(ViViTPreTrainedModel):
     `hidden_states` are the input of the first layer and the output of every layer, before the final LayerNorm: in
     Model 2 those of the spatial encoder, (batch * time, 1 + space, hidden), then those of the temporal one,
     (batch, 1 + time, hidden); in Models 3 and 4 (batch, time, space, hidden). Where `output_hidden_states` is an index,
-    count from the front: transformers resolves negative indices without Model 2's second encoder.
+    count from the front: transformers resolves negative indices without Model 2's second encoder. Where tokens merge
+    (`merge_tokens`), hidden states and attentions are those of the tokens that each layer computes.
 
     `attentions` are in the order of computation. Model 1: (batch, heads, tokens, tokens) per layer. Model 2: the same
     with batch * time, then the temporal encoder's. Model 3: per layer (batch * space, heads, time, time) and
@@ -799,7 +987,10 @@ class ViViTModel(ViViTPreTrainedModel):
         self.pre_layernorm = None
         if config.pre_layernorm:
             self.pre_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.encoder = ViViTEncoder(config, LAYERS[config.attention_type], config.num_hidden_layers)
+        if config.merge_tokens is None:
+            self.encoder = ViViTEncoder(config, LAYERS[config.attention_type], config.num_hidden_layers)
+        else:
+            self.encoder = ViViTMergingEncoder(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.temporal_embeddings: Any = None
         self.temporal_encoder: Any = None

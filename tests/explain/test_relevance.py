@@ -14,6 +14,7 @@ from vivit_hf.configuration_vivit import ATTENTION_TYPES
 from vivit_hf.explain.relevance import Relevance, attention_rollout, gradient_relevance
 
 
+TWINS = {"image_size": (24, 32), "num_hidden_layers": 3}
 METHODS = {"rollout": attention_rollout, "gradient": gradient_relevance}
 
 
@@ -160,6 +161,58 @@ def test_attention_pooling_without_temporal_encoder_rolls_out_to_its_weights():
     relevance, expected = attention_rollout(model, clips), attention_pooling_weights(model, clips)
     np.testing.assert_allclose(relevance.time[0].numpy(), expected, rtol=1e-4)
     assert expected.std() > 1e-3
+
+
+MERGED = ["spatio_temporal", "factorised_encoder", "registers_mean_pooling", "registers_as_in_dinov2", "mean_pooling"]
+
+
+@pytest.mark.parametrize("case", MERGED)
+def test_a_map_of_merged_tokens_holds_shares_of_every_patch(case, explain):
+    config = case_config(case, merge_tokens=[6, 4], num_hidden_layers=2)
+    model, clips = make_model(config), make_clips(config)
+    check_promises(explain(model, clips), config, len(clips))
+    assert not model.vivit.encoder.layer[0].merging._forward_hooks
+
+
+@pytest.mark.parametrize("case", MERGED)
+def test_patches_that_merge_have_the_relevance_of_the_plain_model(case):
+    """Equal patches without position embeddings: merged or not, they have equal shares in the output."""
+    config = case_config(case, **TWINS)
+    half = 24 if case in ("spatio_temporal", "registers_mean_pooling") else 6
+    plain, merging = make_model(config), make_model(case_config(case, **{**TWINS, "merge_tokens": [half, 0, 0]}))
+    clips = make_clips(config).unflatten(-1, (-1, 2, 8))  # (..., pairs of patches, 2, patch width)
+    clips = clips[..., :1, :].expand_as(clips).flatten(-3)
+    for model in (plain, merging):
+        torch.nn.init.zeros_(model.vivit.embeddings.position_embeddings)
+    expected = attention_rollout(plain, clips)
+    torch.testing.assert_close(attention_rollout(merging, clips).space, expected.space, rtol=1e-4, atol=1e-7)
+    assert expected.space.std() > 1e-4 * expected.space.mean()
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_rollout_of_merged_tokens_is_the_product_of_whole_matrices(pooling):
+    """Merging is a matrix as well: the mean of tokens, weighted by their sizes."""
+    config = tiny_config("spatio_temporal", num_hidden_layers=3, merge_tokens=[20, 9, 5], pooling=pooling)
+    model, clips = make_model(config), make_clips(config, batch=1)
+    merges = []
+    for layer in model.vivit.encoder.layer:
+        layer.merging.register_forward_hook(lambda module, inputs, output: merges.append((inputs[2], *output[1:])))
+    with torch.no_grad():
+        attentions = model(clips, output_attentions=True).attentions
+    count = attentions[0].shape[-1]
+    product, copies = np.eye(count), np.arange(count)
+    for attention, (sizes, merged_sizes, successors) in zip(attentions, merges, strict=True):
+        places = successors[0].numpy()
+        matrix = np.zeros((merged_sizes.shape[1], len(places)))
+        own = np.ones(len(places)) if sizes is None else sizes[0].numpy()
+        matrix[places, np.arange(len(places))] = own / merged_sizes[0].numpy()[places]
+        product = matrix @ (0.5 * np.eye(len(places)) + 0.5 * attention[0].double().mean(dim=0).numpy()) @ product
+        copies = places[copies]
+    product = product[copies]  # the output has every token again
+    prefix = config.num_prefix_tokens
+    row = product[0, prefix:] if pooling == "cls" else product.mean(axis=0)
+    expected = (row / row.sum()).reshape(config.grid_size)
+    np.testing.assert_allclose(attention_rollout(model, clips).space[0].numpy(), expected, rtol=1e-4)
 
 
 def test_maps_do_not_depend_on_the_attention_implementation(config, explain):

@@ -9,7 +9,7 @@ over time and over space (Models 2, 3 and 4) is never expanded to a matrix of al
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +21,40 @@ from ..inference.optimization import optimized
 from ..modeling_vivit import check_pixel_values
 
 
-# The parallel dot products of one sub-layer, and whether each attends over time.
-Sublayer = list[tuple[nn.Module, bool]]
-# The attention of each dot product for one clip, averaged over heads: (sequences, tokens, tokens).
-Recorded = dict[nn.Module, torch.Tensor]
+class Sublayer(NamedTuple):
+    """
+    The parallel dot products of a sub-layer, each with whether it attends over time, and the module that merges tokens
+    behind them.
+    """
+
+    products: list[tuple[nn.Module, bool]]
+    merging: nn.Module | None = None
+
+
+class Merged(NamedTuple):
+    """Where tokens merged: the place of each token's successor, int64, and its share in it, (sequences, tokens)."""
+
+    successors: torch.Tensor
+    shares: torch.Tensor
+
+    def pass_on(self, relevance: torch.Tensor) -> torch.Tensor:
+        """Relevance of copies of the merged tokens, (sequences, tokens) -> of these, (sequences, remaining)."""
+        successors = self.successors.to(relevance.device)
+        merged = relevance.new_zeros(len(relevance), int(successors.max()) + 1)
+        return merged.scatter_add(1, successors, relevance)
+
+    def pass_back(self, relevance: torch.Tensor) -> torch.Tensor:
+        """Relevance of the merged tokens, (sequences, remaining) -> of their tokens, (sequences, tokens)."""
+        shares = self.shares.to(relevance.device)
+        return relevance.gather(1, self.successors.to(relevance.device)) * shares
+
+
+class Recorded(dict[nn.Module, torch.Tensor]):
+    """The attention of each dot product for one clip, averaged over heads: (sequences, tokens, tokens)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.merged: dict[nn.Module | None, Merged] = {}
 
 
 @dataclass
@@ -53,6 +83,9 @@ def attention_rollout(model: Any, pixel_values: torch.Tensor) -> Relevance:
       it over the positions of the step.
     - Model 3: attention over space and over time are separate sub-layers, in the configured order.
     - Model 4: half of the heads attend over time and half over space, so A is the mean of both.
+
+    Where tokens merge (`merge_tokens`), a merged token passes its relevance on to its tokens by their shares in it,
+    which are those of their numbers of patches.
 
     Clips are processed one at a time, and only the mean over the heads is kept of each layer. ViViT-B/16x2 on 32 frames
     with joint attention (12 layers, 3,137 tokens) takes 1.5 GB beside its weights in float32, 0.5 GB of it for these
@@ -185,7 +218,7 @@ def _recording(
     model: Any, backbone: Any, keep: Callable[[Recorded, nn.Module, torch.Tensor], None]
 ) -> Iterator[Recorded]:
     """Record what `keep` extracts from the attention of every dot product, in evaluation mode."""
-    recorded: Recorded = {}
+    recorded = Recorded()
 
     def hook(module: nn.Module, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, None]:
         context, weights = output
@@ -195,9 +228,18 @@ def _recording(
     def pooler_hook(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
         recorded[module] = module.weights(inputs[0].detach()).detach()  # type: ignore[operator]
 
+    def merging_hook(module: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        _, merged_sizes, successors = output
+        if successors is not None:
+            sizes = torch.ones_like(successors) if inputs[2] is None else inputs[2]
+            recorded.merged[module] = Merged(successors, sizes / merged_sizes.gather(1, successors))
+
     encoders = [backbone.encoder] + [backbone.temporal_encoder] * (backbone.temporal_encoder is not None)
-    modules = [module for encoder in encoders for sublayer in _sublayers(encoder) for module, _ in sublayer]
+    sublayers = [sublayer for encoder in encoders for sublayer in _sublayers(encoder)]
+    modules = [module for sublayer in sublayers for module, _ in sublayer.products]
     handles = [module.register_forward_hook(hook, prepend=True) for module in modules]
+    mergings = [sublayer.merging for sublayer in sublayers if sublayer.merging is not None]
+    handles += [module.register_forward_hook(merging_hook) for module in mergings]
     if (pooler := getattr(backbone, "temporal_pooler", None)) is not None:  # the code of older releases has none
         handles.append(pooler.register_forward_hook(pooler_hook))
     try:
@@ -227,13 +269,14 @@ def _sublayers(encoder: Any) -> list[Sublayer]:
     sublayers: list[Sublayer] = []
     for layer in encoder.layer:
         if hasattr(layer, "attention_space"):  # Model 3
-            both: list[Sublayer] = [[(layer.attention_space.dot_product, False)]]
-            both.append([(layer.attention_time.dot_product, True)])
+            both = [Sublayer([(layer.attention_space.dot_product, False)])]
+            both.append(Sublayer([(layer.attention_time.dot_product, True)]))
             sublayers += reversed(both) if layer.time_first else both
         elif hasattr(layer.attention, "spatial_dot_product"):  # Model 4
-            sublayers.append([(layer.attention.dot_product, True), (layer.attention.spatial_dot_product, False)])
-        else:
-            sublayers.append([(layer.attention.dot_product, False)])
+            products = [(layer.attention.dot_product, True), (layer.attention.spatial_dot_product, False)]
+            sublayers.append(Sublayer(products))
+        else:  # only here tokens can merge; the code of older releases has no `merging`
+            sublayers.append(Sublayer([(layer.attention.dot_product, False)], getattr(layer, "merging", None)))
     return sublayers
 
 
@@ -246,14 +289,20 @@ def _pass_back(
     Return all of it, and the part that went through attention at least once. Relevance is (sequences, tokens), or
     (time, space) in Models 3 and 4.
     """
+    sublayers = _sublayers(encoder)
+    merged = [recorded.merged.get(sublayer.merging) for sublayer in sublayers]
+    for one in merged:
+        relevance = relevance if one is None else one.pass_on(relevance)  # the output has copies of merged tokens
     attended = torch.zeros_like(relevance)
-    for sublayer in reversed(_sublayers(encoder)):
+    for sublayer, one in zip(reversed(sublayers), reversed(merged), strict=True):
+        if one is not None:
+            relevance, attended = one.pass_back(relevance), one.pass_back(attended)
         received = torch.zeros_like(relevance)
-        for module, is_temporal in sublayer:
+        for module, is_temporal in sublayer.products:
             along = relevance.T if is_temporal else relevance
             # Attention is (query, key): the relevance of a query goes to its keys.
             part = torch.einsum("sqk,sq->sk", recorded[module], along.to(recorded[module].device))
-            received += (part.T if is_temporal else part).to(relevance.device) / len(sublayer)
+            received += (part.T if is_temporal else part).to(relevance.device) / len(sublayer.products)
         relevance = kept * relevance + passed * received
         attended += passed * received
     return relevance, attended

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .segments import Segment as Segment, merge_windows as merge_windows
     from .streaming import StreamingClassifier as StreamingClassifier, WindowPrediction as WindowPrediction
     from .timeline import video_timeline as video_timeline, watch_video as watch_video
+    from .token_merging import decreasing_schedule as decreasing_schedule
     from .views import average_views as average_views, describe_views as describe_views, predict_views as predict_views
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__)

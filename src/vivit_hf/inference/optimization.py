@@ -1,15 +1,16 @@
 """
 Faster inference, on request: `optimize` swaps the classes of a trained model's modules, `restore` swaps them back.
 
-Parameters keep their names and values. The faster classes run the plain code for gradients, compiling and recorded
-outputs; weights that are laid out for oneDNN raise an error that names `restore` instead.
+Outputs stay those of the plain model up to rounding, unless `int8` or `merge_tokens` is given. Parameters keep their
+names and values. The faster classes run the plain code for gradients, compiling and recorded outputs; weights that are
+laid out for oneDNN raise an error that names `restore` instead.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from ..modeling_vivit import (
     ViViTAttention,
     ViViTKwargs,
     ViViTLayer,
+    ViViTMergingLayer,
     ViViTMLP,
     ViViTPreTrainedModel,
 )
@@ -36,6 +38,7 @@ from .onednn import (
     needs_plain_code,
 )
 from .quantisation import PLAIN_CLASSES, QuantisationReport, QuantisedLinear, check_int8, quantise_layers
+from .token_merging import describe_merging, is_merging_as_configured, merging_config, set_merging
 
 
 # Attention scores in memory at once, per thread: as many as a core's caches hold (1.6 MB in bfloat16).
@@ -70,6 +73,7 @@ def optimize(
     dtype: torch.dtype | None = None,
     int8: bool = False,
     calibration: Iterable[torch.Tensor] | torch.Tensor | None = None,
+    merge_tokens: int | Sequence[int] | None = None,
 ) -> OptimizationReport:
     """
     Speed up inference of a trained model, in place.
@@ -90,6 +94,10 @@ def optimize(
     `int8` changes outputs, so it is off by default: the linear layers of attention and MLPs multiply in int8. Their
     plain weights stay in memory. LayerNorm, softmax, attention and the residual stream keep their dtype.
 
+    With `merge_tokens`, Models 1 and 2 compute fewer tokens, and outputs are no longer those of the plain model:
+    measure the agreement on videos of your own. Hidden states and attentions are then those of the tokens that each
+    layer computes. The configuration and saved files stay those of the plain model.
+
     Args:
         model: a `ViViTModel` or `ViViTForVideoClassification`, on the device that it will run on.
         dtype: dtype to cast the model to first, as `model.to(dtype)` does; unchanged if None. `restore` does not undo
@@ -97,14 +105,18 @@ def optimize(
         int8: whether to quantise; needs a CPU with VNNI, float32 or bfloat16, and `calibration`.
         calibration: clips of the kind that the model will see: pixel values (batch, frames, channels, height, width),
             or an iterable of such batches. 16 clips are enough.
+        merge_tokens: tokens that each layer of the (spatial) encoder merges into similar ones: one number, or one per
+            layer, such as `decreasing_schedule` returns; see `ViViTConfig.merge_tokens`. None leaves the model's own
+            setting, and 0 switches it off.
 
     Returns:
         The report; printing it shows what was done.
 
     Raises:
         TypeError: for another kind of model, or one wrapped in an adapter.
-        ValueError: for a dtype that is not a floating-point one, and for `int8` on a machine, in a dtype or without the
-            clips that it needs.
+        ValueError: for a dtype that is not a floating-point one, for `int8` on a machine, in a dtype or without the
+            clips that it needs, and for `merge_tokens` that the model cannot have (Models 3 and 4 need the whole grid
+            of tokens).
     """
     if not isinstance(model, ViViTPreTrainedModel):
         raise TypeError(
@@ -115,13 +127,16 @@ def optimize(
         raise ValueError(f"`dtype={dtype!r}` must be a floating-point torch.dtype, such as torch.bfloat16.")
     if int8:
         check_int8(model, dtype or model.dtype, calibration)
+    merging = None if merge_tokens is None else merging_config(model.config, merge_tokens)
     restore(model)
     changes: Counter[str] = Counter()
     if dtype not in (None, model.dtype):
         changes[f"weights cast from {_word(model.dtype)} to {_word(dtype)}"] += 1
         model.to(dtype)
-    quantisation = quantise_layers(model, calibration) if int8 and calibration is not None else None
     backbone = model.base_model
+    if merging is not None and set_merging(backbone.encoder, merging):
+        changes[describe_merging(merging)] += 1
+    quantisation = quantise_layers(model, calibration) if int8 and calibration is not None else None
     runs_bfloat16 = model.device.type == "cpu" and model.dtype == torch.bfloat16 and has_bfloat16_units()
     for module in list(backbone.modules()):
         if type(module) is ViViTMLP and gelu_approximation(module.activation) is not None:
@@ -147,7 +162,8 @@ def optimize(
 
 def restore(model: Any) -> None:
     """
-    Undo `optimize`: swap every module back to its plain class, and rebuild plain weights, equal bit for bit.
+    Undo `optimize`: swap every module back to its plain class, and rebuild plain weights, equal bit for bit. Tokens
+    merge as the configuration says.
 
     A model that is not optimised is left as it is. A cast by `optimize(dtype=...)` stays.
     """
@@ -159,6 +175,8 @@ def restore(model: Any) -> None:
             module.__class__ = _PLAIN[type(module)]
     if faster and model.config._attn_implementation == "blockwise":
         model.set_attn_implementation("sdpa")
+    if isinstance(model, ViViTPreTrainedModel):
+        set_merging(model.base_model.encoder, model.config)
 
 
 @contextmanager
@@ -176,6 +194,8 @@ def optimize_if_plain(model: Any) -> bool:
     """Optimise a model of this package that is in eval mode and not optimised yet; return whether it was."""
     is_ours = isinstance(model, ViViTPreTrainedModel) and not model.training
     if not is_ours or any(type(module) in _PLAIN for module in model.modules()):
+        return False
+    if not is_merging_as_configured(model.base_model.encoder, model.config):
         return False
     return bool(optimize(model).changes)
 
@@ -307,6 +327,10 @@ class ClassTokenLayer(ViViTLayer):
         """(batch, tokens, hidden) -> (batch, 1, hidden), or (batch, tokens, hidden) if an output needs all tokens."""
         if torch.is_grad_enabled() or self.needs_all_tokens(**kwargs):
             return super().forward(hidden_states, **kwargs)
+        return self.class_token(hidden_states, **kwargs)
+
+    def class_token(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """(batch, tokens, hidden) -> (batch, 1, hidden); `sizes` as in `ViViTDotProductAttention`."""
         attention, tokens = self.attention, self.layernorm_before(hidden_states)
         heads = (attention.num_heads, attention.head_dim)
         query = attention.q_proj(tokens[:, :1]).unflatten(-1, heads)  # (batch, 1, heads, head_dim)
@@ -324,25 +348,47 @@ class FinalClassTokenLayer(ClassTokenLayer):
         return kwargs.get("output_last_hidden_state", True) or super().needs_all_tokens(**kwargs)
 
 
+class MergingClassTokenLayer(ClassTokenLayer, ViViTMergingLayer):
+    """A `ClassTokenLayer` after layers that merge tokens."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: torch.Tensor, sizes: torch.Tensor | None = None, **kwargs: Unpack[ViViTKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """(batch, tokens, hidden) -> (batch, 1, hidden), None, None, or all that a `ViViTMergingLayer` returns."""
+        if torch.is_grad_enabled() or self.needs_all_tokens(**kwargs):
+            return ViViTMergingLayer.forward(self, hidden_states, sizes, **kwargs)
+        return self.class_token(hidden_states, sizes=sizes, **kwargs), None, None
+
+
+class FinalMergingClassTokenLayer(MergingClassTokenLayer, FinalClassTokenLayer):
+    """A `MergingClassTokenLayer` in the encoder whose tokens are the backbone's `last_hidden_state`."""
+
+
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     InPlaceMLP: ViViTMLP,
     OneDNNMLP: ViViTMLP,
     PackedLinear: nn.Linear,
     ClassTokenLayer: ViViTLayer,
     FinalClassTokenLayer: ViViTLayer,
+    MergingClassTokenLayer: ViViTMergingLayer,
+    FinalMergingClassTokenLayer: ViViTMergingLayer,
     **PLAIN_CLASSES,
 }
 
 
 def _class_token_layers(backbone: Any) -> list[tuple[nn.Module, type[ClassTokenLayer]]]:
     """Return the last layers whose other tokens are not pooled, with the faster class for each."""
-    config, found = backbone.config, []
+    config, found = backbone.config, list[tuple[nn.Module, type[ClassTokenLayer]]]()
     if config.pooling == "cls":
         is_encoder = config.attention_type == "factorised_encoder"
-        found.append((backbone.encoder.layer[-1], ClassTokenLayer if is_encoder else FinalClassTokenLayer))
+        last: nn.Module = backbone.encoder.layer[-1]
+        if type(last) is ViViTMergingLayer:
+            found.append((last, MergingClassTokenLayer if is_encoder else FinalMergingClassTokenLayer))
+        else:
+            found.append((last, ClassTokenLayer if is_encoder else FinalClassTokenLayer))
     if backbone.temporal_encoder is not None and config.pooling_over_time == "cls":
         found.append((backbone.temporal_encoder.layer[-1], FinalClassTokenLayer))
-    return [(layer, cls) for layer, cls in found if type(layer) is ViViTLayer]
+    return [(layer, cls) for layer, cls in found if type(layer) in (ViViTLayer, ViViTMergingLayer)]
 
 
 # Attention
@@ -363,11 +409,12 @@ def blockwise_attention_forward(
 
     Registered with transformers as `attn_implementation="blockwise"`. On CPUs with AVX512-BF16 alone it is faster than
     PyTorch's attention, which does not reach the rate of those units. Scores are rounded to the dtype, as in the eager
-    implementation. Gradients, masks, dropout, compilers and short sequences use PyTorch's attention.
+    implementation. Gradients, other masks, dropout, compilers and short sequences use PyTorch's attention.
 
     Args:
         query: (batch, heads, queries, head_dim).
         key, value: (batch, heads, tokens, head_dim), floats of the same dtype.
+        attention_mask: a bias of the keys, floats (batch, 1, 1, tokens), or None.
 
     Returns:
         The context (batch, queries, heads, head_dim), and None for the weights.
@@ -375,12 +422,18 @@ def blockwise_attention_forward(
     batch, heads, queries, head_dim = query.shape
     tokens = key.shape[2]
     is_short = batch * heads * queries * tokens < LEAST_SCORES
-    if attention_mask is not None or dropout or needs_plain_code(query) or is_short:
+    is_mask = attention_mask is not None and not (
+        attention_mask.is_floating_point() and attention_mask.shape[1:3] == (1, 1)
+    )
+    if is_mask or dropout or needs_plain_code(query) or is_short:
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return sdpa(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     # (batch, heads, tokens, head_dim) -> (batch * heads, tokens, head_dim)
     query, key, value = (tensor.reshape(-1, tensor.shape[2], head_dim) for tensor in (query, key, value))
     key = key.transpose(1, 2)  # (batch * heads, head_dim, tokens)
+    bias = None
+    if attention_mask is not None:  # (batch, 1, 1, tokens) -> (batch * heads, 1, tokens)
+        bias = attention_mask.expand(batch, heads, 1, tokens).flatten(0, 1)
     context = torch.empty_like(query)  # (batch * heads, queries, head_dim)
 
     budget = BLOCK_SCORES * min(torch.get_num_threads(), MOST_THREADS)
@@ -394,7 +447,11 @@ def blockwise_attention_forward(
         for row in range(0, queries, rows):
             block = query[sequences, row : row + rows]  # ([group,] rows, head_dim)
             scores = buffer[: block.numel() // head_dim * tokens].view(*block.shape[:-1], tokens)
-            scale_and_multiply(scores, block, key[sequences], beta=0, alpha=scaling, out=scores)
+            if bias is None:
+                scale_and_multiply(scores, block, key[sequences], beta=0, alpha=scaling, out=scores)
+            else:
+                scores.copy_(bias[sequences])
+                scale_and_multiply(scores, block, key[sequences], beta=1, alpha=scaling, out=scores)
             torch.softmax(scores, dim=-1, out=scores)
             multiply(scores, value[sequences], out=context[sequences, row : row + rows])
     return context.unflatten(0, (batch, heads)).transpose(1, 2), None  # (batch, queries, heads, head_dim)

@@ -163,17 +163,17 @@ class QuantisedMLP(ViViTMLP):
 class QuantisedAttention(ViViTAttention):
     """Queries, keys and values are computed from the same uint8 numbers."""
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """(batch, ..., hidden) -> (batch, ..., hidden)."""
-        return super().forward(_shared_numbers(self, hidden_states), **kwargs)
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(batch, ..., hidden) -> query, key and value, (batch, ..., heads, head_dim)."""
+        return super().project(_shared_numbers(self, hidden_states))
 
 
 class QuantisedFactorisedDotProductAttention(ViViTFactorisedDotProductAttention):
     """A `QuantisedAttention` of Model 4."""
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """(batch, ..., hidden) -> (batch, ..., hidden)."""
-        return super().forward(_shared_numbers(self, hidden_states), **kwargs)
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(batch, ..., hidden) -> query, key and value, (batch, ..., heads, head_dim)."""
+        return super().project(_shared_numbers(self, hidden_states))
 
 
 def _shared_numbers(attention: Any, hidden_states: torch.Tensor) -> torch.Tensor:
