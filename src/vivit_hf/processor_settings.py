@@ -266,12 +266,13 @@ class ProcessorFilesMixin(_Base):
         Save the settings as preprocessor_config.json and as video_preprocessor_config.json.
 
         transformers looks for image processors in the first file and for video processors in the second; its pipelines
-        use either. Warns if the settings give several views, because pipelines score only the first.
+        use either. Warns if the settings give several views, as pipelines score the first alone without this package.
         """
         if self.num_clips * self.num_crops > 1:
             logger.warning(
                 f"This processor gives num_clips={self.num_clips} x num_crops={self.num_crops} views of every video. "
-                "Pipelines of transformers take one: pass views to calls instead, or score with `predict_videos`."
+                "Where vivit_hf is not installed, pipelines score the first alone: pass views to calls instead, or "
+                "score with `predict_videos`."
             )
         [path] = super().save_pretrained(save_directory)
         settings = self.to_dict()

@@ -18,12 +18,29 @@ def test_every_variant_is_named(variant, tmp_path):
     assert "## Initialisation" not in text
 
 
-def test_a_model_without_classifier_is_for_features(tmp_path):
-    text = write_model_card(tmp_path, make_model(tiny_config("spatio_temporal"), ViViTModel)).read_text(
-        encoding="utf-8"
-    )
+@pytest.mark.parametrize("model_class", [ViViTModel, ViViTForVideoClassification])
+def test_a_model_without_classifier_is_for_features(tmp_path, model_class):
+    model = make_model(tiny_config("spatio_temporal", num_labels=0), model_class)
+    text = write_model_card(tmp_path, model).read_text(encoding="utf-8")
     assert ModelCard(text).data.pipeline_tag == "feature-extraction"
-    assert "AutoModel.from_pretrained" in text and "| labels |" not in text
+    assert "AutoModel.from_pretrained" in text and "| labels |" not in text and "classes" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "answer"),
+    [
+        ({}, "distinguishes 5 classes and assigns one of them to any video"),
+        (
+            {"label_groups": {"noun": 3, "verb": 2}},
+            "distinguishes 5 classes and assigns one of each group (noun, verb)",
+        ),
+        ({"problem_type": "multi_label_classification"}, "gives any video a probability for each of 5 labels"),
+        ({"problem_type": "regression"}, "gives 5 numbers for any video"),
+    ],
+)
+def test_the_limits_name_the_answers_of_the_problem(tmp_path, changes, answer):
+    model = make_model(tiny_config("spatio_temporal", **{"num_labels": 5, **changes}))
+    assert answer in write_model_card(tmp_path, model).read_text(encoding="utf-8")
 
 
 def test_a_base_model_that_is_a_folder_is_in_the_text_alone(model, tmp_path):
@@ -48,6 +65,15 @@ def test_writing_again_changes_only_what_was_written_here(model, tmp_path):
     assert 'pipeline("video-classification", model="org/name")' in second and "| copied | 3 |" in second
     assert "license: mit" in second and second.endswith("\nBy me.\n") and second.count("Started from") == 1
     assert "license: bsd" in write_model_card(tmp_path, model, license="bsd").read_text(encoding="utf-8")
+
+
+def test_the_task_follows_the_model_unless_somebody_chose_another(tmp_path):
+    features, classifier = (make_model(tiny_config("spatio_temporal", num_labels=number)) for number in (0, 3))
+    for model, task in ((features, "feature-extraction"), (classifier, "video-classification")):
+        path = write_model_card(tmp_path, model)
+        assert ModelCard.load(path).data.pipeline_tag == task
+    path.write_text(path.read_text(encoding="utf-8").replace("video-classification", "robotics", 1), encoding="utf-8")
+    assert ModelCard.load(write_model_card(tmp_path, features)).data.pipeline_tag == "robotics"
 
 
 def test_somebody_elses_card_keeps_its_text_and_gets_the_missing_metadata(model, tmp_path):

@@ -22,6 +22,7 @@ from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from video_files import write_video
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTModel, ViViTVideoProcessor
+from vivit_hf.inference import predict_videos
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,45 @@ def test_a_rate_of_frames_that_are_spread_over_the_video_is_refused(folder, vide
     classify(video)
     with pytest.raises(ValueError, match="`frame_sampling_rate=2` has no effect"):
         classify(video, frame_sampling_rate=2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"problem_type": "multi_label_classification"}, {"label_groups": {"noun": 3, "verb": 2}}, {"num_labels": 1}],
+    ids=["labels", "several labels", "groups", "regression"],
+)
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_scores_are_those_of_predict_videos(folder, video, tmp_path, changes, batch_size):
+    other = write_video(tmp_path / "other.mp4", np.random.default_rng(1).integers(0, 256, (30, 48, 64, 3), np.uint8))
+    labels = {} if "num_labels" in changes else {"id2label": {index: f"motion {index}" for index in range(5)}}
+    model = make_model(tiny_config("factorised_encoder", **labels, **changes))
+    processor = ViViTVideoProcessor.from_pretrained(folder, num_clips=2, num_crops=3)
+    names = list(model.config.id2label.values())
+    classify = pipeline(
+        "video-classification", model=model, image_processor=processor, video_processor=processor, top_k=5
+    )
+    expected = predict_videos(model, processor, [video, str(other)], num_clips=2, num_crops=3)
+    for result, one in zip(classify([video, str(other)], batch_size=batch_size), expected, strict=True):
+        scores = dict(zip(names, one.probabilities.tolist(), strict=True))
+        assert {entry["label"]: entry["score"] for entry in result} == pytest.approx(scores, abs=1e-6)
+    assert sum(entry["score"] for entry in classify(video, function_to_apply="softmax")) == pytest.approx(1)
+
+
+def test_our_processor_gives_transformers_vivit_its_views(folder, video):
+    config = VivitConfig(
+        image_size=[24, 40],
+        num_frames=8,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        tubelet_size=[2, 8, 8],
+    )
+    model, processor = VivitForVideoClassification(config).eval(), ViViTVideoProcessor.from_pretrained(folder)
+    found = pipeline("video-classification", model=model, video_processor=processor)(video, num_frames=8)
+    with torch.no_grad():
+        expected = model(**processor(video)).logits[0].softmax(-1)
+    assert [one["score"] for one in found] == pytest.approx(sorted(expected.tolist(), reverse=True), abs=1e-6)
 
 
 def test_pipelines_of_other_models_are_those_of_transformers(video):

@@ -69,7 +69,7 @@ class LabelMap:
         if not config.num_labels:
             raise ValueError("The model has no classifier (num_labels is 0): choose one that was trained on labels.")
         names = [str(config.id2label[index]) for index in range(config.num_labels)]
-        if config.label_groups is None:
+        if getattr(config, "label_groups", None) is None:  # only our configurations have them
             problem = config.problem_type or ("regression" if len(names) == 1 else None)  # as transformers infers it
             has_several, is_regression = problem == "multi_label_classification", problem == "regression"
             return cls({ONE_GROUP: tuple(names)}, has_several, is_regression)

@@ -23,6 +23,7 @@ VARIANTS = {
     "factorised_dot_product_attention": "Model 4, factorised dot-product attention",
 }
 DEFAULT_LICENSE = "apache-2.0"
+_PIPELINE_TAGS = ("feature-extraction", "video-classification")  # without and with a classifier
 DEFAULT_TAGS = ("vivit", "video-classification", "vision")
 
 # The text between these two is rewritten each time; the text around it belongs to the user.
@@ -141,12 +142,12 @@ def write_model_card(
         "metrics": _listed(metrics),
     }
     old_data = old.data.to_dict() if old else {}
-    has_classifier = hasattr(model, "classifier")
+    old_tag = old_data.get("pipeline_tag")
     data = {
         "library_name": "transformers",
-        "pipeline_tag": "video-classification" if has_classifier else "feature-extraction",
         "license": DEFAULT_LICENSE,
         **old_data,
+        "pipeline_tag": old_tag if old_tag not in (None, *_PIPELINE_TAGS) else _PIPELINE_TAGS[_has_classifier(model)],
         **{name: value for name, value in given.items() if value},
         "tags": list(dict.fromkeys([*(old_data.get("tags") or []), *DEFAULT_TAGS, *_listed(tags)])),
     }
@@ -250,7 +251,7 @@ def _description(model: Any, repo_id: str, initialisation: str, results: str) ->
     parts = [
         f"A Video Vision Transformer, {PAPER}, in the implementation of `vivit_hf`.",
         f"| | |\n| --- | --- |\n{rows}",
-        (_CLASSIFIER_USE if hasattr(model, "classifier") else _BACKBONE_USE).format(repo_id=repo_id),
+        (_CLASSIFIER_USE if _has_classifier(model) else _BACKBONE_USE).format(repo_id=repo_id),
         "Reading video files requires PyAV (`pip install av`); lists of frames and arrays do not.",
     ]
     if results:
@@ -263,15 +264,28 @@ def _description(model: Any, repo_id: str, initialisation: str, results: str) ->
         "the processor is configured. It does not see anything between these frames or outside the crop.",
         "Scores depend on the views (clips and crops per video): state them with every result.",
     ]
-    if hasattr(model, "classifier"):
-        limits.append(
-            f"It distinguishes {config.num_labels} classes and assigns one of them to any video, even if the video "
-            "shows none of them. It has the biases of its training data."
-        )
+    if _has_classifier(model):
+        limits.append(f"{_answers(config)} It has the biases of its training data.")
         if any(status in initialisation for status in ("newly initialised", "Newly initialised")):
             limits.append("Newly initialised parameters must be trained before the model is of any use.")
     parts.append("## Limitations\n\n" + "\n".join(f"- {limit}" for limit in limits))
     return "\n\n".join(parts)
+
+
+def _has_classifier(model: Any) -> bool:
+    return hasattr(model, "classifier") and model.config.num_labels > 0
+
+
+def _answers(config: ViViTConfig) -> str:
+    if config.problem_type == "regression" or config.num_labels == 1:
+        return f"It gives {config.num_labels} numbers for any video, whether or not the video shows what they measure."
+    if config.problem_type == "multi_label_classification":
+        return f"It gives any video a probability for each of {config.num_labels} labels, and knows no others."
+    each = f" of each group ({', '.join(config.label_groups)})" if config.label_groups else ""
+    return (
+        f"It distinguishes {config.num_labels} classes and assigns one{each or ' of them'} to any video, even if the "
+        "video shows none of them."
+    )
 
 
 def _facts(model: Any) -> list[tuple[str, str]]:
@@ -293,7 +307,7 @@ def _facts(model: Any) -> list[tuple[str, str]]:
         ("pooling", f"`{config.pooling}`" + (f", over time `{over_time}`" if over_time else "")),
         ("parameters", f"{_amount(count)} ({dtype}, {_amount(size)}B)"),
     ]
-    if hasattr(model, "classifier"):
+    if _has_classifier(model):
         names = [str(config.id2label[index]) for index in sorted(config.id2label)]
         shown = ", ".join(names[:5]).replace("|", "\\|") + ", ..." * (len(names) > 5)
         facts.append(("labels", f"{len(names)}: {shown}"))

@@ -2,11 +2,14 @@
 
 from typing import Any
 
+from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.pipelines.video_classification import VideoClassificationPipeline
 
 from ..configuration_vivit import ViViTConfig
+from ..data.labels import LabelMap, to_probabilities
 from ..video_processing_vivit import ViViTVideoProcessor
 from .finite_outputs import check_finite
+from .views import average_views
 
 
 class ViViTVideoClassificationPipeline(VideoClassificationPipeline):
@@ -15,7 +18,8 @@ class ViViTVideoClassificationPipeline(VideoClassificationPipeline):
 
     A `ViViTVideoProcessor` decodes and samples the video, whether it comes from the model's folder, as
     `video_processor` or as `image_processor` (with which transformers would only use the first frames of the file).
-    `num_frames` and `frame_sampling_rate` set the processor's `num_frames` and `frame_stride`.
+    `num_frames` and `frame_sampling_rate` set the processor's `num_frames` and `frame_stride`. The scores are those of
+    `predict_videos`: averaged over the processor's views, and with `label_groups` probabilities within each group.
 
     Raises:
         NonFiniteError: if the scores of a ViViT are NaN or infinite.
@@ -28,7 +32,7 @@ class ViViTVideoClassificationPipeline(VideoClassificationPipeline):
 
     def preprocess(self, video: Any, num_frames: int | None = None, frame_sampling_rate: int | None = None) -> Any:
         """
-        Return the `pixel_values` of one video, (1, num_frames, channels, height, width).
+        Return the `pixel_values` of one video, with our processor (1, views, frames, channels, height, width).
 
         Raises:
             ValueError: if a `frame_sampling_rate` is given, but the frames are spread over the whole video.
@@ -43,9 +47,22 @@ class ViViTVideoClassificationPipeline(VideoClassificationPipeline):
             )
         settings: dict[str, Any] = {"num_frames": num_frames or self.model.config.num_frames}
         settings |= {"frame_stride": frame_sampling_rate, "do_sample_frames": True}
-        return processor(video, **settings).to(self.dtype)
+        return {"pixel_values": processor(video, **settings)["pixel_values"][None].to(self.dtype)}
 
-    def postprocess(self, model_outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self.model.config, ViViTConfig):
-            check_finite(model_outputs.logits, self.model)
-        return super().postprocess(model_outputs, *args, **kwargs)
+    def _forward(self, model_inputs: Any) -> Any:
+        if not isinstance(self.video_processor, ViViTVideoProcessor):
+            return super()._forward(model_inputs)
+        clips = model_inputs["pixel_values"].flatten(0, 1)  # (batch * views, frames, channels, height, width)
+        logits = self.model(pixel_values=clips).logits
+        return ImageClassifierOutput(logits=logits.unflatten(0, model_inputs["pixel_values"].shape[:2]))
+
+    def postprocess(self, model_outputs: Any, **settings: Any) -> Any:
+        config, logits = self.model.config, model_outputs.logits  # (1, [views,] num_labels)
+        if isinstance(config, ViViTConfig) or logits.ndim == 3:
+            check_finite(logits, self.model)
+            label_map = LabelMap.from_config(config)
+            logits = average_views(logits.reshape(1, -1, config.num_labels), label_map)  # (1, num_labels)
+            if settings.setdefault("function_to_apply", None) is None:
+                logits, settings["function_to_apply"] = to_probabilities(logits, label_map), "none"
+            model_outputs = ImageClassifierOutput(logits=logits)
+        return super().postprocess(model_outputs, **settings)
