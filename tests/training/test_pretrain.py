@@ -155,7 +155,7 @@ def test_a_file_of_paths_needs_no_labels(data, tmp_path, capsys):
     rows = [f"{path},{'test' if number < 6 else 'train'}" for number, path in enumerate(videos)]
     (tmp_path / "videos.csv").write_text("\n".join(["path,split", *rows]))
     assert run(tmp_path / "videos.csv", tmp_path / "out", max_steps=1, picture_steps=0)["train_samples"] == 10
-    assert "10 train; used are the train rows." in capsys.readouterr().out
+    assert "10 train; the train rows are used." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -186,6 +186,12 @@ def test_required_arguments_are_named(missing, tmp_path, capsys):
         main(["--output_dir", str(tmp_path)] if missing == "VIDEOS" else [str(tmp_path)])
     assert ended.value.code == 2
     assert {"VIDEOS": "--videos", "--output_dir": "--output_dir"}[missing] in capsys.readouterr().err
+
+
+def test_an_unknown_argument_is_wrong_usage(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["videos", "--output_dir", str(tmp_path), "--num_clips", "4"])
+    assert ended.value.code == 2 and "--num_clips 4" in capsys.readouterr().err
 
 
 def test_pretraining_starts_from_an_image_model(data, tmp_path, capsys):

@@ -20,27 +20,34 @@ _ORDER, _REPLACEMENT = 0x6F72646572, 0x7265706C  # separate these random numbers
 _BLANK_SIZE = (64, 64)  # pixels
 
 
-@dataclass(frozen=True)
-class _ClipMaker:
-    """Turns one video into the `pixel_values` of a random clip, or without an augmentation of all views."""
+@dataclass(eq=False)
+class _Clips:
+    """What data sets of files and of streams have in common."""
 
+    videos: Any
     processor: ViViTVideoProcessor
-    augmentation: ClipAugmentation | None
-    num_clips: int
-    num_crops: int
+    label_map: LabelMap
+    _: KW_ONLY
+    augmentation: ClipAugmentation | None = None
+    seed: int = 0
+    num_clips: int = 1
+    num_crops: int = 1
 
-    def __call__(self, video: Any, generator: np.random.Generator) -> torch.Tensor:
-        """Return float32 (frames, channels, height, width), or views, (views, frames, channels, height, width)."""
+    def __post_init__(self) -> None:
+        # In shared memory: workers that outlive an epoch see the next one begin.
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch[0] = int(epoch)
+
+    def _make(self, video: Any, generator: np.random.Generator) -> torch.Tensor:
+        """Return the `pixel_values` of a random clip of a video, or without an augmentation of all views."""
         if self.augmentation is None:
             return self.processor(video, num_clips=self.num_clips, num_crops=self.num_crops)["pixel_values"]
         # The whole frame as uint8: the augmentation crops it.
-        raw: dict[str, Any] = {
-            "do_center_crop": False,
-            "do_rescale": False,
-            "do_normalize": False,
-            "return_tensors": "np",
-        }
-        features = self.processor(video, clip_start="random", num_clips=1, num_crops=1, generator=generator, **raw)
+        raw: dict[str, Any] = dict.fromkeys(("do_center_crop", "do_rescale", "do_normalize"), False)
+        raw |= {"clip_start": "random", "num_clips": 1, "num_crops": 1, "return_tensors": "np"}
+        features = self.processor(video, generator=generator, **raw)
         frames = features["pixel_values"][0].transpose(0, 2, 3, 1)  # (frames, height, width, channels)
         clip = self.augmentation(np.ascontiguousarray(frames), generator)
         values = torch.from_numpy(np.require(clip, requirements="W"))  # arrays from Pillow are read-only
@@ -57,7 +64,7 @@ class _ClipMaker:
 
 
 @dataclass(eq=False)
-class VideoClips(Dataset):
+class VideoClips(_Clips, Dataset):
     """A map-style data set of labelled videos.
 
     With an augmentation (training), an item is a random clip: `pixel_values` (frames, channels, height, width). Without
@@ -81,23 +88,12 @@ class VideoClips(Dataset):
     input_name = "pixel_values"  # in an item
 
     videos: Sequence[LabelledVideo]
-    processor: ViViTVideoProcessor
-    label_map: LabelMap
     _: KW_ONLY
-    augmentation: ClipAugmentation | None = None
-    seed: int = 0
-    num_clips: int = 1
-    num_crops: int = 1
     max_replacements: int = 10
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.targets = [self.label_map.encode(one) for one in self.videos]
-        self._make = _ClipMaker(self.processor, self.augmentation, self.num_clips, self.num_crops)
-        # In shared memory: workers that outlive an epoch see the next one begin.
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch[0] = int(epoch)
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -133,10 +129,6 @@ class VideoClips(Dataset):
         """Return a random clip of a video with random numbers from `generator`, or its views without augmentation."""
         return self._make(self.videos[index].source(), generator)
 
-    def empty(self) -> torch.Tensor:
-        """Return zeros in the shape of `read`."""
-        return self._make.empty()
-
 
 @dataclass(frozen=True)
 class StreamedVideo:
@@ -152,7 +144,7 @@ class StreamedVideo:
 
 
 @dataclass(eq=False)
-class StreamedClips(IterableDataset):
+class StreamedClips(_Clips, IterableDataset):
     """Clips of a data set that is read in one pass, such as a streamed one of the Hub. Items are those of `VideoClips`.
 
     `ClipTrainer` reads a stream through `StreamLoader`, which distributes it over processes and workers. Random numbers
@@ -170,20 +162,9 @@ class StreamedClips(IterableDataset):
     """
 
     videos: Iterable[LabelledVideo]
-    processor: ViViTVideoProcessor
-    label_map: LabelMap
-    _: KW_ONLY
-    augmentation: ClipAugmentation | None = None
-    seed: int = 0
-    num_clips: int = 1
-    num_crops: int = 1
-
-    def __post_init__(self) -> None:
-        self._make = _ClipMaker(self.processor, self.augmentation, self.num_clips, self.num_crops)
-        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        self._epoch[0] = int(epoch)
+        super().set_epoch(epoch)
         if hasattr(self.videos, "set_epoch"):
             self.videos.set_epoch(epoch)
 
@@ -220,7 +201,7 @@ class StreamedClips(IterableDataset):
                 chosen = readable[int(np.random.default_rng(key).integers(len(readable)))]
                 item |= {name: chosen[name] for name in ("pixel_values", "labels", "file")}
             else:
-                item["pixel_values"], item["labels"] = self._make.empty(), self.label_map.ignored()
+                item["pixel_values"], item["labels"] = self.empty(), self.label_map.ignored()
         return items
 
     def _item(self, one: StreamedVideo) -> dict[str, Any]:

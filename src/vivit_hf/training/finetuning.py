@@ -1,7 +1,6 @@
 """A fine-tuning run: everything is checked first, then the model is trained, saved, evaluated and pushed."""
 
 import itertools
-import json
 import shutil
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,15 +10,13 @@ from typing import Any
 import torch
 from transformers import EarlyStoppingCallback, set_seed
 
-from ..configuration_vivit import ViViTConfig
 from ..data.labels import LabelMap, class_weights
 from ..explain.batch_picture import draw_batch
-from ..hub.model_card import is_repo_id, write_model_card
+from ..hub.model_card import is_repo_id
 from ..inference.metrics import describe_chance
 from ..inference.views import describe_views
 from ..modeling_vivit import ViViTForVideoClassification
 from .augmentation import ClipAugmentation, names_with_sides
-from .checkpoints import deferred_interrupt, last_complete_checkpoint
 from .clips import StreamedClips, VideoClips
 from .feature_cache import CachedClips, FeatureCacheError, fill_caches, spatial_settings
 from .finetuning_arguments import ModelArguments, Say
@@ -30,36 +27,25 @@ from .mixing import ClipCollator
 from .overfitting import overfit_one_batch
 from .parameters import freeze, parameter_groups
 from .recipes import RECIPES
-from .run_checks import (
-    check_checkpoint,
-    check_folder,
-    check_processes,
-    check_repository,
-    find_checkpoint,
-    lack_of_space,
-    push_model,
-    repository_of,
-)
+from .run_checks import check_machine, check_repository, check_start, find_checkpoint
 from .trainer import ClipTrainer
+from .training_run import TrainingRun
 
 
 _ADAPTER_FOLDER, _CACHE_FOLDER = "adapter", "feature_cache"
 
 
 @dataclass
-class FineTuning:
-    """A run that has passed its checks (see `prepare`).
+class FineTuning(TrainingRun):
+    """A fine-tuning run that has passed its checks, see `prepare`.
 
-    `validation` has all views for the final evaluation, or is None; `checkpoint` is what to resume from, or None.
+    `validation` has all views for the final evaluation, or is None.
     """
 
-    arguments: Arguments
-    start: Start
-    trainer: ClipTrainer
     validation: VideoClips | StreamedClips | None
-    checkpoint: str | None
-    push: bool
-    say: Say
+
+    command = "finetune"
+    model_class = ViViTForVideoClassification
 
     def run(self) -> None:
         """Train, save, evaluate and push, as far as the arguments ask for it."""
@@ -72,21 +58,15 @@ class FineTuning:
         if training.overfit_one_batch:
             try_one_batch(self.trainer, training, self.say)
         if training.do_train:
-            self._train()
+            self.train()
             training.dataloader_num_workers = num_workers
         results = self._evaluate()
         damaged = self.trainer.all_damaged_files()
         if training.do_train:
             self.trainer.save_state()
             if training.should_save:
-                self._finish(results, damaged)
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
-
-    def last_checkpoint(self) -> Path | None:
-        """Return the checkpoint that the run would resume from now, or None."""
-        return last_complete_checkpoint(self.arguments.training.output_dir)
+                self._publish(results, damaged)
+        self.end()
 
     def _fill_caches(self) -> None:
         """Compute the tokens that are missing; reading them takes no further processes."""
@@ -98,37 +78,16 @@ class FineTuning:
         training.dataloader_num_workers, training.dataloader_prefetch_factor = 0, None
         training.dataloader_persistent_workers = False
 
-    def _train(self) -> None:
-        """Train, and save model, processor and metrics."""
-        try:
-            result = self.trainer.train(resume_from_checkpoint=self.checkpoint)
-            self._save()  # before anything else can fail
-        except Exception as error:
-            if (reason := lack_of_space(self.arguments.training, self.trainer.model)) is not None:
-                raise SystemExit(f"finetune: {reason}") from error
-            raise
-        metrics = {**result.metrics, "train_damaged_files": len(self.trainer.all_damaged_files()["train"])}
-        if isinstance(self.trainer.train_dataset, VideoClips):
-            metrics["train_samples"] = len(self.trainer.train_dataset)
-        self._report("train", metrics)
-
-    def _save(self) -> None:
+    def save(self) -> None:
         """Save model and processor; with LoRA also the adapter, and merge it into the model to evaluate."""
-        trainer, folder = self.trainer, Path(self.trainer.args.output_dir)
-        with deferred_interrupt():
-            adapter = folder / _ADAPTER_FOLDER
-            if self.arguments.model.lora_rank:
-                if trainer.args.should_save:
-                    trainer.model.save_pretrained(adapter)
-                trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
-                if trainer.args.should_save:
-                    trainer.model.save_pretrained(folder)
-            else:
-                trainer.save_model()  # in all processes: each may hold a part of it
-                if trainer.args.should_save and (adapter / "adapter_config.json").exists():
-                    shutil.rmtree(adapter)  # it belongs to an earlier model in this folder
+        trainer, adapter = self.trainer, self.folder / _ADAPTER_FOLDER
+        if self.arguments.model.lora_rank:
             if trainer.args.should_save:
-                self.start.processor.save_pretrained(folder)
+                trainer.model.save_pretrained(adapter)
+            trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()
+        elif trainer.args.should_save and (adapter / "adapter_config.json").exists():
+            shutil.rmtree(adapter)  # it belongs to an earlier model in this folder
+        super().save()
 
     def _evaluate(self) -> dict[str, Any]:
         """Score the model on all views of the validation videos; return no scores if there are none."""
@@ -140,42 +99,26 @@ class FineTuning:
             self.start.processor, data.num_clips, data.num_crops, training.averaging
         )
         results["eval_damaged_files"] = len(self.trainer.all_damaged_files()["eval"])
-        self._report("eval", results)
+        self.report("eval", results)
         if near_chance := describe_chance({name.removeprefix("eval_"): value for name, value in results.items()}):
             self.say(near_chance)
         return results
 
-    def _report(self, split: str, metrics: dict[str, Any]) -> None:
-        self.trainer.log_metrics(split, metrics)
-        self.trainer.save_metrics(split, metrics)
-
-    def _finish(self, results: dict[str, Any], damaged: dict[str, dict[str, str]]) -> None:
-        """Write the list of damaged files and a model card with the scores, and push the model if asked to."""
-        training = self.arguments.training
-        folder = Path(training.output_dir)
-        (folder / "damaged_files.json").write_text(json.dumps(damaged, indent=2) + "\n", encoding="utf-8")
-        if any(damaged.values()):
-            counts = " and ".join(f"{len(files)} {split}" for split, files in damaged.items())
-            self.say(f"Files that could not be read ({counts}): see {folder / 'damaged_files.json'}")
-        model = ViViTForVideoClassification.from_pretrained(folder)
+    def _publish(self, results: dict[str, Any], damaged: dict[str, dict[str, str]]) -> None:
         scores = {
             name.removeprefix("eval_"): value
             for name, value in results.items()
             if name.endswith(("top1", "top5", "_map")) and isinstance(value, float)
         }
-        source, dataset = self.start.source, self.arguments.data.dataset_name
-        card: dict[str, Any] = {
-            "base_model": source if source not in ViViTConfig.presets else None,
-            "report": self.start.report,
-            "datasets": dataset if is_repo_id(dataset) else None,
-            "metrics": ["accuracy"],
-            "results": scores,
-            "protocol": results.get("eval_protocol"),
-        }
-        write_model_card(folder, model, repo_id=training.hub_model_id, **card)
-        if self.push:
-            push_model(model, self.start.processor, training, card)
-            self.say(f"Uploaded to {repository_of(training)}.")
+        dataset = self.arguments.data.dataset_name
+        self.publish(
+            damaged,
+            report=self.start.report,
+            datasets=dataset if is_repo_id(dataset) else None,
+            metrics=["accuracy"],
+            results=scores,
+            protocol=results.get("eval_protocol"),
+        )
 
 
 def prepare(arguments: Arguments, echo: Say = print) -> FineTuning:
@@ -186,45 +129,39 @@ def prepare(arguments: Arguments, echo: Say = print) -> FineTuning:
     """
     model_arguments, data, _, training = arguments
     say = speaker(training, echo)
-    check_processes(training, say)
     check_output(model_arguments, training)
+    check_machine(training, say)
     own_labels = None if training.do_train else labels_to_score(model_arguments.model_name_or_path)
     splits = load_splits(data, training.seed, say, own_labels)
     check_fit(training, splits)
-    push, training.push_to_hub = training.push_to_hub and training.do_train, False  # once, after training
-    if push:
-        check_repository(training)
+    push = check_repository(training)
     set_seed(training.seed)
-    checkpoint = find_checkpoint(training, say) if training.do_train else None
+    checkpoint = find_checkpoint(training, say)
     start = build_model(model_arguments, data, splits.label_map, say, recipe=training.recipe)
     check_cache(arguments, start.model.config)
-    if checkpoint is not None:
-        check_checkpoint(checkpoint, start, model_arguments, training.ema_decay)
     check_views(arguments, start, splits, say)
     frozen = [] if model_arguments.lora_rank else freeze(start.model, model_arguments.freeze)
     if training.do_train:
-        if (reason := lack_of_space(training, start.model)) is not None:
-            raise ValueError(reason)
+        check_start(training, start, model_arguments, checkpoint)
         trained = sum(parameter.numel() for parameter in start.model.parameters() if parameter.requires_grad)
         say(f"{trained:,} parameters to train" + f", {len(frozen)} tensors frozen" * bool(frozen))
     label_map = LabelMap.from_config(start.model.config)  # in the order of a classifier that is kept
     splits = replace(splits, label_map=label_map)
     trainer, validation = make_trainer(arguments, splits, start.model, start.processor, say)
-    return FineTuning(arguments, start, trainer, validation, checkpoint, push, say)
+    return FineTuning(arguments, start, trainer, checkpoint, push, say, validation)
 
 
 # Checks before training
 
 
 def check_output(arguments: ModelArguments, training: FineTuningArguments) -> None:
-    """Create the output folder. Raise ValueError if that or a file in it cannot be written, or it is the LoRA base."""
+    """Raise ValueError if the output folder is the base of LoRA, or a picture has no folder."""
     folder = Path(training.output_dir)
     if arguments.lora_rank and Path(arguments.model_name_or_path).resolve() == folder.resolve():
         raise ValueError(
             f"--output_dir {folder} is the model itself, whose original weights --lora_rank needs to resume: give "
             "another folder."
         )
-    check_folder(folder)
     picture = training.save_batch_picture
     if picture is not None and not Path(picture).absolute().parent.is_dir():
         raise ValueError(f"--save_batch_picture {picture}: there is no such folder.")

@@ -4,8 +4,8 @@ import argparse
 import difflib
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -15,7 +15,6 @@ from transformers import HfArgumentParser, TrainingArguments
 from ..data.annotations import AnnotationError
 from ..inference.views import AVERAGINGS
 from .finetuning_arguments import (
-    TRAINER_ARGUMENTS,
     USAGE,
     AugmentationArguments,
     DataArguments,
@@ -61,6 +60,23 @@ class FineTuningArguments(OurTrainingArguments, VideoTrainingArguments):
         super().__post_init__()
 
 
+def actions_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """Return the arguments by name, without negations such as --no_average_tokens_across_devices."""
+    actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
+    return dict(reversed(actions.items()))
+
+
+def print_help(
+    actions: dict[str, argparse.Action], argv: Sequence[str], help_text: Callable[..., str], echo: Say
+) -> None:
+    """Print the help of a training command and exit, if `argv` asks for it."""
+    if {"-h", "--help", "--help-all"} & set(argv):
+        brief = help_text()
+        others = [action for name, action in actions.items() if f"--{name} " not in brief]
+        echo(help_text(others) if "--help-all" in argv else brief)
+        sys.exit()
+
+
 class Arguments(NamedTuple):
     """All arguments of a run, by subject."""
 
@@ -93,14 +109,8 @@ def parse_arguments(argv: Sequence[str], echo: Say = print) -> Arguments:
         SystemExit: after the help, and with code 2 for unknown arguments.
     """
     parser = HfArgumentParser(_CLASSES, usage=USAGE, prog="vivit-hf finetune")
-    # The first action of a name: a second one is its negation, such as --no_average_tokens_across_devices.
-    actions = {action.dest: action for action in reversed(parser._actions) if action.dest != "help"}
-    if {"-h", "--help", "--help-all"} & set(argv):
-        shown = {*TRAINER_ARGUMENTS, *(name for one in _CLASSES[:3] for name in one.__annotations__)}
-        shown |= {one.name for one in fields(OurTrainingArguments)}
-        others = [action for name, action in reversed(actions.items()) if name not in shown]
-        echo(help_text(others if "--help-all" in argv else ()))
-        sys.exit()
+    actions = actions_of(parser)
+    print_help(actions, argv, help_text, echo)
     given: dict[str, Any] = {}
     if argv and argv[0].endswith((".json", ".yaml", ".yml")):
         given, argv = _read_settings(Path(argv[0]), actions), argv[1:]

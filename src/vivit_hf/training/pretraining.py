@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +16,18 @@ from ..data.annotations import ONE_GROUP, LabelledVideo, read_videos
 from ..data.labels import LabelMap
 from ..data.whole_files import written_whole
 from ..explain.reconstruction_picture import draw_reconstructions
-from ..hub.model_card import write_model_card
 from ..modeling_vivit import ViViTForPreTraining, random_tube_masks
 from ..video_processing_vivit import ViViTVideoProcessor
 from .augmentation import ClipAugmentation
-from .checkpoints import deferred_interrupt, last_complete_checkpoint
 from .clips import VideoClips
 from .finetuning_arguments import AugmentationArguments, DataArguments, ModelArguments, Say
 from .finetuning_model import Start, build_model
 from .finetuning_parser import speaker
 from .pretraining_arguments import PretrainingDataArguments
 from .pretraining_parser import PretrainingRun
-from .run_checks import (
-    check_checkpoint,
-    check_folder,
-    check_processes,
-    check_repository,
-    find_checkpoint,
-    lack_of_space,
-    push_model,
-    repository_of,
-)
+from .run_checks import check_machine, check_repository, check_start, find_checkpoint
 from .trainer import ClipTrainer
+from .training_run import TrainingRun
 
 
 UNLABELLED = LabelMap({ONE_GROUP: ()}, has_several=True)  # any number of labels, and there are none
@@ -99,67 +88,25 @@ class ReconstructionPictures(TrainerCallback):
                 picture.save(unfinished, format="PNG")
 
 
-@dataclass
-class Pretraining:
-    """A run that has passed its checks (see `prepare`); `checkpoint` is what to resume from, or None."""
+class Pretraining(TrainingRun):
+    """A pretraining run that has passed its checks, see `prepare`."""
 
-    arguments: PretrainingRun
-    start: Start
-    trainer: ClipTrainer
-    checkpoint: str | None
-    push: bool
-    say: Say
+    command = "pretrain"
+    model_class = ViViTForPreTraining
 
     def run(self) -> None:
         """Train, save, and push if the arguments ask for it."""
-        trainer, training = self.trainer, self.arguments.training
-        try:
-            result = trainer.train(resume_from_checkpoint=self.checkpoint)
-            with deferred_interrupt():
-                trainer.save_model()  # in all processes: each may hold a part of it
-                if training.should_save:
-                    self.start.processor.save_pretrained(training.output_dir)
-        except Exception as error:
-            if (reason := lack_of_space(training, trainer.model)) is not None:
-                raise SystemExit(f"pretrain: {reason}") from error
-            raise
-        damaged = trainer.all_damaged_files()["train"]
-        metrics = {**result.metrics, "train_samples": len(trainer.train_dataset), "train_damaged_files": len(damaged)}
-        trainer.log_metrics("train", metrics)
-        trainer.save_metrics("train", metrics)
-        trainer.save_state()
-        if training.should_save:
-            self._finish(metrics, damaged)
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
-
-    def last_checkpoint(self) -> Path | None:
-        """Return the checkpoint that the run would resume from now, or None."""
-        return last_complete_checkpoint(self.arguments.training.output_dir)
-
-    def _finish(self, metrics: dict[str, Any], damaged: dict[str, str]) -> None:
-        """Write the list of damaged files and a model card, and push the model if asked to."""
-        training = self.arguments.training
-        folder = Path(training.output_dir)
-        (folder / "damaged_files.json").write_text(json.dumps({"train": damaged}, indent=2) + "\n", encoding="utf-8")
-        if damaged:
-            self.say(f"Files that could not be read ({len(damaged)}): see {folder / 'damaged_files.json'}")
-        model = ViViTForPreTraining.from_pretrained(folder)
-        text = (
-            f"Pretrained without labels on {metrics['train_samples']} videos for {metrics['epoch']:g} epochs: masked "
-            f"autoencoding with tube masks over {model.config.mask_ratio:.0%} of the places, mean training loss "
-            f"{metrics['train_loss']:.4f}."
-        )
-        report = self.start.report
-        card: dict[str, Any] = {
-            "base_model": None if self.start.source in ViViTConfig.presets else self.start.source,
-            "report": text if report is None else f"{text}\n\n{report.to_markdown()}",
-        }
-        write_model_card(folder, model, repo_id=training.hub_model_id, **card)
-        if self.push:
-            push_model(model, self.start.processor, training, card)
-            self.say(f"Uploaded to {repository_of(training)}.")
+        metrics, damaged = self.train(), self.trainer.all_damaged_files()["train"]
+        self.trainer.save_state()
+        if self.trainer.args.should_save:
+            text = (
+                f"Pretrained without labels on {metrics['train_samples']} videos for {metrics['epoch']:g} epochs: "
+                f"masked autoencoding with tube masks over {self.start.model.config.mask_ratio:.0%} of the places, "
+                f"mean training loss {metrics['train_loss']:.4f}."
+            )
+            report = self.start.report
+            self.publish({"train": damaged}, report=text if report is None else f"{text}\n\n{report.to_markdown()}")
+        self.end()
 
 
 def prepare(arguments: PretrainingRun, echo: Say = print) -> Pretraining:
@@ -176,19 +123,13 @@ def prepare(arguments: PretrainingRun, echo: Say = print) -> Pretraining:
     """
     _, data, training = arguments
     say = speaker(training, echo)
-    check_processes(training, say)
-    check_folder(Path(training.output_dir))
+    check_machine(training, say)
     videos = read_unlabelled_videos(data, say)
-    push, training.push_to_hub = training.push_to_hub, False  # once, after training
-    if push:
-        check_repository(training)
+    push = check_repository(training)
     set_seed(training.seed)
     checkpoint = find_checkpoint(training, say)
     start = make_model(arguments, say)
-    if checkpoint is not None:
-        check_checkpoint(checkpoint, start, ModelArguments(), training.ema_decay)
-    if (reason := lack_of_space(training, start.model)) is not None:
-        raise ValueError(reason)
+    check_start(training, start, ModelArguments(), checkpoint)
     return Pretraining(arguments, start, make_trainer(arguments, videos, start, say), checkpoint, push, say)
 
 
@@ -198,7 +139,7 @@ def read_unlabelled_videos(data: PretrainingDataArguments, say: Say) -> list[Lab
     def training_rows(where: str, counts: dict[str, int]) -> list[str]:
         listed = ", ".join(f"{count} {split}" for split, count in counts.items())
         used = ["train"] if "train" in counts else list(counts)
-        say(f"{where}: {listed}; used are the {' and '.join(used)} rows.")
+        say(f"{where}: {listed}; the {' and '.join(used)} rows are used.")
         return used
 
     found = read_videos(

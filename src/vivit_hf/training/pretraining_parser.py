@@ -1,6 +1,5 @@
 """Parse the arguments of `vivit-hf pretrain`."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,7 +7,7 @@ from typing import NamedTuple
 from transformers import HfArgumentParser
 
 from .finetuning_arguments import Say
-from .finetuning_parser import VideoTrainingArguments
+from .finetuning_parser import VideoTrainingArguments, actions_of, print_help
 from .pretraining_arguments import (
     USAGE,
     PretrainingDataArguments,
@@ -27,6 +26,7 @@ class PretrainingArguments(PretrainingDefaults, VideoTrainingArguments):
             raise ValueError(f"--picture_steps {self.picture_steps}: expected a number of steps, or 0 for no pictures.")
         if self.eval_strategy != "no" or self.do_eval:
             raise ValueError("Pretraining has no evaluation: leave --eval_strategy and --do_eval out.")
+        self.do_train = True
         super().__post_init__()
 
 
@@ -51,13 +51,9 @@ def parse_arguments(argv: Sequence[str], echo: Say = print) -> PretrainingRun:
     """
     classes = (PretrainingModelArguments, PretrainingDataArguments, PretrainingArguments)
     parser = HfArgumentParser(classes, usage=USAGE, prog="vivit-hf pretrain")
-    if {"-h", "--help", "--help-all"} & set(argv):
-        brief = help_text()
-        others = [one for one in parser._actions if f"--{one.dest} " not in brief and one.dest != "help"]
-        echo(help_text(others if "--help-all" in argv else ()))
-        sys.exit()
+    print_help(actions_of(parser), argv, help_text, echo)
     if argv and not argv[0].startswith("-"):
         argv = ["--videos", *argv]
     for action in parser._actions:
         action.required |= action.dest == "output_dir"
-    return PretrainingRun(*parser.parse_args_into_dataclasses(list(argv)))
+    return PretrainingRun(*parser.parse_dict(vars(parser.parse_args(argv))))

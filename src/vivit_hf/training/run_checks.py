@@ -1,4 +1,4 @@
-"""What training commands share: checks of processes, folders and checkpoints before a run, and the push after it."""
+"""The checks of a training command before a run: processes, output folder, repository, checkpoint and disk."""
 
 import os
 import shutil
@@ -21,7 +21,23 @@ from .weight_average import AVERAGE_FILE
 _MEGABYTE = 1e6
 
 
-def check_processes(training: VideoTrainingArguments, say: Say) -> None:
+def check_machine(training: VideoTrainingArguments, say: Say) -> None:
+    """Create the output folder. Raise ValueError if it or the processes that were started cannot be used."""
+    _check_processes(training, say)
+    _check_folder(Path(training.output_dir))
+
+
+def check_start(
+    training: VideoTrainingArguments, start: Start, arguments: ModelArguments, checkpoint: str | None
+) -> None:
+    """Raise ValueError for a checkpoint of another run, and for a disk without space for the model and a checkpoint."""
+    if checkpoint is not None:
+        _check_checkpoint(checkpoint, start, arguments, training.ema_decay)
+    if (reason := lack_of_space(training, start.model)) is not None:
+        raise ValueError(reason)
+
+
+def _check_processes(training: VideoTrainingArguments, say: Say) -> None:
     """Raise ValueError for launchers that start several processes which would not train together."""
     shards = [name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"]
     if "FSDP" in shards and training.device.type == "cpu":
@@ -41,7 +57,7 @@ def check_processes(training: VideoTrainingArguments, say: Say) -> None:
     say(f"Training on {training.world_size} process(es), device type {training.device.type}.")
 
 
-def check_folder(folder: Path) -> None:
+def _check_folder(folder: Path) -> None:
     """Create the output folder. Raise ValueError if that or a file in it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -55,8 +71,8 @@ def check_folder(folder: Path) -> None:
 
 def find_checkpoint(training: VideoTrainingArguments, say: Say) -> str | None:
     """Return the checkpoint to resume from: the last whole one, unless --resume_from_checkpoint says otherwise."""
-    wish = training.resume_from_checkpoint
-    if wish in (False, "False", "false", "no"):
+    wish: Any = training.resume_from_checkpoint
+    if not training.do_train or wish in (False, "False", "false", "no"):
         return None
     if wish in (None, True, "True", "true", "last"):
         found = last_complete_checkpoint(training.output_dir)
@@ -69,7 +85,7 @@ def find_checkpoint(training: VideoTrainingArguments, say: Say) -> str | None:
     return str(wish)
 
 
-def check_checkpoint(checkpoint: str, start: Start, arguments: ModelArguments, ema_decay: float) -> None:
+def _check_checkpoint(checkpoint: str, start: Start, arguments: ModelArguments, ema_decay: float) -> None:
     """Raise ValueError for a checkpoint of a run with another model, classes, LoRA settings or moving average."""
     folder = Path(checkpoint)
     has_config = (folder / "config.json").exists()
@@ -119,25 +135,17 @@ def repository_of(training: VideoTrainingArguments) -> str:
     return training.hub_model_id or Path(training.output_dir).resolve().name
 
 
-def check_repository(training: VideoTrainingArguments) -> None:
-    """Create the repository to push to. Raise ValueError if the Hub refuses that or cannot be reached."""
-    if training.process_index != 0:
-        return
+def check_repository(training: VideoTrainingArguments) -> bool:
+    """Return whether to push the model, once after training, and create the repository for it now.
+
+    Raises ValueError if the Hub refuses that or cannot be reached.
+    """
+    push, training.push_to_hub = training.push_to_hub and training.do_train, False
+    if not push or training.process_index != 0:
+        return push
     try:
         api = HfApi(token=training.hub_token)
         api.create_repo(repository_of(training), private=training.hub_private_repo, exist_ok=True)
     except Exception as error:
         raise ValueError(f"--push_to_hub: the Hub does not accept {repository_of(training)}: {error}") from error
-
-
-def push_model(model: Any, processor: Any, training: VideoTrainingArguments, card: dict[str, Any]) -> None:
-    """Push a model, its card and its processor to the Hub. Raise SystemExit if that fails."""
-    repository = repository_of(training)
-    settings = {"private": bool(training.hub_private_repo), "token": training.hub_token}
-    try:
-        model.push_to_hub(repository, **settings, **card)
-        processor.push_to_hub(repository, **settings)
-    except Exception as error:
-        raise SystemExit(
-            f"The model is saved in {training.output_dir}, but it could not be pushed to {repository}: {error}"
-        ) from error
+    return True
