@@ -175,6 +175,21 @@ def test_models_without_equivalent_in_transformers_are_refused(tmp_path, convert
 # What cannot be converted
 
 
+def test_the_kind_of_labels_goes_along(tmp_path, convert):
+    several = {"problem_type": "multi_label_classification", "num_labels": 3}
+    make_model(tiny_config("spatio_temporal", **several)).save_pretrained(tmp_path / "ours")
+    code, _, errors, output = convert(tmp_path / "ours", "--to", "transformers", "--skip-parity")
+    assert code == 0, errors
+    assert VivitConfig.from_pretrained(output).problem_type == "multi_label_classification"
+    code, _, errors, again = convert(output, "--skip-parity", output="again")
+    assert (
+        code == 0 and ViViTForVideoClassification.from_pretrained(again).config.problem_type == several["problem_type"]
+    )
+    make_model(tiny_config("spatio_temporal", label_groups={"noun": 3, "verb": 2})).save_pretrained(tmp_path / "groups")
+    code, printed, errors, _ = convert(tmp_path / "groups", "--to", "transformers", "--skip-parity", output="one")
+    assert code == 0 and "label_groups are lost" in printed, errors
+
+
 def test_the_wrong_direction_is_named(tmp_path, native, convert):
     _, folder = native
     assert_refused(convert(folder, "--to", "transformers"), tmp_path, "is of type 'vivit'", "'vivit_hf' only")

@@ -103,6 +103,8 @@ def to_transformers(args: argparse.Namespace) -> Result:
         notes = ["transformers' processor does not sample frames; give it the frames of a clip"]
         if rate := model.config.drop_path_rate:
             notes.append(f"drop_path_rate={rate} is lost, as transformers' Vivit has no stochastic depth")
+        if model.config.label_groups:
+            notes.append("label_groups are lost, as transformers' Vivit has one softmax over all labels")
         result = Result(
             output=args.output,
             model=f"transformers' {type(native).__name__}, {counted(model.config.num_labels, 'label')}",
@@ -159,6 +161,7 @@ def native_config(config: ViViTConfig) -> VivitConfig:
         image_size=config.image_size,
         tubelet_size=list(config.tubelet_size),
         hidden_act=_ACTIVATIONS.get(config.hidden_act, config.hidden_act),
+        problem_type=config.problem_type,
     )
     if config.num_labels:
         set_labels(native, [config.id2label[index] for index in range(config.num_labels)])
