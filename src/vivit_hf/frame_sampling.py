@@ -10,6 +10,7 @@ A clip is `num_frames` frames, `stride` frames apart. With num_frames = 4 and st
     centre                     one window in the middle of the video
     num_clips = 3            [ first window ]--[ middle window ]--[ last window ]    (linearly spaced starts)
     random                     windows at starts drawn from a generator
+    uniform                    frames spread over the whole video; if random, each is drawn around its place
 
 A view is one clip through one crop. The paper averages the scores of 4 clips x 3 crops (section 4, "Inference"):
 
@@ -72,15 +73,26 @@ def sample_frames_uniformly(num_frames_in_video: int, num_frames: int) -> np.nda
 
 
 def sample_uniform_clip(
-    num_frames_in_video: int, num_frames: int, *, short_video_policy: str = "repeat_last"
+    num_frames_in_video: int,
+    num_frames: int,
+    *,
+    start: str = "centre",
+    short_video_policy: str = "repeat_last",
+    generator: np.random.Generator | None = None,
 ) -> np.ndarray:
     """Return exactly `num_frames` indices spread over a video, int64 (num_frames,).
 
-    They are the first `num_frames` of `sample_frames_uniformly`. `short_video_policy` fills up shorter videos.
+    They are the first `num_frames` of `sample_frames_uniformly`. With `start="random"`, each is drawn from the frames
+    around its place, as in TSN (Wang et al., 2016). `short_video_policy` fills up shorter videos.
     """
+    check_choice("start", start, CLIP_STARTS)
     indices = sample_frames_uniformly(num_frames_in_video, num_frames)[:num_frames]
     if len(indices) < num_frames:
         indices = np.arange(num_frames, dtype=np.int64)
+    elif start == "random" and num_frames < num_frames_in_video:
+        step = num_frames_in_video / (num_frames + 1)
+        places = np.arange(1, num_frames + 1) + _checked_generator(generator).uniform(-0.5, 0.5, num_frames)
+        indices = np.minimum(np.round(places * step).astype(np.int64), num_frames_in_video - 1)
     return apply_short_video_policy(indices, num_frames_in_video, short_video_policy)
 
 

@@ -121,7 +121,8 @@ class ProcessorSettings:
             the place of `frame_stride`. None: off.
         frame_sampling: "clip", frames at a fixed distance, or "uniform", frames spread over the whole video (section
             3.2 of the paper).
-        clip_start: "centre" (several clips: linearly spaced from the first frame to the last) or "random".
+        clip_start: "centre" (several clips: linearly spaced from the first frame to the last) or "random". Uniform
+            frames have their exact places, or are drawn around them.
         num_clips, num_crops: the views. num_crops is 1, or 3 for left, centre and right (portrait: top, centre,
             bottom). The paper averages the logits of 4 x 3 views.
         short_video_policy: "repeat_last", "loop" or "error", for videos with too few frames for a clip.

@@ -301,7 +301,8 @@ def _sample(timestamps: np.ndarray, settings: ProcessorSettings, generator: np.r
     total, policy = len(timestamps), settings.short_video_policy
     num_frames, stride, rate = settings.num_frames, settings.frame_stride, settings.frames_per_second
     if settings.frame_sampling == "uniform":
-        return sample_uniform_clip(total, num_frames, short_video_policy=policy)[None]
+        drawn: dict[str, Any] = {"start": settings.clip_start, "generator": generator}
+        return sample_uniform_clip(total, num_frames, short_video_policy=policy, **drawn)[None]
     clips: dict[str, Any] = {"num_clips": settings.num_clips, "start": settings.clip_start, "generator": generator}
     if rate is not None:
         return sample_clips_at_rate(timestamps, num_frames, rate, short_video_policy=policy, **clips)

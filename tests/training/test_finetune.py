@@ -403,7 +403,7 @@ def test_every_recipe_is_understood_and_explicit_arguments_beat_it(name, tmp_pat
     base = RECIPES[name].arguments["learning_rate"]
     assert training.learning_rate == pytest.approx(base * 4 / 64)
     assert f"learning rate {base:g} for 64 clips per step, so {base * 4 / 64:g} for 4" in capsys.readouterr().out
-    assert augmentation.scale_jitter == "0.9,1.33" and data.num_clips == 4
+    assert augmentation.scale_jitter == "0.9,1.33" and data.num_clips == RECIPES[name].arguments.get("num_clips", 1)
 
     given = [
         "--learning_rate",

@@ -224,6 +224,27 @@ def test_crops_lie_in_the_frame_or_are_refused(height, width, crop_height, crop_
         assert {crop[1] for crop in three} == {three[1][1]}
 
 
+@pytest.mark.parametrize(("total", "num_frames"), [(100, 8), (17, 16), (300, 16), (9, 8)])
+def test_a_random_uniform_clip_has_each_frame_around_its_place(total, num_frames):
+    exact = sample_uniform_clip(total, num_frames)
+    drawn = np.stack(
+        [
+            sample_uniform_clip(total, num_frames, start="random", generator=np.random.default_rng(seed))
+            for seed in range(200)
+        ]
+    )
+    assert (np.diff(drawn, axis=1) >= 0).all() and drawn.min() >= 0 and drawn.max() < total
+    assert np.abs(drawn - exact).max() <= total / (num_frames + 1) / 2 + 1
+    assert drawn.mean(axis=0) == pytest.approx(exact, abs=max(1, 0.1 * total / num_frames))
+
+
+@pytest.mark.parametrize("total", [3, 8])
+def test_a_random_uniform_clip_of_a_short_video_has_all_of_its_frames(total):
+    exact = sample_uniform_clip(total, 8)
+    drawn = sample_uniform_clip(total, 8, start="random", generator=np.random.default_rng(0))
+    assert (drawn == exact).all()
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -33,6 +33,7 @@ def processor_for(
     resize_ratio: float | None = None,
     frame_stride: int | None = None,
     frames_per_second: float | None = None,
+    frame_sampling: str | None = None,
 ) -> ViViTVideoProcessor:
     """
     Return a processor that turns videos of any shape into clips of the model's size.
@@ -46,6 +47,8 @@ def processor_for(
         resize_ratio: the same as a multiple of the short side of the crop. The default is the ratio of `source` if it
             resizes and crops, otherwise the official 256 / 224.
         frame_stride, frames_per_second: replace those of `source`; at most one of the two.
+        frame_sampling: "clip", frames at that distance, or "uniform", frames spread over the whole video; replaces that
+            of `source`.
 
     Raises:
         ValueError: for a short side below that of the crop, settings that exclude each other, a stride or rate with
@@ -64,7 +67,10 @@ def processor_for(
     else:
         stored = source or {}
         kept = ProcessorSettings(**{name: stored[name] for name in _PIXEL_SETTINGS if stored.get(name) is not None})
-    settings = vars(kept.updated({"frame_stride": frame_stride, "frames_per_second": frames_per_second}))
+    sampling = {"frame_stride": frame_stride, "frames_per_second": frames_per_second, "frame_sampling": frame_sampling}
+    if frame_sampling == "uniform":
+        sampling["num_clips"] = 1  # it spreads one clip over the whole video
+    settings = vars(kept.updated(sampling))
     height, width = config.frame_size
     if resize is None:
         ratio = resize_ratio_of(stored) if resize_ratio is None else check_positive_number("resize_ratio", resize_ratio)

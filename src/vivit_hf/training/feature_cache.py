@@ -263,6 +263,13 @@ class CachedClips(VideoClips):
     def empty(self) -> torch.Tensor:
         return torch.zeros(self._shape)
 
+    def stored_views(self) -> tuple[torch.Tensor, list[int]]:
+        """Return the tokens of all views that can be read, (views, time, hidden), and the index of each one's video."""
+        views = [(index, view) for index in range(len(self)) for view in range(self.num_views)]
+        readable = [one for one in views if one not in self.unreadable]
+        steps = [self._stored(*one) for one in readable]
+        return torch.stack(steps) if steps else torch.zeros(0, *self._shape), [index for index, _ in readable]
+
     def _stored(self, index: int, view: int) -> torch.Tensor:
         if (reason := self.unreadable.get((index, view))) is not None:
             raise VideoDecodingError(reason, reason=reason)

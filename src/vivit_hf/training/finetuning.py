@@ -55,6 +55,10 @@ class FineTuning(TrainingRun):
         num_workers = training.dataloader_num_workers
         if self.arguments.model.cache_features:
             self._fill_caches()
+        if self.arguments.model.classifier_init == "probe" and self.checkpoint is None:
+            from .probe_start import start_from_probe  # imports scikit-learn
+
+            self.say(start_from_probe(self.trainer.model, self.trainer.train_dataset, training.seed))
         if training.overfit_one_batch:
             try_one_batch(self.trainer, training, self.say)
         if training.do_train:
@@ -192,7 +196,7 @@ def check_views(arguments: Arguments, start: Start, splits: Splits, say: Say) ->
     """Raise ValueError for views of the final evaluation that the processor does not offer."""
     data, recipe = arguments.data, arguments.training.recipe
     is_uniform = start.processor.frame_sampling == "uniform"
-    if recipe and is_uniform and data.num_clips == RECIPES[recipe].arguments["num_clips"]:
+    if recipe and is_uniform and data.num_clips == RECIPES[recipe].arguments.get("num_clips"):
         data.num_clips = 1
         say(f"Uniform sampling takes one clip per video: num_clips of the recipe {recipe} does not apply.")
     if splits.validation is not None:

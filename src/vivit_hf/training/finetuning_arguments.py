@@ -15,6 +15,7 @@ from .recipes import RECIPES
 Say = Callable[[str], None]
 
 DTYPES = ("float32", "bfloat16")
+CLASSIFIER_INITS = ("random", "probe")
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification")
 _FLIPS = {"yes": 0.5, "true": 0.5, "auto": 0.5, "no": 0.0, "false": 0.0}  # YAML reads yes and no as true and false
 
@@ -44,7 +45,9 @@ class ModelArguments:
         "factorised_dot_product_attention (default: factorised_encoder)",
     )
     embedding_type: str | None = argument(None, "from an image ViT: tubelet, uniform_frame_sampling")
-    tubelet_size: str | None = argument(None, "from an image ViT: time,height,width")
+    tubelet_size: str | None = argument(
+        None, "from an image ViT: time,height,width; time alone keeps the patches of the image ViT"
+    )
     num_sampled_frames: int | None = argument(None, "frames that uniform_frame_sampling takes from a clip")
     num_temporal_layers: int | None = argument(
         None, "layers of Model 2's temporal encoder; 0 is the average-pool baseline"
@@ -85,6 +88,11 @@ class ModelArguments:
     num_cached_views: int = argument(
         1, "random clips of each training video that --cache_features stores, one for each epoch in turn"
     )
+    classifier_init: str = argument(
+        "random",
+        "random, or probe: fit the classifier to the stored training tokens by logistic regression, and train on from "
+        "there (with --cache_features; requires scikit-learn)",
+    )
     lora_rank: int = argument(
         0,
         "train low-rank updates of the query and value projections, and new temporal modules in full; requires peft",
@@ -96,6 +104,7 @@ class ModelArguments:
 
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("freeze", self.freeze, FREEZINGS)
+        check_choice("classifier_init", self.classifier_init, CLASSIFIER_INITS)
         if self.num_cached_views < 1 or (self.num_cached_views > 1 and not self.cache_features):
             raise ValueError(
                 f"--num_cached_views {self.num_cached_views}: expected at least 1, together with --cache_features."
@@ -106,6 +115,13 @@ class ModelArguments:
             )
         if self.cache_features and self.freeze == "none":
             raise ValueError("--cache_features stores the outputs of frozen weights: add --freeze spatial.")
+        if self.classifier_init == "probe" and not self.cache_features:
+            raise ValueError("--classifier_init probe fits the classifier to stored tokens: add --cache_features.")
+        if self.classifier_init == "probe" and not importlib.util.find_spec("sklearn"):
+            raise ValueError(
+                "--classifier_init probe requires scikit-learn: run `pip install 'vivit-hf[probe]'`, or give "
+                "--classifier_init random."
+            )
         if self.lora_rank < 0:
             raise ValueError(f"--lora_rank {self.lora_rank}: expected a positive rank, or 0 to train without LoRA.")
         if self.lora_rank and self.freeze != "none":
@@ -163,6 +179,10 @@ class DataArguments:
         None, "distance between the frames of a clip (default: a ViViT's, the recipe's, or 2)"
     )
     frames_per_second: float | None = argument(None, "frame rate of a clip, in place of a stride")
+    frame_sampling: str | None = argument(
+        None,
+        "clip: frames at that distance, or uniform: spread over the whole video (default: the start's, or clip)",
+    )
     resize: int | None = argument(None, "short side before the crop, in pixels")
     resize_ratio: float | None = argument(
         None, "the same as a multiple of the crop (default: the start's or the recipe's, or 256 / 224)"
@@ -172,6 +192,8 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         check_choice("problem_type", self.problem_type, PROBLEM_TYPES)
+        if self.frame_sampling is not None:
+            check_choice("frame_sampling", self.frame_sampling, ("clip", "uniform"))
         for name in ("max_train_samples", "max_eval_samples"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} {value}: expected at least 1.")

@@ -16,24 +16,25 @@ from ..data.labels import LabelMap
 from ..initialisation.from_image import InitialisationReport, config_from_vit, initialise_from_vit, list_unused
 from ..initialisation.image_arrays import ImageSource
 from ..initialisation.image_features import default_image_size
+from ..initialisation.image_models import image_structure
 from ..initialisation.image_sources import read_image_source
 from ..initialisation.model_processor import processor_for, resize_ratio_of
 from ..initialisation.weight_files import find_file, has_processor, read_json
 from ..modeling_vivit import ViViTForPreTraining, ViViTForVideoClassification, ViViTPreTrainedModel
 from ..video_processing_vivit import ViViTVideoProcessor
-from .finetuning_arguments import DataArguments, ModelArguments, Say
+from .finetuning_arguments import PROBLEM_TYPES, DataArguments, ModelArguments, Say
 from .finetuning_parser import Arguments
 from .parameters import untrained_modules
 from .recipes import RECIPES
 
 
-# Settings of the model and of its clips; the two of a pair exclude each other.
+# Settings of the model and of its clips; those of one group exclude each other.
 STRUCTURE = (
     *("attention_type", "embedding_type", "tubelet_size", "num_sampled_frames"),
     *("num_temporal_layers", "temporal_pooling"),
 )
 SIZES = ("num_frames", "image_size")
-_SAMPLING = (("frame_stride", "frames_per_second"), ("resize", "resize_ratio"))
+_SAMPLING = (("frame_stride", "frames_per_second", "frame_sampling"), ("resize", "resize_ratio"))
 _SETTINGS = (*((name,) for name in (*STRUCTURE, *SIZES)), *_SAMPLING)
 _INITS = {"tubelet_init": "central_frame", "temporal_attention_init": "zero_output", "temporal_encoder_init": None}
 GIVEN, DEFAULT = "given", "default"
@@ -160,7 +161,8 @@ def _given_settings(data: DataArguments, model: ModelArguments) -> dict[str, Any
         except ValueError:
             raise ValueError(f"--tubelet_size is time,height,width, got {given['tubelet_size']!r}.") from None
     for group in _SAMPLING:
-        if len(both := [name for name in group if name in given]) > 1:
+        # Frames of a clip have a distance, those spread over a video have none.
+        if len(both := [name for name in group if given.get(name, "clip") != "clip"]) > 1:
             raise ValueError(f"--{both[0]} and --{both[1]} set the same: leave one of them out.")
     return given
 
@@ -213,9 +215,16 @@ def _settings_of(config: ViViTConfig, processor: ViViTVideoProcessor | None) -> 
     if config.attention_type != "factorised_encoder":
         del settings["num_temporal_layers"]
     if processor is not None:
-        rate = "frame_stride" if processor.frames_per_second is None else "frames_per_second"
+        rate = _rate_of(processor)
         settings |= {rate: getattr(processor, rate), "resize_ratio": resize_ratio_of(processor.to_dict())}
     return settings
+
+
+def _rate_of(processor: ViViTVideoProcessor) -> str:
+    """Return the name of the setting that says how far the frames of a clip are apart."""
+    if processor.frame_sampling == "uniform":
+        return "frame_sampling"
+    return "frame_stride" if processor.frames_per_second is None else "frames_per_second"
 
 
 def _check_structure(source: str, stored: ViViTConfig, given: Mapping[str, Any]) -> None:
@@ -278,6 +287,8 @@ def _from_image(request: _Request) -> Start:
     defaults = {"attention_type": "factorised_encoder", "image_size": default_image_size(image.vit.config)}
     settings = choose_settings({GIVEN: request.given, **request.recipes, DEFAULT: defaults})
     fields = request.config_fields(settings, *STRUCTURE, *SIZES)
+    if len(size := fields.get("tubelet_size", ())) == 1:  # of time alone
+        fields["tubelet_size"] = [*size, *image_structure(image.vit.config).patch_size]
     model = request.model_class(config_from_vit(image.vit.config, **fields))
     report = _initialise(model, image, request.arguments)
     say(f"{source}: {report} parameters")
@@ -314,15 +325,13 @@ def _processor(config: ViViTConfig, stored: Any, settings: Settings, source: str
 def _say_settings(start: Start, settings: Settings, has_processor: bool, say: Say) -> None:
     """Print a line for each origin of settings; with `has_processor`, the normalisation of pixels is the start's."""
     config, processor = start.model.config, start.processor
-    is_uniform = processor.frame_sampling == "uniform"
-    rate = "frame_stride" if processor.frames_per_second is None else "frames_per_second"
+    rate = _rate_of(processor)
     names = ["attention_type", "embedding_type", "tubelet_size", *SIZES]
     if config.attention_type == "factorised_encoder":
         names[1:1] = ["num_temporal_layers", *(["temporal_pooling"] if config.temporal_pooling else [])]
     origins = settings.origins
     shown = [(origins.get(name, DEFAULT), f"{name} {getattr(config, name)}") for name in names]
-    distance = "frame_sampling uniform" if is_uniform else f"{rate} {getattr(processor, rate)}"
-    shown.append((origins.get(rate, DEFAULT), distance))
+    shown.append((origins.get(rate, DEFAULT), f"{rate} {getattr(processor, rate)}"))
     resize = origins.get("resize") or origins.get("resize_ratio", DEFAULT)
     shown.append((resize, f"short side resized to {processor.size['shortest_edge']}"))
     mean, std = ([round(value, 3) for value in values] for values in (processor.image_mean, processor.image_std))
@@ -359,14 +368,22 @@ def _check_freezing(model: ViViTForVideoClassification, arguments: ModelArgument
 
 def check_cache(arguments: Arguments, config: ViViTConfig) -> None:
     """Raise ValueError for arguments that --cache_features does not go with."""
+    training = arguments.training
     if not arguments.model.cache_features:
         return
+    ending = "Leave one of them out."
+    if training.recipe and "cache_features" in RECIPES[training.recipe].arguments:
+        ending = f"It comes from the recipe {training.recipe}: use another one."
     if config.attention_type != "factorised_encoder":
         raise ValueError(
             "--cache_features needs Model 2, whose spatial encoder does not depend on time; this model has "
-            f"attention_type={config.attention_type!r}: leave it out."
+            f"attention_type={config.attention_type!r}. {ending}"
         )
-    training = arguments.training
+    if arguments.model.classifier_init == "probe" and (config.label_groups or config.problem_type != PROBLEM_TYPES[0]):
+        raise ValueError(
+            "--classifier_init probe fits a classifier of one label per video: give --classifier_init random for "
+            "several labels."
+        )
     for name, is_given, reason in (
         ("streaming", arguments.data.streaming, "the videos of a stream cannot be told apart"),
         ("do_eval", not training.do_train, "without training, each clip is encoded once anyway"),
@@ -374,7 +391,7 @@ def check_cache(arguments: Arguments, config: ViViTConfig) -> None:
         ("save_batch_picture", bool(training.save_batch_picture), "stored tokens have no pixels"),
     ):
         if is_given:
-            raise ValueError(f"--{name} does not go with --cache_features: {reason}. Leave one of them out.")
+            raise ValueError(f"--{name} does not go with --cache_features: {reason}. {ending}")
 
 
 def add_lora(model: ViViTForVideoClassification, arguments: ModelArguments, has_random_tubelets: bool, say: Say) -> Any:

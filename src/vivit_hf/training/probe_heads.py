@@ -34,7 +34,7 @@ with needs_extra("probe"):
 
 # Inverse strengths of the penalty, as scikit-learn's C, on inputs whose squared norm is 1 on average.
 _PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)
-_DEFAULT_PENALTY = 10.0
+DEFAULT_PENALTY = 10.0
 _NEIGHBOURS = (1, 3, 5, 10, 20)
 _ATTENTIVE_STEPS = 20
 _LEAST_VARIATION = 1e-3  # of a feature, relative to its mean: what varies less is mostly rounding, in float32
@@ -105,7 +105,7 @@ def fit_linear(vectors: np.ndarray, labels: np.ndarray, inner_folds: Sequence[Fo
     """
     inputs = _pooled(vectors, pooling)
     mean, std = _statistics(inputs)
-    weight, bias, _ = _logistic_regression((inputs - mean) / std, labels, inner_folds)
+    weight, bias, _ = logistic_regression((inputs - mean) / std, labels, inner_folds)
     weight = weight / std
     return LinearHead(pooling, weight, bias - weight @ mean)
 
@@ -122,7 +122,7 @@ def fit_attentive(vectors: np.ndarray, labels: np.ndarray, inner_folds: Sequence
     standardised = (vectors - mean) / std
     length = np.sqrt(np.square(standardised).sum(axis=2).mean()) or 1.0
     standardised, scale = standardised / length, std * length
-    start_weight, start_bias, penalty = _logistic_regression(standardised.mean(axis=1), labels, inner_folds)
+    start_weight, start_bias, penalty = logistic_regression(standardised.mean(axis=1), labels, inner_folds)
 
     steps = torch.from_numpy(standardised.astype(np.float32))
     targets = torch.from_numpy(labels)
@@ -203,13 +203,17 @@ def _distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return (1 - first @ second.T).clip(min=0)
 
 
-def _logistic_regression(
-    inputs: np.ndarray, labels: np.ndarray, inner_folds: Sequence[Fold]
+def logistic_regression(
+    inputs: np.ndarray, labels: np.ndarray, inner_folds: Sequence[Fold], penalty: float | None = None
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return weights (classes, features), biases (classes,) and the chosen inverse penalty, for inputs of any scale."""
-    scale = np.sqrt(np.square(inputs).sum(axis=1).mean()) or 1.0
-    coordinates, project = _span(inputs / scale)
-    penalty = _best_penalty(coordinates, labels, inner_folds)
+    """
+    Return weights (classes, features), biases (classes,) and the inverse penalty, for inputs of any scale.
+
+    Without a `penalty` the folds choose it.
+    """
+    scale = norm_of(inputs)
+    coordinates, project = span(inputs / scale)
+    penalty = penalty or _best_penalty(coordinates, labels, inner_folds)
     model = LogisticRegression(C=penalty, max_iter=1000, tol=1e-5).fit(coordinates, labels)
     weight, bias = project(model.coef_) / scale, model.intercept_
     if len(weight) == 1:  # for two classes scikit-learn gives the difference between their logits
@@ -217,7 +221,12 @@ def _logistic_regression(
     return weight, bias, penalty
 
 
-def _span(inputs: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+def norm_of(inputs: np.ndarray) -> float:
+    """Return the root mean square of the norms of the rows; 1 if all are zero."""
+    return float(np.sqrt(np.square(inputs).sum(axis=1).mean())) or 1.0
+
+
+def span(inputs: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
     """
     Return coordinates of the rows in an orthonormal basis of their span, and a function from weights in it to weights
     of the inputs.
@@ -234,16 +243,27 @@ def _span(inputs: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], np.nda
 
 def _best_penalty(inputs: np.ndarray, labels: np.ndarray, inner_folds: Sequence[Fold]) -> float:
     if not inner_folds:
-        return _DEFAULT_PENALTY
-    inputs = inputs.astype(np.float32)
-    models = [LogisticRegression(max_iter=100, warm_start=True) for _ in inner_folds]
+        return DEFAULT_PENALTY
+    return choose_penalty([(inputs[fit], labels[fit], inputs[out], labels[out]) for fit, out in inner_folds])[1]
+
+
+def choose_penalty(parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]) -> tuple[float, float]:
+    """
+    Return the smallest log loss of held-out inputs, summed over the parts, and the inverse penalty that has it.
+
+    Args:
+        parts: training inputs and labels, and held-out inputs and labels. The squared norm of training inputs is 1 on
+            average.
+    """
+    models = [LogisticRegression(max_iter=100, warm_start=True) for _ in parts]
     losses: list[float] = []
     for penalty in _PENALTIES:
         losses.append(0.0)
-        for model, (train, test) in zip(models, inner_folds, strict=True):
-            model.set_params(C=penalty).fit(inputs[train], labels[train])
-            probabilities = model.predict_proba(inputs[test])
-            losses[-1] += log_loss(labels[test], probabilities, labels=model.classes_, normalize=False)
+        for model, (inputs, labels, held_out, correct) in zip(models, parts, strict=True):
+            model.set_params(C=penalty).fit(inputs.astype(np.float32), labels)
+            probabilities = model.predict_proba(held_out.astype(np.float32))
+            losses[-1] += log_loss(correct, probabilities, labels=model.classes_, normalize=False)
         if len(losses) > 1 and losses[-1] > losses[-2]:  # from here on the model fits noise, ever more slowly
             break
-    return _PENALTIES[int(np.argmin(losses))]
+    best = int(np.argmin(losses))
+    return losses[best], _PENALTIES[best]

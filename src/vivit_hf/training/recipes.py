@@ -131,5 +131,37 @@ _ALL = (
         },
         {**_OFFICIAL_MODEL, **_FACTORISED},
     ),
+    # Ours: the image model stays as it is, and its features are computed once.
+    Recipe(
+        "few-labels",
+        "a handful of clips per class, and no GPU",
+        {
+            "model_name_or_path": "facebook/dinov2-small",
+            "freeze": "spatial",
+            "cache_features": True,
+            "num_cached_views": 4,
+            "classifier_init": "probe",
+            "optim": "adamw_torch",
+            "learning_rate": 4e-4,
+            "weight_decay": 0.05,
+            "max_grad_norm": 1.0,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.1,
+            "num_train_epochs": 20,
+            "per_device_train_batch_size": 8,
+            "horizontal_flip": "auto",
+            "scale_jitter": "0.9,1.33",
+            "save_strategy": "no",
+        },
+        {
+            "attention_type": "factorised_encoder",
+            "embedding_type": "tubelet",
+            "tubelet_size": [1],
+            "num_temporal_layers": 1,
+            "temporal_pooling": "concatenate",
+            "num_frames": 16,
+            "frame_sampling": "uniform",
+        },
+    ),
 )
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in _ALL}
