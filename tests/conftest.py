@@ -42,6 +42,12 @@ def case(request):
     return request.param
 
 
+@pytest.fixture(params=[name for name, fields in CASES.items() if "merge_tokens" not in fields])
+def unmerged_case(request):
+    """A case whose layers all see all tokens."""
+    return request.param
+
+
 @pytest.fixture
 def config(variant):
     return case_config(variant)

@@ -34,6 +34,8 @@ CASES: dict[str, dict[str, Any]] = {
     "registers_mean_pooling": {"attention_type": "spatio_temporal", "num_register_tokens": 2, "pooling": "mean"},
     "pre_layernorm_as_in_clip": {"attention_type": "spatio_temporal", "pre_layernorm": True, "patch_bias": False},
     "pre_layernorm_grid": {"attention_type": "factorised_dot_product_attention", "pre_layernorm": True},
+    "merged_tokens": {"attention_type": "spatio_temporal", "merge_tokens": 9},
+    "merged_tokens_in_space": {"attention_type": "factorised_encoder", "merge_tokens": 3, "num_register_tokens": 1},
 }
 
 

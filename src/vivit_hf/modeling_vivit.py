@@ -659,9 +659,9 @@ class ViViTTokenMerging(nn.Module):
         numbers = torch.arange(self.num_prefix_tokens + num_a + num_b, device=kept.device)
         places = torch.cat([numbers[:num_kept].expand_as(kept), num_kept + targets], dim=1)  # of A, as in the next line
         places = torch.zeros_like(places).scatter(1, torch.cat([kept, merged], dim=1), places)
-        places = torch.cat([places, (num_kept + numbers[:num_b]).expand(len(kept), -1)], dim=1)  # of A, then of B
+        places = torch.cat([places, (num_kept + numbers[:num_b]).expand(kept.shape[0], -1)], dim=1)  # of A, then of B
         alternating = numbers[: num_a + num_b] // 2 + numbers[: num_a + num_b] % 2 * num_a
-        prefix = numbers[: self.num_prefix_tokens].expand(len(kept), -1)
+        prefix = numbers[: self.num_prefix_tokens].expand(kept.shape[0], -1)
         return torch.cat([prefix, self.num_prefix_tokens + places[:, alternating]], dim=1)
 
     def extra_repr(self) -> str:

@@ -78,6 +78,16 @@ def test_speed_benchmark_runs_on_tiny_sizes(tmp_path):
         assert picture.width > 4 * picture.height, "four panels side by side"
 
 
+def test_what_is_cheaper_is_measured_against_the_exact_model(tmp_path):
+    process = start("run.py", "--smoke", "--no-download", "--only", "cheaper", "--output", tmp_path)
+    assert process.returncode == 0, process.stderr[-3000:]
+    names = [row["name"] for row in json.loads((tmp_path / "rows.json").read_text())]
+    assert len(set(names)) == len(names)
+    for dtype in ("bfloat16", "float32"):
+        for way in ("Model 1, merging 300", "Model 1, merging 150, decreasing", "Model 2, merging 8"):
+            assert {f"{dtype}, batch 1: {way}: {what}" for what in ("latency", "speed over exact")} <= set(names)
+
+
 def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path):
     takes_output = ("finetuning.py", "feature_cache.py")
     for script in (*takes_output, "run.py", "streaming.py", "video.py", "conversion.py", "training_step.py"):

@@ -29,7 +29,7 @@ from vivit_hf.initialisation.weight_files import ConversionError
 
 SCRIPT = ROOT / "conversion" / "export_onnx.py"
 CASES = [*ATTENTION_TYPES, "average_pool_baseline", "uniform_frames", "temporal_attention_pooling"]
-CASES += ["registers_as_in_dinov2", "pre_layernorm_as_in_clip"]
+CASES += ["registers_as_in_dinov2", "pre_layernorm_as_in_clip", "merged_tokens", "merged_tokens_in_space"]
 LABELS = {0: "wave", 1: "Größe", 2: "run", 3: "sit", 4: "jump"}
 FILES = {MODEL_FILE, "config.json", "preprocessor_config.json", REPORT_FILE}
 

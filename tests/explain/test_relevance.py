@@ -124,8 +124,8 @@ def plain_relevance(
     return (result / result.sum()).reshape(config.grid_size)
 
 
-def test_rollout_is_the_product_of_whole_matrices(case):
-    config = case_config(case)
+def test_rollout_is_the_product_of_whole_matrices(unmerged_case):
+    config = case_config(unmerged_case)
     model, clips = make_model(config), make_clips(config, batch=1)
     with torch.no_grad():
         attentions = model(clips, output_attentions=True).attentions
@@ -135,8 +135,8 @@ def test_rollout_is_the_product_of_whole_matrices(case):
     np.testing.assert_allclose(relevance.space[0].numpy(), expected, rtol=1e-4)
 
 
-def test_gradient_relevance_is_the_product_of_whole_matrices(case):
-    config = case_config(case)
+def test_gradient_relevance_is_the_product_of_whole_matrices(unmerged_case):
+    config = case_config(unmerged_case)
     model, clips = make_model(config), make_clips(config, batch=1)
     outputs = model(clips, output_attentions=True)
     gradients = torch.autograd.grad(outputs.logits[0, 3], outputs.attentions)

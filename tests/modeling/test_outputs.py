@@ -63,8 +63,8 @@ def shapes(tensors):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_hidden_states_and_attentions_are_complete_and_in_the_documented_order(case, implementation):
-    model, clips = make(case, implementation)
+def test_hidden_states_and_attentions_are_complete_and_in_the_documented_order(unmerged_case, implementation):
+    model, clips = make(unmerged_case, implementation)
     last, hidden_states, attentions = documented_shapes(model.config)
     outputs = model(clips, output_hidden_states=True, output_attentions=True)
     features = model.vivit(clips, output_hidden_states=True, output_attentions=True)
@@ -79,8 +79,8 @@ def test_hidden_states_and_attentions_are_complete_and_in_the_documented_order(c
     torch.testing.assert_close(outputs.logits, plain.logits, atol=1e-10, rtol=0)
 
 
-def test_hidden_states_are_what_the_layers_take_and_give(case):
-    model, clips = make(case)
+def test_hidden_states_are_what_the_layers_take_and_give(unmerged_case):
+    model, clips = make(unmerged_case)
     vivit, expected = model.vivit, []
     for encoder in (vivit.encoder, vivit.temporal_encoder):
         if encoder is not None:
@@ -107,8 +107,8 @@ EQUATIONS = {
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_attentions_are_the_softmax_of_queries_and_keys_and_sum_to_one(case, implementation):
-    model, clips = make(case, implementation)
+def test_attentions_are_the_softmax_of_queries_and_keys_and_sum_to_one(unmerged_case, implementation):
+    model, clips = make(unmerged_case, implementation)
     expected = []
 
     def record(module, args):
@@ -127,8 +127,8 @@ def test_attentions_are_the_softmax_of_queries_and_keys_and_sum_to_one(case, imp
         assert actual.std() > 1e-3, "uniform attention shows nothing"
 
 
-def test_the_configuration_can_ask_for_them(case):
-    model, clips = make(case)
+def test_the_configuration_can_ask_for_them(unmerged_case):
+    model, clips = make(unmerged_case)
     _, hidden_states, attentions = documented_shapes(model.config)
     model.config.output_hidden_states = True
     model.config.output_attentions = True
