@@ -168,6 +168,12 @@ TIMM_MODELS = {
         1e-6,
     ),
     "SigLIP so400m": ("vit_so400m_patch16_siglip_256", {"class_token": False, "pooling": True}, tanh_gelu, 1e-6),
+    "DeiT III": (
+        "deit3_small_patch16_224",
+        {"class_position": False, "layer_scale": True},
+        torch.nn.functional.gelu,
+        1e-6,
+    ),
     "FlexiViT": ("flexivit_base", {"class_position": False}, torch.nn.functional.gelu, 1e-6),
 }
 
@@ -227,6 +233,7 @@ def test_the_width_of_a_timm_model_determines_its_heads(tmp_path, width, heads):
 
     found, notes = _heads(tmp_path, width, {}, None)
     assert found == heads and f"{heads} heads" in notes[0]
+    assert _heads(tmp_path, 768, {"architecture": "vit_base_patch16_gap_224"}, None) == (16, [])  # others have 12
 
 
 @pytest.mark.parametrize(

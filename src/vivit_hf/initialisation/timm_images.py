@@ -52,7 +52,7 @@ _REFUSED = {
     r".*rel_pos.*|.*relative_position.*": "relative position embeddings",
     r".*rope.*": "rotary position embeddings (RoPE)",
 }
-_ARCHITECTURES = r"(vit|deit|flexivit)_.*"
+_ARCHITECTURES = r"(vit|deit3?|flexivit)_.*"
 _REFUSED_ARCHITECTURES = {
     r".*_dinov3.*|.*_rope_.*|eva02_.*|vit_pe_.*": "rotary position embeddings (RoPE)",
     r"naflexvit_.*": "position embeddings for images of any shape (NaFlex)",
@@ -72,6 +72,7 @@ _MODEL_ARGS = (
 ).split()
 # Heads by width, where the head size is not 64: so400m, huge, giant, giantopt, gigantic.
 _HEADS = {1152: 16, 1280: 16, 1408: 16, 1536: 16, 1664: 16}
+_HEADS_OF = {"vit_base_patch16_gap_224": 16}  # the only other of that width has 12
 _INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
 
 
@@ -229,6 +230,7 @@ def _activation(path: Path, timm_config: Mapping[str, Any]) -> str | None:
 
 def _heads(path: Path, hidden: int, timm_config: Mapping[str, Any], num_heads: int | None) -> tuple[int, list[str]]:
     stated = num_heads or (timm_config.get("model_args") or {}).get("num_heads")
+    stated = stated or _HEADS_OF.get(timm_config.get("architecture", ""))
     heads = stated or _HEADS.get(hidden, hidden // 64)
     if not heads or hidden % heads or (not stated and hidden not in _HEADS and hidden % 64):
         raise ConversionError(
@@ -248,7 +250,7 @@ def _processor_settings(timm_config: Mapping[str, Any]) -> dict[str, Any] | None
     _, height, width = stored.get("input_size") or (3, 224, 224)
     if stored.get("crop_mode", "center") == "squash":
         return {**settings, "size": {"height": height, "width": width}}
-    short_side = int(min(height, width) / stored.get("crop_pct", 0.875))
+    short_side = int(min(height, width) / (stored.get("crop_pct") or 0.875))
     return {
         **settings,
         "size": {"shortest_edge": short_side},
