@@ -158,6 +158,14 @@ def test_duplicates_through_the_graph_are_the_exact_ones():
     assert len(exact) == 100 and [one.indices for one in found] == [one.indices for one in exact]
 
 
+def test_equal_vectors_are_duplicates_at_the_threshold_1():
+    vectors = clustered(200, hidden=96)
+    features = make_features(3.7 * np.concatenate([vectors, vectors]))
+    for graph in (None, NeighbourGraph(video_vectors(features))):
+        found = find_duplicates(features, 1.0, graph)
+        assert [one.indices for one in found] == [(index, 200 + index) for index in range(200)]
+
+
 def test_the_graph_is_kept_and_made_anew_for_other_vectors(tmp_path):
     path = tmp_path / "f.parquet.usearch"
     vectors = clustered(500)

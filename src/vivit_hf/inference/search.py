@@ -25,6 +25,7 @@ logger = logging.get_logger(__name__)
 MOST_EXACT = 100_000
 DUPLICATE_SCORE = 0.99
 _BLOCK = 256  # rows of scores in memory at once
+_ROUNDING = 1e-6  # by which the similarity of equal vectors can fall below 1
 _NEIGHBOURS = 32  # per vector, among which an approximate search for duplicates looks
 
 
@@ -190,12 +191,12 @@ def _close_pairs(
         rows = vectors[start : start + _BLOCK]
         if graph is None:
             block = rows @ vectors[start:].T
-            first, second = np.nonzero(np.triu(block >= threshold, k=1))
+            first, second = np.nonzero(np.triu(block >= threshold - _ROUNDING, k=1))
             yield first + start, second + start, block[first, second]
         else:
             found, places = graph.nearest(rows, min(len(vectors), _NEIGHBOURS))
             first = np.arange(start, start + len(rows))[:, None].repeat(places.shape[1], 1)
-            is_pair = (found >= threshold) & (first != places)
+            is_pair = (found >= threshold - _ROUNDING) & (first != places)
             yield first[is_pair], places[is_pair], found[is_pair]
 
 
