@@ -113,6 +113,8 @@ def test_label_files_are_read_or_refused(tmp_path):
         "c.json": '{"run": "0", "jump": "1"}',
         "d.json": '{"1": "jump", "0": "run"}',
         "e.csv": "id,key,category\n0,run,x\n1,jump,y\n",
+        "e2.csv": "id,name\n10,jump\n9,run\n",
+        "e3.csv": "id,name\nn02,run\nn01,jump\n",
     }
     for name, text in files.items():
         (tmp_path / name).write_text(text)
@@ -124,6 +126,7 @@ def test_label_files_are_read_or_refused(tmp_path):
         "b.json": ('{"run": 3, "jump": 5}', "indices starting at 0"),
         "c.json": ("[", r"c\.json:1: this is not JSON"),
         "d.csv": ("id\n1\n", "no column 'key' or 'name'"),
+        "d2.csv": ("id,key\n0,run\n2,jump\n", "the column 'id' must number the labels without gaps"),
         "e.txt": ("run\n", "got run"),
     }
     for name, (text, message) in wrong.items():

@@ -201,9 +201,9 @@ def read_label_groups(path: str | os.PathLike) -> dict[str, tuple[str, ...]]:
     """
     Read label names by group from a file; without groups, all of them are in the group "".
 
-    Supported are one name per line; a CSV with a column `key` or `name`; a JSON list; a JSON map from names to
-    indices (as in Something-Something) or from indices to names; and a JSON map from groups to lists of names.
-    Raises AnnotationError for any other content.
+    Supported are one name per line; a CSV with a column `key` or `name`, in the order of the numbers in a column `id`
+    if there is one; a JSON list; a JSON map from names to indices (as in Something-Something) or from indices to names;
+    and a JSON map from groups to lists of names. Raises AnnotationError for any other content.
     """
     path = Path(path)
     if not path.is_file():
@@ -220,8 +220,19 @@ def read_label_groups(path: str | os.PathLike) -> dict[str, tuple[str, ...]]:
         column = next((name for name in ("key", "name") if rows and name in rows[0]), None)
         if column is None:
             raise AnnotationError(f"{path}:1: there is no column 'key' or 'name' that holds the labels.")
-        return {ONE_GROUP: tuple(row[column] for row in rows)}
+        return {ONE_GROUP: tuple(row[column] for row in _in_order(rows, path))}
     return {ONE_GROUP: tuple(line.strip() for line in text.splitlines() if line.strip())}
+
+
+def _in_order(rows: list[dict[str, str]], path: Path) -> list[dict[str, str]]:
+    """Return the rows in the order of a column `id` of numbers. Raises AnnotationError for gaps and repetitions."""
+    if not all((row.get("id") or "").isdecimal() for row in rows):
+        return rows
+    rows = sorted(rows, key=lambda row: int(row["id"]))
+    numbers = [int(row["id"]) for row in rows]
+    if numbers != list(range(numbers[0], numbers[0] + len(rows))):
+        raise AnnotationError(f"{path}: the column 'id' must number the labels without gaps and repetitions.")
+    return rows
 
 
 def _ordered_names(stored: Any, path: Path) -> tuple[str, ...]:
