@@ -114,7 +114,7 @@ def test_steps_of_several_clips_have_only_a_mean():
 
 def test_steps_that_the_model_does_not_pool_are_refused():
     config = tiny_config("spatio_temporal")
-    with pytest.raises(ValueError, match="'spatio_temporal' with pooling='cls' cannot become a model"):
+    with pytest.raises(ValueError, match="attention_type='spatio_temporal' and pooling='cls' does not pool"):
         possible_heads(settings_of(config, "step"), config)
 
 

@@ -67,7 +67,7 @@ class ReconstructionPictures(TrainerCallback):
     Draw what the model predicts for the same clips and masks every few steps, and at the end of the training.
 
     Args:
-        batch: of `TubeMaskCollator`.
+        batch: a batch of `TubeMaskCollator`.
         processor: the processor of the clips.
         folder: for the pictures, `step-000100.png` and so on.
         steps: optimiser steps between two pictures.
@@ -114,7 +114,7 @@ def prepare(arguments: PretrainingRun, echo: Say = print) -> Pretraining:
     Check everything that can be checked before training, and set the run up.
 
     Args:
-        arguments: of the run.
+        arguments: the arguments of the run.
         echo: prints one text; only the first process uses it.
 
     Raises:

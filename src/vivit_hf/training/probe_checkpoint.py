@@ -33,9 +33,9 @@ def save_probe(
     Fit the most accurate of the `possible_heads`, and save it as a model with processor, card and probe.json.
 
     Args:
-        folder: exists.
-        name: of the model, for its card.
-        encoder, processor: with which the features were computed.
+        folder: an existing folder.
+        name: the name of the model on its card.
+        encoder, processor: those that computed the features.
         settings: see `Features`.
         data, report, seed: see `score_probes`.
 
@@ -70,22 +70,23 @@ def save_probe(
 
 def possible_heads(settings: Mapping[str, Any], config: ViViTConfig) -> tuple[str, ...]:
     """
-    Return the names of the heads that can become part of a ViViT, with features of these settings.
+    Return the names of the heads that can become part of a ViViT.
 
     Args:
         settings: see `Features`.
-        config: of the model that computed the features.
+        config: the configuration of the model that computed the features.
 
     Raises:
-        ValueError: if there is none, because the model does not pool the tokens that the features are means of.
+        ValueError: if the features are means over tokens that the model does not pool, so that no head can.
     """
     if settings["kind"] == "video":
         return ("linear, mean",)
     if config.attention_type != "factorised_encoder":
         if config.pooling != "mean":
             raise ValueError(
-                f"Features per step of {config.attention_type!r} with pooling={config.pooling!r} cannot become a "
-                "model, because it does not pool these tokens: compute features per video, or leave the output out."
+                f"A model with attention_type={config.attention_type!r} and pooling={config.pooling!r} does not pool "
+                "the tokens behind features per step, so no head can become part of it: compute features per video, or "
+                "leave the output out."
             )
         return ("linear, mean",)
     if settings["views"]["num_clips"] > 1:  # one clip has not all of the steps
@@ -106,7 +107,7 @@ def model_with_head(
     Args:
         encoder: the model that computed the features.
         head: one of `possible_heads`.
-        names: of the classes.
+        names: the names of the classes.
         settings: see `Features`.
 
     Raises:

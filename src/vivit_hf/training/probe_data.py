@@ -17,7 +17,6 @@ from ..video_sources import source_name
 
 
 _DECIMALS = 3  # of seconds, by which parts of a file are told apart
-_MAX_SHOWN = 5
 
 Key = tuple[str, float | None, float | None]
 
@@ -29,11 +28,11 @@ class LabelledFeatures:
 
     `vectors`: float32 (videos, steps, hidden); one step if the features are one vector per video.
     `labels`: class indices, int64 (videos,).
-    `names`: of the classes, sorted.
-    `groups`: int64 (videos,); videos with the same number must stay together: parts of one file, one patient ...
-    `held_out`: bool (videos,), the videos to score according to the annotations; None without a column of splits.
+    `names`: the names of the classes, sorted.
+    `groups`: int64 (videos,); videos with equal numbers stay together, such as the parts of a file.
+    `held_out`: bool (videos,), True for those that the annotations hold out; None without a column of splits.
     `held_out_split`: their split, "validation" or "test".
-    `without_features`: labelled videos that the features lack, with the reason if they could not be read.
+    `without_features`: labelled videos without features, with the reason if they could not be read.
     `without_label`: videos with features and no label.
 
     Raises ValueError if there is nothing to learn or to hold out.

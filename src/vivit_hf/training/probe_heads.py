@@ -37,7 +37,7 @@ _PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)
 DEFAULT_PENALTY = 10.0
 _NEIGHBOURS = (1, 3, 5, 10, 20)
 _ATTENTIVE_STEPS = 20
-_LEAST_VARIATION = 1e-3  # of a feature, relative to its mean: what varies less is mostly rounding, in float32
+_LEAST_VARIATION = 1e-3  # standard deviation over mean; a float32 feature that varies less is mostly rounding error
 
 Fold = tuple[np.ndarray, np.ndarray]  # indices of training and held-out videos
 
@@ -150,7 +150,7 @@ def fit_neighbours(
     vectors: np.ndarray, labels: np.ndarray, inner_folds: Sequence[Fold], pooling: str
 ) -> NeighboursHead:
     """
-    Fit nearest neighbours on pooled steps; the inner folds choose how many. For the arguments see `fit_linear`.
+    Fit nearest neighbours on pooled steps; the inner folds choose their number. For the arguments see `fit_linear`.
     """
     inputs = _pooled(vectors, pooling)
     mean, std = _statistics(inputs)

@@ -1,8 +1,8 @@
 """
 Score probes by cross-validation.
 
-Videos of one group (parts of one file, one patient, one tape) are never on both sides of a division, neither between
-training and held-out videos nor in the cross-validation inside the training videos that chooses a head's settings.
+No division separates the videos of a group: the parts of a file, the videos of a patient or of a tape. This holds for
+training and held-out videos, and for the inner cross-validation that chooses a head's settings.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ with needs_extra("probe"):
 
 
 NUM_FOLDS = 5
-_MANY_VIDEOS = 500  # from here on one division into folds is precise enough
+_MANY_VIDEOS = 500  # with so many, one division into folds is precise enough
 _REPEATS_OF_FEW = 3
 _INNER_FOLDS = 3
 _MOST_ATTEMPTS = 20  # to find grouped folds whose training videos have every class
@@ -38,9 +38,9 @@ class HeadScore:
     """
     The held-out scores of a head, as fractions from 0 to 1.
 
-    `accuracies`: of every fold, repeat after repeat.
-    `balanced_accuracies`: of every repeat, over all videos that it held out: the mean of the classes' accuracies.
-    `seconds`: for fitting and scoring all folds.
+    `accuracies`: one per fold, repeat after repeat.
+    `balanced_accuracies`: one per repeat: the mean of the classes' accuracies over all videos that it held out.
+    `seconds`: the time to fit and score all folds.
     """
 
     head: str
@@ -67,14 +67,13 @@ class HeadScore:
 @dataclass(frozen=True)
 class ProbeReport:
     """
-    The scores of all heads, and the videos that they come from.
+    The scores of all heads, in the order of `HEADS`, and how they were measured.
 
-    `scores`: in the order of `HEADS`.
     `majority_class`, `majority_class_accuracy`: the most frequent class of the scored videos, and its share of them.
-    `num_scored`: the number of videos that were held out at some time.
-    `num_folds`: 1 if the annotations say what to hold out.
-    `protocol`: a description of the videos and of the way they were held out.
-    `notes`: what was done differently from what was asked for, and why.
+    `num_scored`: the number of scored videos.
+    `num_folds`: 1 if the annotations name the videos to hold out.
+    `protocol`: a description of the videos and of their division.
+    `notes`: departures from the arguments, with the reasons.
     """
 
     scores: tuple[HeadScore, ...]
@@ -86,7 +85,7 @@ class ProbeReport:
     notes: tuple[str, ...] = ()
 
     def best(self, heads: Sequence[str] = tuple(HEADS)) -> HeadScore:
-        """Return the score of the most accurate of these heads; of several, that of the first."""
+        """Return the score of the most accurate of these heads; of equal ones the first."""
         return max((score for score in self.scores if score.head in heads), key=lambda score: score.accuracy)
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,13 +99,12 @@ def score_probes(
     data: LabelledFeatures, *, num_folds: int = NUM_FOLDS, num_repeats: int | None = None, seed: int = 0
 ) -> ProbeReport:
     """
-    Score every head on held-out videos: by stratified cross-validation, or on those that the annotations hold out.
+    Score every head on the videos that the annotations hold out, or else by stratified cross-validation.
 
     Args:
-        num_folds: parts into which the videos are divided, each held out once. Fewer, with a note, if a class has not
-            that many videos or groups.
+        num_folds: parts of the videos, each held out once. A class with fewer videos or groups lowers it, with a note.
         num_repeats: divisions into folds, with different seeds; None is 3, or 1 from 500 videos on.
-        seed: of the folds. Equal seeds give equal scores.
+        seed: the seed of the divisions. Equal seeds give equal scores.
 
     Raises:
         ValueError: if the numbers are too small, or a class or the groups cannot be divided.
@@ -184,7 +182,7 @@ def num_possible_folds(labels: np.ndarray, groups: np.ndarray, names: Sequence[s
     Args:
         labels: class indices, int64 (videos,).
         groups: videos with the same number stay together, int64 (videos,).
-        names: of the classes.
+        names: the names of the classes.
 
     Raises:
         ValueError: if a class has a single group, so that it cannot be both in training and held out.
