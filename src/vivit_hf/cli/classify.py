@@ -60,7 +60,10 @@ def classify(
         if prediction.error is not None:
             row["error"] = prediction.error
         else:
-            row["predictions"] = _best(prediction.probabilities, label_map, top_k)
+            row["predictions"] = [
+                {"label": label, "score": round(score, 4), **({"group": group} if group else {})}
+                for group, label, score in label_map.ranked(prediction.probabilities, top_k)
+            ]
         rows.append(row)
         if as_json:
             echo_json(row)
@@ -82,18 +85,6 @@ def _checked(predictions: Iterator[Any]) -> Iterator[Any]:
         yield from predictions
     except ValueError as error:  # the processor cannot make these views, or the model does not accept its clips
         raise typer.BadParameter(str(error)) from error
-
-
-def _best(probabilities: Any, label_map: Any, top_k: int) -> list[dict[str, Any]]:
-    """Return the most likely labels of each group, with their scores."""
-    rows, first = [], 0
-    for group, names in label_map.groups.items():
-        scores = probabilities[first : first + len(names)]
-        first += len(names)
-        for index in scores.argsort()[::-1][:top_k]:
-            row = {"label": names[index], "score": round(float(scores[index]), 4)}
-            rows.append({**row, "group": group} if label_map.is_grouped else row)
-    return rows
 
 
 def _print_predictions(rows: list[dict[str, Any]]) -> None:

@@ -146,18 +146,22 @@ class LabelMap:
             return torch.full((len(self.names),), float(IGNORED))
         return torch.tensor([IGNORED] * len(self.groups) if self.is_grouped else IGNORED)
 
-    def best(self, probabilities: np.ndarray | None, top_k: int = 1, *, with_scores: bool = False) -> Any:
-        """Return the `top_k` likeliest names of each group, optionally with probabilities; None for None."""
-        if probabilities is None:
-            return None
+    def ranked(self, probabilities: np.ndarray, top_k: int = 1) -> list[tuple[str, str, float]]:
+        """Return group, name and probability of the `top_k` likeliest labels of each group."""
         start, found = 0, []
         for group, names in self.groups.items():
             part = probabilities[start : start + len(names)]
             start += len(names)
-            for index in np.argsort(-part, kind="stable")[:top_k]:
-                name = f"{group}: {names[index]}" if group else names[index]
-                found.append((name, float(part[index])) if with_scores else name)
+            found += [(group, names[index], float(part[index])) for index in np.argsort(-part, kind="stable")[:top_k]]
         return found
+
+    def best(self, probabilities: np.ndarray | None, top_k: int = 1, *, with_scores: bool = False) -> Any:
+        """Return the names that `ranked` returns, in the form of `names`, optionally with scores; None for None."""
+        if probabilities is None:
+            return None
+        ranked = self.ranked(probabilities, top_k)
+        found = [(f"{group}: {name}" if group else name, score) for group, name, score in ranked]
+        return found if with_scores else [name for name, _ in found]
 
     @cached_property
     def _indices(self) -> list[dict[str, int]]:
