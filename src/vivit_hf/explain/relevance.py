@@ -38,13 +38,13 @@ class Merged(NamedTuple):
     shares: torch.Tensor
 
     def pass_on(self, relevance: torch.Tensor) -> torch.Tensor:
-        """Relevance of copies of the merged tokens, (sequences, tokens) -> of these, (sequences, remaining)."""
+        """Return the relevance of merged tokens (sequences, remaining) from that of their copies (sequences, tokens)."""
         successors = self.successors.to(relevance.device)
         merged = relevance.new_zeros(len(relevance), int(successors.max()) + 1)
         return merged.scatter_add(1, successors, relevance)
 
     def pass_back(self, relevance: torch.Tensor) -> torch.Tensor:
-        """Relevance of the merged tokens, (sequences, remaining) -> of their tokens, (sequences, tokens)."""
+        """Return the relevance of tokens (sequences, tokens) from that of the merged ones (sequences, remaining)."""
         shares = self.shares.to(relevance.device)
         return relevance.gather(1, self.successors.to(relevance.device)) * shares
 

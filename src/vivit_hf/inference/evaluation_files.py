@@ -80,7 +80,8 @@ def draw_confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: Path, 
                 colour = "white" if shares[row, column] > 0.5 else "black"
                 text = str(matrix[row, column])
                 axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
-    figure.savefig(path)
+    with written_whole(path) as unfinished:
+        figure.savefig(unfinished, format="png")
 
 
 def _write_predictions(path: Path, evaluation: Evaluation) -> None:

@@ -54,7 +54,7 @@ class OptimizationReport:
     """
     The changes that `optimize` made, in words, and the device and dtype that they were made for.
 
-    `quantisation` tells what became of each linear layer; None without `int8`.
+    `quantisation` lists the layers that were quantised and those that were not; None without `int8`.
     """
 
     device: str
