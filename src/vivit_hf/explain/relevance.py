@@ -38,7 +38,7 @@ class Merged(NamedTuple):
     shares: torch.Tensor
 
     def pass_on(self, relevance: torch.Tensor) -> torch.Tensor:
-        """Return the relevance of merged tokens (sequences, remaining) from that of their copies (sequences, tokens)."""
+        """Return relevance of merged tokens (sequences, remaining) from that of their copies (sequences, tokens)."""
         successors = self.successors.to(relevance.device)
         merged = relevance.new_zeros(len(relevance), int(successors.max()) + 1)
         return merged.scatter_add(1, successors, relevance)
