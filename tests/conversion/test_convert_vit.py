@@ -15,7 +15,7 @@ from tiny_models import ATTENTION_TYPES
 from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, ViTModel, ViTMSNConfig, ViTMSNModel
 from vit_models import make_vit, perturb, write_layout
 
-from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
+from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor
 from vivit_hf.conversion import convert_vit
 from vivit_hf.hub.model_card import read_initialisation
 from vivit_hf.initialisation import weight_files
@@ -320,6 +320,20 @@ def test_labels_and_model_card_are_written(tmp_path, folder, convert):
     (output / "model.safetensors").unlink()
     code, _, errors, _ = convert(folder, "--labels", tmp_path / "labels.json", "--num-labels", 4)
     assert code == 1
+
+
+def test_a_label_file_of_groups_gives_a_model_with_groups(tmp_path, folder, convert):
+    (tmp_path / "labels.json").write_text(json.dumps({"noun": ["pan", "cup"], "verb": ["take", "put", "wash"]}))
+    code, _, errors, output = convert(folder, "--labels", tmp_path / "labels.json", "--num-labels", 5)
+    assert code == 0, errors
+    config = ViViTConfig.from_pretrained(output)
+    assert config.label_groups == {"noun": 2, "verb": 3} and config.id2label[2] == "verb: take"
+
+
+def test_labels_with_a_name_twice_are_refused(tmp_path, folder, convert):
+    (tmp_path / "labels.txt").write_text("run\nwalk\nrun\n")
+    code, _, errors, output = convert(folder, "--labels", tmp_path / "labels.txt")
+    assert code == 1 and "labels.txt" in errors and "repeated: run" in errors and not output.exists()
 
 
 def test_without_labels_there_is_no_random_classifier(folder, convert):

@@ -89,6 +89,4 @@ def _config(args: argparse.Namespace, model_config: Mapping[str, Any], params: M
         raise ConversionError(f"{args.model_config}: the model configuration has no entry {error}.") from error
     if (labels := find_labels(args.labels, release, num_labels)) is not None:
         set_labels(config, labels)
-    if release and release.label_groups:
-        config.label_groups = dict(release.label_groups)
     return config

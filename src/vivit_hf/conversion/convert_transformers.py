@@ -14,7 +14,6 @@ from ..initialisation.model_processor import describe_processor, processor_for, 
 from ..initialisation.weight_files import ConversionError, find_weights, loading_problems, read_config, weight_names
 from ..modeling_vivit import ViViTForVideoClassification
 from ..video_processing_vivit import ViViTVideoProcessor
-from .label_files import set_labels
 from .parity import chosen_steps, compare, frozen, random_clip, tokens_and_logits
 from .results import Result, read_processor, save, whole_folder
 from .terminal import progress, warn
@@ -156,16 +155,15 @@ def native_config(config: ViViTConfig) -> VivitConfig:
                 f"transformers' Vivit is always Model 1 with a class token; expected {name}={needed!r}, but this model "
                 f"has {getattr(config, name)!r}."
             )
-    native = VivitConfig(
+    labels = {"id2label": config.id2label, "label2id": config.label2id} if config.num_labels else {}
+    return VivitConfig(
         **{name: getattr(config, name) for name in _SHARED_FIELDS},
+        **labels,
         image_size=config.image_size,
         tubelet_size=list(config.tubelet_size),
         hidden_act=_ACTIVATIONS.get(config.hidden_act, config.hidden_act),
         problem_type=config.problem_type,
     )
-    if config.num_labels:
-        set_labels(native, [config.id2label[index] for index in range(config.num_labels)])
-    return native
 
 
 def native_state_dict(model: ViViTForVideoClassification) -> dict[str, torch.Tensor]:

@@ -8,12 +8,13 @@ import torch
 
 from ..configuration_vivit import ViViTConfig
 from ..data.escaping import counted
+from ..data.labels import LabelMap
 from ..initialisation.from_image import config_from_vit, initialise_from_vit
 from ..initialisation.image_sources import read_image_source
 from ..initialisation.model_processor import describe_processor, processor_for
 from ..modeling_vivit import ViViTForVideoClassification
 from .image_parity import image_outputs, image_reference
-from .label_files import read_labels, set_labels
+from .label_files import set_labels
 from .parity import compare, frozen
 from .results import Result, save, whole_folder
 from .terminal import progress
@@ -73,10 +74,11 @@ def convert(args: argparse.Namespace) -> Result:
 
 def _config(args: argparse.Namespace, vit_config: Any) -> ViViTConfig:
     fields = {name: value for name in _CONFIG_OPTIONS if (value := getattr(args, name)) is not None}
-    labels = read_labels(args.labels) if args.labels else []
-    if labels and args.num_labels not in (None, len(labels)):
-        raise ValueError(f"{args.labels} names {counted(len(labels), 'label')}, but --num-labels is {args.num_labels}.")
-    config = config_from_vit(vit_config, **fields, num_labels=len(labels) or args.num_labels or 0)
+    labels = LabelMap.from_file(args.labels) if args.labels else None
+    count = len(labels.names) if labels else args.num_labels or 0
+    if args.num_labels not in (None, count):
+        raise ValueError(f"{args.labels} names {counted(count, 'label')}, but --num-labels is {args.num_labels}.")
+    config = config_from_vit(vit_config, **fields, num_labels=count)
     if labels:
         set_labels(config, labels)
     return config
