@@ -27,6 +27,7 @@ from .limits_vivit import (
     check_scale,
     check_tubelet_size,
     check_value,
+    groups_in_order,
     setting,
     with_value_errors,
 )
@@ -186,6 +187,7 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
                     f"`num_labels={num_labels}` contradicts a label map of {len(self.id2label)} labels; give one."
                 )
             self.label2id = {label: index for index, label in self.id2label.items()}
+            self.label_groups = groups_in_order(self.label_groups, self.id2label)
         elif self.label_groups is not None:
             kwargs.setdefault("num_labels", sum(self.label_groups.values()))
         super().__post_init__(**kwargs)

@@ -215,6 +215,14 @@ def check_label_groups(name: str, value: Any) -> dict[str, int]:
     return value
 
 
+def groups_in_order(groups: dict[str, int] | None, id2label: dict[int, str]) -> dict[str, int] | None:
+    """Return groups in the order of their labels, named "group: label"; config.json has them in alphabetical order."""
+    if groups is None:
+        return None
+    first = {group: min([i for i in id2label if id2label[i].startswith(f"{group}: ")], default=-1) for group in groups}
+    return groups if -1 in first.values() else {group: groups[group] for group in sorted(groups, key=first.__getitem__)}
+
+
 # Fields of dataclasses that check their values
 
 

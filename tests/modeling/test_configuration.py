@@ -174,3 +174,11 @@ def test_a_folder_without_a_configuration_is_no_model_of_defaults(tmp_path):
 def test_a_configuration_of_another_kind_of_model_is_refused_by_name():
     with pytest.raises(ValueError, match="model of type 'videomae', not a ViViT"):
         ViViTConfig.from_dict({"model_type": "videomae"})
+
+
+def test_a_saved_configuration_keeps_the_order_of_its_groups_of_labels(tmp_path):
+    names = {0: "verb: put", 1: "verb: take", 2: "verb: open", 3: "noun: pan", 4: "noun: cup"}
+    config = ViViTConfig(label_groups={"verb": 3, "noun": 2}, id2label=names)
+    config.save_pretrained(tmp_path)
+    again = ViViTConfig.from_pretrained(tmp_path)
+    assert list(again.label_groups.items()) == [("verb", 3), ("noun", 2)] and again.id2label == names
