@@ -31,6 +31,7 @@ _BEGIN = "<!-- vivit_hf: from here on, push_to_hub writes this text anew -->"
 _END = "<!-- vivit_hf: your own text is kept above and below -->"
 _INITIALISATION = "## Initialisation\n"
 _RESULTS = "## Results\n"
+_DISTILLATION = "## Distillation\n"
 _STARTED_FROM = "Started from "
 # The empty form that transformers writes when it pushes a processor or a configuration to a new repository.
 _EMPTY_FORM = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
@@ -107,6 +108,7 @@ def write_model_card(
     report: Report | None = None,
     results: Mapping[str, float] | None = None,
     protocol: str | None = None,
+    distillation: str | None = None,
 ) -> Path:
     """
     Write `README.md`, in the Hub's format for model cards, into a folder.
@@ -125,6 +127,7 @@ def write_model_card(
         report: the report of `initialise_from_vit`, or any Markdown about the origin of the weights.
         results: scores by name, such as {"top1": 0.8}, for the text and for the Hub's metadata (`model-index`).
         protocol: the views per video that the results are averages of; a score cannot be reproduced without them.
+        distillation: Markdown about the teacher; None keeps that of the card, "" removes it.
 
     Returns:
         The path of the card.
@@ -161,7 +164,9 @@ def write_model_card(
         data.pop("model-index", None)
     else:
         text = _section_in(old.text, _RESULTS) if old else ""
-    written = f"{_BEGIN}\n{_description(model, repo_id, initialisation, text)}\n{_END}"
+    if distillation is None:
+        distillation = _section_in(old.text, _DISTILLATION) if old else ""
+    written = f"{_BEGIN}\n{_description(model, repo_id, initialisation, distillation, text)}\n{_END}"
     if old is None:
         text = f"\n# {repo_id.rpartition('/')[2]}\n\n{written}\n"
     elif _BEGIN in old.text and _END in old.text:
@@ -175,14 +180,26 @@ def write_model_card(
 
 def read_initialisation(folder: str | os.PathLike) -> tuple[str | None, str | None]:
     """Return the base model and the initialisation that `write_model_card` wrote into a folder, None if it did not."""
-    try:
-        card = _read(Path(folder) / "README.md")
-    except ValueError:
-        card = None
-    if card is None or _BEGIN not in card.text:
+    card = _own_card(folder)
+    if card is None:
         return None, None
     base_model = card.data.to_dict().get("base_model")
     return base_model if isinstance(base_model, str) else None, _section_in(card.text, _INITIALISATION) or None
+
+
+def read_distillation(folder: str | os.PathLike) -> str | None:
+    """Return what `write_model_card` wrote into a folder about the teacher, None if it did not."""
+    card = _own_card(folder)
+    return None if card is None else _section_in(card.text, _DISTILLATION) or None
+
+
+def _own_card(folder: str | os.PathLike) -> ModelCard | None:
+    """Return the card in a folder if `write_model_card` wrote a part of it, else None."""
+    try:
+        card = _read(Path(folder) / "README.md")
+    except ValueError:
+        return None
+    return card if card is not None and _BEGIN in card.text else None
 
 
 def _read(path: Path) -> ModelCard | None:
@@ -205,6 +222,11 @@ def is_repo_id(name: str | None) -> bool:
     return name is not None and not os.path.exists(name)
 
 
+def linked(name: str) -> str:
+    """Return a Hub id as a Markdown link, and a path as code."""
+    return f"[{name}](https://huggingface.co/{name})" if is_repo_id(name) else f"`{name}`"
+
+
 def _listed(names: str | Sequence[str] | None) -> list[str]:
     return [names] if isinstance(names, str) else list(names or ())
 
@@ -212,8 +234,7 @@ def _listed(names: str | Sequence[str] | None) -> list[str]:
 def _initialisation(base_model: str | None, report: Report | None) -> str:
     text = report if report is None or isinstance(report, str) else report.to_markdown()
     if base_model and not (text or "").startswith(_STARTED_FROM):  # a text from an earlier card has this line
-        link = f"[{base_model}](https://huggingface.co/{base_model})" if is_repo_id(base_model) else f"`{base_model}`"
-        text = f"{_STARTED_FROM}{link}." + (f"\n\n{text}" if text else "")
+        text = f"{_STARTED_FROM}{linked(base_model)}." + (f"\n\n{text}" if text else "")
     return text or ""
 
 
@@ -245,7 +266,7 @@ def _section_in(text: str, heading: str) -> str:
     return written.partition(heading)[2].partition("\n## ")[0].strip()
 
 
-def _description(model: Any, repo_id: str, initialisation: str, results: str) -> str:
+def _description(model: Any, repo_id: str, initialisation: str, distillation: str, results: str) -> str:
     config: ViViTConfig = model.config
     rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(model))
     parts = [
@@ -258,6 +279,8 @@ def _description(model: Any, repo_id: str, initialisation: str, results: str) ->
         parts.append(f"{_RESULTS}\n{results}")
     if initialisation:
         parts.append(f"{_INITIALISATION}\n{initialisation}")
+    if distillation:
+        parts.append(f"{_DISTILLATION}\n{distillation}")
     height, width = config.frame_size
     limits = [
         f"The model sees clips of {config.num_frames} frames of {height} x {width} pixels, sampled from the video as "

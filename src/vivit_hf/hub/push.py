@@ -11,7 +11,7 @@ from huggingface_hub import CommitInfo, HfApi, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from ..model_files import upload
-from .model_card import Report, is_repo_id, read_initialisation, write_model_card
+from .model_card import Report, is_repo_id, read_distillation, read_initialisation, write_model_card
 
 
 # Larger files take longer to repeat when a transfer fails; transformers' own limit is 50 GB.
@@ -37,6 +37,7 @@ def push_to_hub(
     report: Report | None = None,
     results: Mapping[str, float] | None = None,
     protocol: str | None = None,
+    distillation: str | None = None,
 ) -> CommitInfo:
     """
     Upload a model and its model card to a repository on the Hub, which is created if it does not exist.
@@ -52,9 +53,9 @@ def push_to_hub(
         revision: the branch to push to, created if it does not exist.
         create_pr: open a pull request instead of committing.
         max_shard_size: weights above this size are split into files of at most this size.
-        tags, base_model, license, datasets, metrics, report, results, protocol: for the model card, see
-            `write_model_card`. Without `base_model` and `report`, those in the card of the folder or repository
-            that the model was loaded from are used.
+        tags, base_model, license, datasets, metrics, report, results, protocol, distillation: for the model card,
+            see `write_model_card`. Without `base_model` and `report`, those in the card of the folder or repository
+            that the model was loaded from are used; without `distillation`, that of the folder.
 
     Returns:
         The commit: `str(...)` is its address, `.repo_url.repo_id` the full name of the repository.
@@ -69,6 +70,8 @@ def push_to_hub(
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     if base_model is None and report is None:
         base_model, report = known_origin(model, repo_id)
+    if distillation is None and os.path.isdir(model.name_or_path or ""):
+        distillation = read_distillation(model.name_or_path)
     tags = [tags] if isinstance(tags, str) else [*(tags or [])]
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -89,6 +92,7 @@ def push_to_hub(
             report=report,
             results=results,
             protocol=protocol,
+            distillation=distillation,
         )
         return upload(
             api,

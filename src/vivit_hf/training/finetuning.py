@@ -18,6 +18,7 @@ from ..inference.views import describe_views
 from ..modeling_vivit import ViViTForVideoClassification
 from .augmentation import ClipAugmentation, names_with_sides
 from .clips import StreamedClips, VideoClips
+from .distillation import Distillation, check_distillation, load_teacher
 from .feature_cache import CachedClips, FeatureCacheError, fill_caches, spatial_settings
 from .finetuning_arguments import ModelArguments, Say
 from .finetuning_data import Splits, load_splits
@@ -122,6 +123,7 @@ class FineTuning(TrainingRun):
             metrics=["accuracy"],
             results=scores,
             protocol=results.get("eval_protocol"),
+            distillation=self.trainer.distillation.describe() if self.trainer.distillation else "",
         )
 
 
@@ -151,7 +153,10 @@ def prepare(arguments: Arguments, echo: Say = print) -> FineTuning:
         say(f"{trained:,} parameters to train" + f", {len(frozen)} tensors frozen" * bool(frozen))
     label_map = LabelMap.from_config(start.model.config)  # in the order of a classifier that is kept
     splits = replace(splits, label_map=label_map)
-    trainer, validation = make_trainer(arguments, splits, start.model, start.processor, say)
+    distillation = make_distillation(arguments, start, label_map, say)
+    if checkpoint is not None:
+        check_distillation(checkpoint, distillation)
+    trainer, validation = make_trainer(arguments, splits, start.model, start.processor, say, distillation)
     return FineTuning(arguments, start, trainer, checkpoint, push, say, validation)
 
 
@@ -176,7 +181,7 @@ def check_fit(training: FineTuningArguments, splits: Splits) -> None:
     if not training.do_train:
         if splits.validation is None:
             raise ValueError("--do_eval: there are no validation videos: give --validation_dir or --validation_file.")
-        for name in ("overfit_one_batch", "save_batch_picture"):
+        for name in ("overfit_one_batch", "save_batch_picture", "teacher"):
             if getattr(training, name):
                 raise ValueError(f"--{name} needs training videos: leave it or --do_eval out.")
         return
@@ -226,8 +231,23 @@ def make_augmentation(arguments: Arguments, names: list[str], crop: tuple[int, i
     )
 
 
+def make_distillation(arguments: Arguments, start: Start, label_map: LabelMap, say: Say) -> Distillation | None:
+    """Load the teacher; return None without one. Raises ValueError for one that the clips or labels do not fit."""
+    training = arguments.training
+    if training.teacher is None:
+        return None
+    settings: dict[str, Any] = {"dtype": getattr(torch, arguments.model.dtype), "device": training.device, "say": say}
+    teacher = load_teacher(training.teacher, start.processor, label_map, **settings)
+    return Distillation(teacher, training.teacher, training.distillation_temperature, training.distillation_weight)
+
+
 def make_trainer(
-    arguments: Arguments, splits: Splits, model: Any, processor: Any, say: Say
+    arguments: Arguments,
+    splits: Splits,
+    model: Any,
+    processor: Any,
+    say: Say,
+    distillation: Distillation | None = None,
 ) -> tuple[ClipTrainer, VideoClips | StreamedClips | None]:
     """Return the trainer, which evaluates one view per video, and the validation data with all views."""
     _, data, augmentation, training = arguments
@@ -275,6 +295,7 @@ def make_trainer(
         is_balanced=training.balanced_sampling,
         averaging=training.averaging,
         ema_decay=training.ema_decay,
+        distillation=distillation,
         callbacks=callbacks,
     )
     if cached is not None and data.num_clips * data.num_crops == 1:

@@ -16,6 +16,8 @@ Say = Callable[[str], None]
 
 DTYPES = ("float32", "bfloat16")
 CLASSIFIER_INITS = ("random", "probe")
+DISTILLATION_TEMPERATURE = 3.0  # as in DeiT
+DISTILLATION_WEIGHT = 0.5
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification")
 _FLIPS = {"yes": 0.5, "true": 0.5, "auto": 0.5, "no": 0.0, "false": 0.0}  # YAML reads yes and no as true and false
 
@@ -256,6 +258,17 @@ class OurTrainingArguments(VideoDefaults):
     early_stopping_patience: int = argument(
         0,
         "stop after this many evaluations without a lower loss, or a better --metric_for_best_model; 0: never",
+    )
+    teacher: str | None = argument(
+        None,
+        "Hub id or folder of a trained ViViT, VideoMAE, TimeSformer, V-JEPA 2, ... to distil from; its labels are "
+        "matched by name",
+    )
+    distillation_temperature: float = argument(
+        DISTILLATION_TEMPERATURE, "divides the logits of teacher and student in the distillation loss"
+    )
+    distillation_weight: float = argument(
+        DISTILLATION_WEIGHT, "share of the distillation loss; the rest is that of the labels"
     )
     class_weights: bool = argument(False, "give the loss of rare classes more weight")
     balanced_sampling: bool = argument(False, "draw all classes equally often")

@@ -246,7 +246,7 @@ def _load_vivit(request: _Request, stored: ViViTConfig, settings: Settings) -> A
     source, label_map = request.source, request.label_map
     fields = {**request.config_fields(settings, *SIZES), "dtype": getattr(torch, request.arguments.dtype)}
     if label_map is None:
-        with _without_load_report():
+        with without_load_report():
             model, info = ViViTForPreTraining.from_pretrained(source, output_loading_info=True, **fields)
         is_new = any(name.startswith("decoder.") for name in info["missing_keys"])
         request.say(f"{source}: {'a new decoder' if is_new else 'its decoder is kept'}")
@@ -255,7 +255,7 @@ def _load_vivit(request: _Request, stored: ViViTConfig, settings: Settings) -> A
     if has_same:
         request.say(f"{source}: it has the same {stored.num_labels} classes, so its classifier is kept")
         del fields["id2label"], fields["label_groups"]
-    with _without_load_report():
+    with without_load_report():
         model = ViViTForVideoClassification.from_pretrained(source, **fields)
     if not has_same:
         with torch.no_grad():
@@ -266,7 +266,7 @@ def _load_vivit(request: _Request, stored: ViViTConfig, settings: Settings) -> A
 
 
 @contextlib.contextmanager
-def _without_load_report() -> Iterator[None]:
+def without_load_report() -> Iterator[None]:
     """Silence transformers on missing keys, which are intended or else an error, and on tensor parallelism."""
     names = ("transformers.modeling_utils", "transformers.distributed.tensor_parallel")
     levels = {name: logging.getLogger(name).level for name in names}
@@ -282,7 +282,7 @@ def _without_load_report() -> Iterator[None]:
 def _from_image(request: _Request) -> Start:
     """Start from an image ViT, which fixes the width, the layers, the patches and the normalisation of pixels."""
     source, say = request.source, request.say
-    with _without_load_report():
+    with without_load_report():
         image = read_image_source(source)
     defaults = {"attention_type": "factorised_encoder", "image_size": default_image_size(image.vit.config)}
     settings = choose_settings({GIVEN: request.given, **request.recipes, DEFAULT: defaults})
@@ -389,6 +389,7 @@ def check_cache(arguments: Arguments, config: ViViTConfig) -> None:
         ("do_eval", not training.do_train, "without training, each clip is encoded once anyway"),
         ("cutmix_alpha", bool(arguments.augmentation.cutmix_alpha), "it mixes pixels (--mixup_alpha mixes tokens)"),
         ("save_batch_picture", bool(training.save_batch_picture), "stored tokens have no pixels"),
+        ("teacher", training.teacher is not None, "a teacher sees pixels, which stored tokens do not have"),
     ):
         if is_given:
             raise ValueError(f"--{name} does not go with --cache_features: {reason}. {ending}")

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from ..data.annotations import AnnotationError
 from ..inference.views import AVERAGINGS
 from .finetuning_arguments import (
+    DISTILLATION_TEMPERATURE,
+    DISTILLATION_WEIGHT,
     USAGE,
     AugmentationArguments,
     DataArguments,
@@ -54,6 +57,17 @@ class FineTuningArguments(OurTrainingArguments, VideoTrainingArguments):
             raise ValueError(
                 f"--early_stopping_patience {self.early_stopping_patience}: expected a number of evaluations, or 0."
             )
+        if not (self.distillation_temperature > 0 and math.isfinite(self.distillation_temperature)):
+            raise ValueError(
+                f"--distillation_temperature {self.distillation_temperature}: expected a positive number, such as 3."
+            )
+        if not 0 < self.distillation_weight <= 1:
+            raise ValueError(
+                f"--distillation_weight {self.distillation_weight}: expected a share above 0 and at most 1."
+            )
+        chosen = (self.distillation_temperature, self.distillation_weight)
+        if self.teacher is None and chosen != (DISTILLATION_TEMPERATURE, DISTILLATION_WEIGHT):
+            raise ValueError("--distillation_temperature and --distillation_weight need a --teacher.")
         if self.early_stopping_patience:
             self.metric_for_best_model: str | None = self.metric_for_best_model or "loss"
             self.load_best_model_at_end |= self.eval_strategy == self.save_strategy == "epoch"

@@ -18,6 +18,7 @@ from ..modeling_vivit import video_classification_loss
 from ..video_sources import VideoDecodingError
 from .checkpoints import deferred_interrupt
 from .clips import ClipSampler, StreamedClips, VideoClips
+from .distillation import Distillation
 from .feature_cache import encode_clips, has_frozen_space
 from .parameters import frozen_modules, gradient_norms, parameter_groups
 from .stream_loading import StreamBatches, StreamLoader, StreamPosition
@@ -43,6 +44,7 @@ class ClipTrainer(Trainer):
     - The log has the gradient norm of each part of the model, before clipping.
     - A warning if the predictions collapse to one class.
     - A moving average of the weights can be evaluated and saved in place of the weights.
+    - A teacher's predictions can be targets beside the labels; evaluation has the loss of the labels alone.
     - Ctrl-C waits until a checkpoint is whole; if writing it fails, it is removed.
 
     Args:
@@ -51,6 +53,7 @@ class ClipTrainer(Trainer):
         is_balanced: draw training videos so that all classes come up equally often.
         averaging: how views are averaged, see `average_views`.
         ema_decay: above 0, a moving average of the weights is evaluated and saved, see `WeightAverage`.
+        distillation: a teacher, whose predictions are targets in training beside the labels.
         arguments, settings: passed on to `Trainer`.
     """
 
@@ -62,12 +65,15 @@ class ClipTrainer(Trainer):
         is_balanced: bool = False,
         averaging: str = "probabilities",
         ema_decay: float = 0.0,
+        distillation: Distillation | None = None,
         **settings: Any,
     ):
         settings.setdefault("compute_metrics", self._metrics)
+        if distillation is not None:
+            settings["compute_loss_func"] = self._distilled_loss
         super().__init__(*arguments, **settings)
         self.label_map, self.layer_decay, self.is_balanced = label_map, layer_decay, is_balanced
-        self.averaging = averaging
+        self.averaging, self.distillation = averaging, distillation
         self.damaged_files: dict[str, dict[str, str]] = {"train": {}, "eval": {}}
         self._gradient_norms: dict[str, torch.Tensor] = {}
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -179,16 +185,32 @@ class ClipTrainer(Trainer):
         if model.training and not hasattr(self.model, "peft_config"):
             for module in frozen_modules(self.model):
                 module.eval()
+        targets = inputs["labels"]
+        if self.distillation is not None:
+            teacher_logits = self.distillation.teacher.logits(inputs["pixel_values"], self.accelerator.autocast)
+            inputs = {**inputs, "labels": (targets, teacher_logits)}  # both for `_distilled_loss`
         inputs = self._without_frozen_part(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **settings)
         if model.training and not self.label_map.has_several and not self.label_map.is_grouped:
-            targets = inputs["labels"]
             targets = targets.argmax(dim=1) if targets.ndim == 2 else targets
-            logits = outputs["logits"] if isinstance(outputs, dict) else outputs[1]
+            logits = outputs["logits"] if isinstance(outputs, dict) else outputs[int(self.distillation is None)]
             counted = targets != IGNORED
             self._seen.append((logits.detach().argmax(dim=1)[counted], targets[counted]))
             del self._seen[:-256]
         return (loss, outputs) if return_outputs else loss
+
+    def _distilled_loss(
+        self,
+        outputs: Any,
+        labels: tuple[torch.Tensor, torch.Tensor],
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the loss of the labels and the teacher's logits, which `compute_loss` passes in their place."""
+        assert self.distillation is not None
+        targets, teacher_logits = labels
+        logits = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
+        loss = self._loss(logits, targets, num_items_in_batch)
+        return self.distillation.loss(loss, logits, teacher_logits, targets, self.label_map, num_items_in_batch)
 
     def _without_frozen_part(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Replace clips by the tokens of their time steps where Model 2's spatial encoder is frozen."""
@@ -256,6 +278,8 @@ class ClipTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.weight_average.average and self.args.should_save:
             self.weight_average.save(output_dir)
+        if self.distillation is not None and self.args.should_save:
+            self.distillation.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -310,10 +334,12 @@ class ClipTrainer(Trainer):
         loss = self._loss(logits, labels)
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | None = None
+    ) -> torch.Tensor:
         problem = "multi_label_classification" if self.label_map.has_several else "single_label_classification"
         sizes = self.label_map.sizes if self.label_map.is_grouped else None
-        return video_classification_loss(logits, labels, problem, group_sizes=sizes)
+        return video_classification_loss(logits, labels, problem, num_items_in_batch, group_sizes=sizes)
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         logits, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)

@@ -1,0 +1,644 @@
+"""Distillation: the loss, the clips and labels of a teacher, training with one, and what is refused."""
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from functools import partial
+
+import finetune
+import numpy as np
+import pytest
+import torch
+from finetune_runs import EXAMPLES, losses, run, settings_for, start, to_argv, write_data
+from labelled_videos import TORCHRUN
+from safetensors.torch import load_file, save_file
+from tiny_models import make_model, randomise, tiny_config
+from torch.utils.data import Dataset
+from transformers import (
+    TimesformerConfig,
+    TimesformerForVideoClassification,
+    TrainingArguments,
+    VideoMAEConfig,
+    VideoMAEForPreTraining,
+    VideoMAEForVideoClassification,
+    VivitConfig,
+    VivitForVideoClassification,
+    VJEPA2Config,
+    VJEPA2ForVideoClassification,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES
+
+from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor
+from vivit_hf.data import LabelMap
+from vivit_hf.training import ClipCollator, ClipTrainer
+from vivit_hf.training.distillation import DISTILLATION_FILE, Distillation, distillation_loss, load_teacher
+
+
+LABELS = LabelMap({"": ("dark", "grey", "bright")})
+SEVERAL = LabelMap({"": ("dark", "grey", "bright")}, has_several=True)
+GROUPS = LabelMap({"noun": ("pan", "cup"), "verb": ("take", "put", "open")})
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+say = partial(print, file=sys.stderr)
+
+
+# The loss
+
+
+def log_softmax(values):
+    values = values - values.max(axis=-1, keepdims=True)
+    return values - np.log(np.exp(values).sum(axis=-1, keepdims=True))
+
+
+def divergence(teacher, student):
+    """The Kullback-Leibler divergence of two softmax distributions, over the last axis."""
+    theirs, ours = log_softmax(teacher), log_softmax(student)
+    return (np.exp(theirs) * (theirs - ours)).sum(axis=-1)
+
+
+def binary(values):
+    """The logits of the two outcomes whose softmax is the sigmoid of a logit."""
+    return np.stack([values, np.zeros_like(values)], axis=-1)
+
+
+def random_logits(num_labels, batch=4):
+    generator = torch.Generator().manual_seed(0)
+    return 3 * torch.randn(2, batch, num_labels, generator=generator)
+
+
+def test_the_loss_is_the_mean_divergence_times_the_square_of_the_temperature():
+    logits, theirs = random_logits(3)
+    expected = 4 * divergence(theirs.double().numpy() / 2, logits.double().numpy() / 2).mean()
+    assert expected > 0.1
+    for labels in (torch.tensor([0, 1, 2, 0]), torch.rand(4, 3)):
+        loss = distillation_loss(logits, theirs, labels, LABELS, temperature=2.0)
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_each_group_of_labels_has_its_own_divergence():
+    logits, theirs = random_logits(5)
+    ours, expected = logits.double().numpy(), theirs.double().numpy()
+    parts = [divergence(expected[:, part], ours[:, part]) for part in (slice(2), slice(2, 5))]
+    labels = torch.tensor([[0, 0], [1, 2], [0, 1], [1, 1]])
+    loss = distillation_loss(logits, theirs, labels, GROUPS, temperature=1.0)
+    assert loss.item() == pytest.approx(np.mean(parts), rel=1e-5)
+
+
+def test_with_several_labels_per_video_each_label_is_a_divergence_of_its_sigmoid():
+    logits, theirs = random_logits(3)
+    expected = 9 * divergence(binary(theirs.double().numpy() / 3), binary(logits.double().numpy() / 3)).mean()
+    loss = distillation_loss(logits, theirs, torch.ones(4, 3), SEVERAL, temperature=3.0)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_ignored_examples_do_not_count():
+    logits, theirs = random_logits(3)
+    rows = [0, 3]
+    expected = distillation_loss(logits[rows], theirs[rows], torch.tensor([0, 1]), LABELS, 2.0)
+    loss = distillation_loss(logits, theirs, torch.tensor([0, -100, -100, 1]), LABELS, 2.0)
+    torch.testing.assert_close(loss, expected)
+    assert distillation_loss(logits, theirs, torch.full((4,), -100), LABELS, 2.0) == 0
+    # A clip that stands in for an unreadable file has probabilities of zero.
+    soft = torch.tensor([[1.0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0.5, 0.5]])
+    torch.testing.assert_close(distillation_loss(logits, theirs, soft, LABELS, 2.0), expected / 2)
+
+
+@pytest.mark.parametrize("kind", ["single", "soft", "groups", "soft groups", "several"])
+def test_the_batches_of_a_step_add_up_to_the_loss_of_the_whole(kind):
+    label_map = {"single": LABELS, "soft": LABELS, "several": SEVERAL}.get(kind, GROUPS)
+    logits, theirs = random_logits(len(label_map.names), batch=6)
+    labels = {
+        "single": torch.tensor([0, 1, -100, 2, 1, 1]),
+        "groups": torch.tensor([[0, 1], [1, 2], [0, 0], [0, 1], [1, 2], [0, 0]]),
+    }.get(kind, torch.rand(6, len(label_map.names)))
+    whole = distillation_loss(logits, theirs, labels, label_map, 2.0)
+    count = labels.ne(-100).sum()
+    parts = [
+        distillation_loss(logits[rows], theirs[rows], labels[rows], label_map, 2.0, count)
+        for rows in (slice(4), slice(4, 6))
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+def test_the_loss_is_a_weighted_sum():
+    logits, theirs = random_logits(3)
+    labels = torch.tensor([0, 1, 2, 0])
+    soft = distillation_loss(logits, theirs, labels, LABELS, 2.0)
+    distillation = Distillation(None, "teacher", temperature=2.0, weight=0.25)
+    loss = distillation.loss(torch.tensor(8.0), logits, theirs, labels, LABELS)
+    torch.testing.assert_close(loss, 6.0 + 0.25 * soft)
+
+
+# Teachers
+
+SHUFFLED = ("bright", "other", "dark", "grey")  # a label more, and another order
+STUDENT = ViViTVideoProcessor(
+    num_frames=8, frame_stride=1, size={"shortest_edge": 40}, crop_size={"height": 24, "width": 40}
+)
+
+
+def names_of(labels):
+    return {"id2label": dict(enumerate(labels))}
+
+
+def write_processor(folder, file="preprocessor_config.json", **changes):
+    settings = {"image_mean": MEAN, "image_std": STD, "do_normalize": True, "do_rescale": True}
+    settings |= {"rescale_factor": 1 / 255, "size": {"shortest_edge": 32}, **changes}
+    (folder / file).write_text(json.dumps(settings))
+    return folder
+
+
+def write_videomae(folder, labels=SHUFFLED, **changes):
+    sizes = {"image_size": 32, "patch_size": 16, "num_frames": 4, **SMALL}
+    config = VideoMAEConfig(**{**sizes, **names_of(labels), **changes})
+    model = randomise(VideoMAEForVideoClassification(config))
+    model.save_pretrained(folder)
+    write_processor(folder)
+    return model.eval()
+
+
+def write_vivit(folder, config, **settings):
+    model = make_model(config)
+    model.save_pretrained(folder)
+    height, width = config.frame_size
+    crop = {"size": {"shortest_edge": min(height, width)}, "crop_size": {"height": height, "width": width}}
+    ViViTVideoProcessor(num_frames=config.num_frames, **crop, **settings).save_pretrained(folder)
+    return model
+
+
+def random_frames(count=8):
+    """uint8 (frames, channels, height, width) in the size of the student."""
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(0, 256, (count, 3, 24, 40), generator=generator, dtype=torch.uint8)
+
+
+def student_clip(frames):
+    return STUDENT.rescale_and_normalize(frames)[None]
+
+
+def by_hand(frames, places, size):
+    """The pixels that a teacher's own processor would make of these frames."""
+    images = frames[places].float() / 255
+    if frames.shape[-2:] != size:
+        images = torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    return ((images - mean) / std)[None]
+
+
+def test_a_videomae_gives_its_own_predictions_in_the_order_of_the_students_labels(tmp_path):
+    model = write_videomae(tmp_path)
+    teacher = load_teacher(str(tmp_path), STUDENT, LABELS, say=say)
+    frames = random_frames()
+    with torch.no_grad():
+        expected = model(by_hand(frames, [1, 3, 5, 7], (32, 32))).logits
+    assert expected.std() > 0.1
+    found = teacher.logits(student_clip(frames))
+    torch.testing.assert_close(found, expected[:, [2, 3, 0]], rtol=1e-4, atol=1e-5)
+
+
+def write_timesformer(folder):
+    config = TimesformerConfig(image_size=32, patch_size=16, num_frames=2, **SMALL, **names_of(SHUFFLED))
+    model = randomise(TimesformerForVideoClassification(config)).eval()
+    model.save_pretrained(folder)
+    write_processor(folder)
+    return model, [2, 6], (32, 32)
+
+
+def write_vjepa2(folder):
+    sizes = {"hidden_size": 24, "pred_hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"pred_num_attention_heads": 2, "pred_num_hidden_layers": 1, "num_pooler_layers": 1}
+    config = VJEPA2Config(crop_size=32, patch_size=16, frames_per_clip=8, **sizes, **names_of(SHUFFLED))
+    model = randomise(VJEPA2ForVideoClassification(config)).eval()
+    model.save_pretrained(folder)
+    write_processor(folder, "video_preprocessor_config.json")
+    return model, list(range(8)), (32, 32)
+
+
+def write_other_vivit(folder):
+    config = tiny_config("spatio_temporal", num_frames=4, **names_of(SHUFFLED))
+    return write_vivit(folder, config, image_mean=MEAN, image_std=STD), [1, 3, 5, 7], (24, 40)
+
+
+@pytest.mark.parametrize("write", [write_timesformer, write_vjepa2, write_other_vivit])
+def test_other_teachers_see_their_own_frames_and_pixels(tmp_path, write):
+    model, places, size = write(tmp_path)
+    teacher = load_teacher(str(tmp_path), STUDENT, LABELS, say=say)
+    frames = random_frames()
+    with torch.no_grad():
+        expected = model(by_hand(frames, places, size)).logits
+    assert expected.std() > 0.05
+    torch.testing.assert_close(teacher.logits(student_clip(frames)), expected[:, [2, 3, 0]], rtol=1e-4, atol=1e-5)
+
+
+def test_transformers_own_vivit_follows_its_processor(tmp_path):
+    config = VivitConfig(image_size=32, num_frames=4, tubelet_size=[2, 16, 16], **SMALL, **names_of(SHUFFLED))
+    model = randomise(VivitForVideoClassification(config)).eval()
+    model.save_pretrained(tmp_path)
+    settings = {"image_processor_type": "VivitImageProcessor", "offset": True, "rescale_factor": 1 / 127.5}
+    write_processor(tmp_path, image_mean=[0.5] * 3, image_std=[0.5] * 3, crop_size=32, **settings)
+    teacher = load_teacher(str(tmp_path), STUDENT, LABELS, say=say)
+    frames = random_frames()
+    images = torch.nn.functional.interpolate(frames[1::2].float(), (32, 32), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        expected = model((((images / 127.5 - 1) - 0.5) / 0.5)[None]).logits
+    torch.testing.assert_close(teacher.logits(student_clip(frames)), expected[:, [2, 3, 0]], rtol=1e-4, atol=1e-4)
+
+
+def test_clips_stay_as_they_are_if_teacher_and_student_take_the_same(tmp_path):
+    write_vivit(tmp_path, tiny_config("factorised_encoder", **names_of(SHUFFLED)))
+    teacher = load_teacher(str(tmp_path), STUDENT, LABELS, say=say)
+    clip = student_clip(random_frames())
+    assert torch.equal(teacher.pixel_values(clip), clip)
+
+
+@pytest.mark.parametrize("label_map", [SEVERAL, GROUPS], ids=["several labels", "groups"])
+def test_a_teacher_of_the_same_kind_of_labels_is_matched_by_name(tmp_path, label_map):
+    if label_map is SEVERAL:
+        theirs, order = LabelMap({"": SHUFFLED}, has_several=True), [2, 3, 0]
+    else:
+        theirs, order = LabelMap({"verb": ("open", "put", "take"), "noun": ("cup", "pan")}), [4, 3, 2, 1, 0]
+    model = write_vivit(tmp_path, tiny_config("factorised_encoder", **theirs.config_fields()))
+    clip = student_clip(random_frames())
+    with torch.no_grad():
+        expected = model(clip).logits[:, order]
+    torch.testing.assert_close(load_teacher(str(tmp_path), STUDENT, label_map, say=say).logits(clip), expected)
+
+
+def test_loading_a_teacher_leaves_the_random_numbers_alone(tmp_path):
+    write_videomae(tmp_path)
+    torch.manual_seed(3)
+    expected = torch.randn(3)
+    torch.manual_seed(3)
+    load_teacher(str(tmp_path), STUDENT, LABELS, say=say)
+    assert torch.equal(torch.randn(3), expected)
+
+
+# Refused teachers
+
+
+def refuse(folder, message, label_map=LABELS, processor=STUDENT):
+    with pytest.raises(ValueError, match=message):
+        load_teacher(str(folder), processor, label_map, say=say)
+
+
+def test_a_teacher_without_one_of_the_labels_is_refused(tmp_path):
+    write_videomae(tmp_path, ("dark", "white", "bright"))
+    refuse(tmp_path, "no output for 1 of the 3 labels: 'grey'. Labels are matched by name, and it has 'dark', 'white'")
+
+
+def test_a_teacher_with_a_label_twice_is_refused(tmp_path):
+    write_videomae(tmp_path, ("dark", "grey", "bright", "grey"))
+    refuse(tmp_path, "no single output for 1 of the 3 labels: 'grey'")
+
+
+@pytest.mark.parametrize(
+    ("label_map", "message"),
+    [
+        (SEVERAL, "predicts one label per video, and the videos have any number of labels per video"),
+        (GROUPS, "predicts one label per video, and the videos have the groups noun, verb"),
+    ],
+)
+def test_a_teacher_of_another_kind_of_labels_is_refused(tmp_path, label_map, message):
+    write_videomae(tmp_path, label_map.names)
+    refuse(tmp_path, message, label_map)
+
+
+def test_a_teacher_of_several_labels_does_not_teach_single_ones(tmp_path):
+    write_videomae(tmp_path, problem_type="multi_label_classification")
+    refuse(tmp_path, "predicts any number of labels per video, and the videos have one label per video")
+
+
+def test_a_teacher_of_more_frames_is_refused(tmp_path):
+    write_videomae(tmp_path, num_frames=16)
+    refuse(tmp_path, "takes clips of 16 frames, and the student's have 8: give --num_frames 16 or more")
+
+
+def test_a_teacher_without_a_processor_is_refused(tmp_path):
+    write_videomae(tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    refuse(tmp_path, "has no processor beside it, which tells the scaling of its pixels")
+
+
+def test_a_teacher_whose_normalisation_is_unknown_is_refused(tmp_path):
+    write_videomae(tmp_path)
+    write_processor(tmp_path, image_mean=None)
+    refuse(tmp_path, "its processor has no image_mean and image_std")
+
+
+def rewrite_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("write", [write_videomae, lambda folder: write_other_vivit(folder)[0]])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.pop("classifier.bias"), "missing: classifier.bias"),
+        (lambda weights: weights.update({"classifier.bias": torch.zeros(9)}), r"classifier.bias is \(9,\)"),
+        (lambda weights: weights.update({"classifier.bias": torch.full((4,), torch.nan)}), "(?s)fails on a.*damaged"),
+        (lambda weights: weights.update({"head.bias": torch.zeros(9)}), "head.bias"),
+    ],
+    ids=["missing", "other shape", "NaN", "left over"],
+)
+def test_a_teacher_whose_weights_do_not_fit_is_refused(tmp_path, write, change, message):
+    write(tmp_path)
+    rewrite_weights(tmp_path, change)
+    refuse(tmp_path, message)
+
+
+def test_a_damaged_file_of_weights_is_named(tmp_path):
+    write_videomae(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    refuse(tmp_path, "model.safetensors is damaged")
+
+
+def test_a_pretrained_model_without_a_classifier_is_no_teacher(tmp_path):
+    config = VideoMAEConfig(image_size=32, patch_size=16, num_frames=4, **SMALL, **names_of(LABELS.names))
+    VideoMAEForPreTraining(config).save_pretrained(tmp_path)
+    write_processor(tmp_path)
+    refuse(tmp_path, "its weights do not fit its config.json .*missing: classifier.bias")
+
+
+def test_code_of_a_teacher_is_never_run(tmp_path):
+    for model_type in ("my_model", "videomae"):
+        folder = tmp_path / model_type
+        write_videomae(folder)
+        config = json.loads((folder / "config.json").read_text())
+        code = dict.fromkeys(("AutoConfig", "AutoModelForVideoClassification"), "code.Mine")
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": model_type, "auto_map": code}))
+        (folder / "code.py").write_text("raise SystemExit('this code was run')")
+    refuse(tmp_path / "my_model", "has the model_type 'my_model'; expected .*videomae.*never run")
+    teacher = load_teacher(str(tmp_path / "videomae"), STUDENT, LABELS, say=say)
+    assert type(teacher.model) is VideoMAEForVideoClassification
+
+
+def test_a_teacher_that_does_not_exist_is_an_error(tmp_path):
+    with pytest.raises(OSError, match="there is no folder"):
+        load_teacher(str(tmp_path / "missing"), STUDENT, LABELS, say=say)
+
+
+def test_the_types_of_transformers_are_known():
+    assert {"timesformer", "videomae", "vivit", "vjepa2"} <= set(MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES)
+
+
+# Training
+
+CONFIG = tiny_config("factorised_encoder", **LABELS.config_fields())
+
+
+class Clips(Dataset):
+    """Clips of coarse random patches in memory, as `VideoClips` has them; labels do not depend on the pixels."""
+
+    def __init__(self, count=12, views=()):
+        generator = torch.Generator().manual_seed(0)
+        patches = 2 * torch.randn((count, *views, CONFIG.num_frames, 3, 3, 5), generator=generator)
+        self.clips = patches.repeat_interleave(8, dim=-2).repeat_interleave(8, dim=-1)  # 24 x 40 pixels
+
+    def set_epoch(self, epoch):
+        pass
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, index):
+        return {"pixel_values": self.clips[index], "labels": torch.tensor(index % 3), "index": index, "epoch": 0}
+
+
+@pytest.fixture(scope="module")
+def distillation(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher")
+    model = write_vivit(folder, tiny_config("spatio_temporal", **names_of(SHUFFLED)))
+    with torch.no_grad():  # let it tell the clips apart
+        model.classifier.weight *= 16
+        model.classifier.bias -= model(Clips().clips).logits.mean(dim=0)
+    model.save_pretrained(folder)
+    return Distillation(load_teacher(str(folder), STUDENT, LABELS, say=say), str(folder), 1.0, 1.0)
+
+
+def trainer_of(folder, distillation, mixup=0.0, **settings):
+    torch.manual_seed(0)
+    arguments = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 3e-3, "save_strategy": "no"}
+    arguments |= {"use_cpu": True, "report_to": [], "disable_tqdm": True, "remove_unused_columns": False}
+    arguments |= {"logging_steps": 1, "lr_scheduler_type": "constant"}
+    return ClipTrainer(
+        model=ViViTForVideoClassification(CONFIG),
+        args=TrainingArguments(output_dir=str(folder), **{**arguments, **settings}),
+        train_dataset=Clips(),
+        eval_dataset=Clips(4, views=(1,)),
+        data_collator=ClipCollator(LABELS, mixup_alpha=mixup),
+        label_map=LABELS,
+        distillation=distillation,
+    )
+
+
+def losses_of(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_a_student_learns_from_its_teacher_what_the_labels_do_not_say(tmp_path, distillation):
+    trainer = trainer_of(tmp_path, distillation, max_steps=120, learning_rate=3e-4)
+    clips = trainer.train_dataset.clips
+    answers = distillation.teacher.logits(clips).argmax(dim=1)
+
+    def agreement():
+        with torch.no_grad():
+            return (trainer.model.eval()(clips).logits.argmax(dim=1) == answers).float().mean().item()
+
+    before = agreement()
+    trainer.train()
+    assert len(answers.unique()) == 3 and before < 0.5 and agreement() > 0.9
+
+
+def test_training_leaves_the_teacher_as_it_was(tmp_path, distillation):
+    model = distillation.teacher.model
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    trainer = trainer_of(tmp_path, distillation)
+    trainer.train()
+    trainer.save_model()
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+    assert not model.training and all(one.grad is None and not one.requires_grad for one in model.parameters())
+    trained = {id(one) for group in trainer.optimizer.param_groups for one in group["params"]}
+    assert trained == {id(one) for one in trainer.model.parameters()}
+    assert load_file(tmp_path / "model.safetensors").keys() == trainer.model.state_dict().keys()
+
+
+def test_the_first_loss_is_that_of_the_mixed_clips(tmp_path, distillation):
+    own = replace(distillation, temperature=2.0, weight=0.25)
+    trainer = trainer_of(tmp_path, own, mixup=0.4, max_steps=1)
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        logits = trainer.model.eval()(batch["pixel_values"]).logits
+        theirs = own.teacher.logits(batch["pixel_values"])
+    hard = torch.nn.functional.cross_entropy(logits, batch["labels"]).item()
+    soft = 4 * divergence(theirs.double().numpy() / 2, logits.double().numpy() / 2).mean()
+    trainer.train()
+    assert losses_of(trainer)[0] == pytest.approx(0.75 * hard + 0.25 * soft, rel=1e-4)
+
+
+def test_accumulated_gradients_are_those_of_one_batch(tmp_path, distillation):
+    given = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.1}
+    whole = trainer_of(tmp_path / "one", distillation, **given)
+    parts = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, **given}
+    accumulated = trainer_of(tmp_path / "two", distillation, **parts)
+    whole.train()
+    accumulated.train()
+    assert losses_of(accumulated) == pytest.approx(losses_of(whole), rel=1e-4)
+
+
+def test_accumulated_losses_of_mixed_clips_are_a_mean(tmp_path, distillation):
+    given = {"per_device_train_batch_size": 2, "optim": "sgd", "mixup": 0.4}
+    single = trainer_of(tmp_path / "one", distillation, max_steps=2, learning_rate=0.0, **given)
+    accumulated = trainer_of(tmp_path / "two", distillation, max_steps=1, gradient_accumulation_steps=2, **given)
+    single.train()
+    accumulated.train()
+    assert losses_of(accumulated)[0] == pytest.approx(np.mean(losses_of(single)), rel=1e-4)
+
+
+def test_the_evaluation_loss_is_that_of_the_labels(tmp_path, distillation):
+    plain, taught = (trainer_of(tmp_path, one).evaluate() for one in (None, distillation))
+    assert taught["eval_loss"] == plain["eval_loss"]
+
+
+def test_the_teacher_computes_in_the_dtype_of_the_run(tmp_path, distillation):
+    dtypes = set()
+    hook = distillation.teacher.model.classifier.register_forward_hook(
+        lambda module, inputs, output: dtypes.add(output.dtype)
+    )
+    trainer_of(tmp_path, distillation, max_steps=1, bf16=True).train()
+    hook.remove()
+    assert dtypes == {torch.bfloat16}
+
+
+def test_a_resumed_run_has_the_same_losses_to_the_bit(tmp_path, distillation):
+    settings = {"save_strategy": "steps", "save_steps": 2, "mixup": 0.3}  # 3 steps are an epoch
+    whole = trainer_of(tmp_path / "whole", replace(distillation, weight=0.5), **settings)
+    whole.train()
+    resumed = trainer_of(tmp_path / "resumed", replace(distillation, weight=0.5), **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert losses_of(resumed)[-2:] == losses_of(whole)[-2:] and len(losses_of(whole)) == 6
+    for name, one in whole.model.named_parameters():
+        assert torch.equal(one, resumed.model.get_parameter(name)), name
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Videos, an image ViT, and a teacher for the videos."""
+    folder = write_data(tmp_path_factory.mktemp("data"))
+    names = sorted(path.name for path in (folder / "videos" / "train").iterdir())
+    write_videomae(folder / "teacher", tuple(reversed(names)))
+    return folder
+
+
+def refusal(capsys, argv):
+    with pytest.raises(SystemExit) as stopped:
+        finetune.main(argv)
+    return str(stopped.value), capsys.readouterr().out
+
+
+def test_the_card_names_the_teacher_until_a_run_without_one(data, tmp_path):
+    run(data, tmp_path, teacher=data / "teacher", distillation_temperature=2.5)
+    card = (tmp_path / "README.md").read_text()
+    assert f"## Distillation\n\nDistilled from `{data / 'teacher'}`" in card
+    assert "with temperature 2.5 and weight 0.5." in card
+    run(data, tmp_path, resume_from_checkpoint="no")
+    assert "Distill" not in (tmp_path / "README.md").read_text()
+
+
+def test_a_checkpoint_of_another_teacher_is_not_resumed(data, tmp_path, capsys):
+    run(data, tmp_path, teacher=data / "teacher", max_steps=1)
+    stored = json.loads((tmp_path / "checkpoint-1" / DISTILLATION_FILE).read_text())
+    assert stored == {"teacher": str(data / "teacher"), "temperature": 3.0, "weight": 0.5}
+    message, _ = refusal(capsys, to_argv(settings_for(data, tmp_path, max_steps=2)))
+    assert f"checkpoint-1 was trained with --teacher {data / 'teacher'} --distillation_temperature 3.0" in message
+    given = {"teacher": data / "teacher", "distillation_weight": 0.9, "max_steps": 2}
+    message, _ = refusal(capsys, to_argv(settings_for(data, tmp_path, **given)))
+    assert "--distillation_weight 0.5, unlike this run: give another --output_dir" in message
+    run(data, tmp_path / "plain", max_steps=1)
+    given = {"teacher": data / "teacher", "max_steps": 2}
+    message, _ = refusal(capsys, to_argv(settings_for(data, tmp_path / "plain", **given)))
+    assert "checkpoint-1 was trained without --teacher, unlike this run" in message
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"distillation_temperature": 0.0}, "--distillation_temperature 0.0: expected a positive number"),
+        ({"distillation_temperature": "nan"}, "--distillation_temperature nan: expected a positive number"),
+        ({"distillation_weight": 0.0}, "--distillation_weight 0.0: expected a share above 0 and at most 1"),
+        ({"distillation_weight": 1.5}, "--distillation_weight 1.5: expected a share above 0 and at most 1"),
+        ({"distillation_weight": 0.9}, "--distillation_temperature and --distillation_weight need a --teacher"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused_before_the_data_are_read(data, tmp_path, capsys, given, expected):
+    message, printed = refusal(capsys, to_argv(settings_for(data, tmp_path, **given)))
+    assert expected in message and "videos to train on" not in printed
+
+
+def test_stored_tokens_have_no_pixels_for_a_teacher(data, tmp_path, capsys):
+    run(data, tmp_path / "start")
+    given = {"model_name_or_path": tmp_path / "start", "freeze": "spatial", "cache_features": True}
+    argv = to_argv(settings_for(data, tmp_path / "out", **given, teacher=data / "teacher"))
+    message, _ = refusal(capsys, argv)
+    assert "--teacher does not go with --cache_features: a teacher sees pixels, which stored tokens do not" in message
+
+
+def test_evaluation_alone_takes_no_teacher(data, tmp_path, capsys):
+    run(data, tmp_path / "start")
+    given = {"model_name_or_path": tmp_path / "start", "do_eval": True, "teacher": data / "teacher"}
+    message, _ = refusal(capsys, to_argv(settings_for(data, tmp_path / "out", **given)))
+    assert "--teacher needs training videos: leave it or --do_eval out" in message
+
+
+def test_a_teacher_without_the_labels_is_refused_before_a_video_is_read(data, tmp_path, capsys):
+    videos = tmp_path / "videos"
+    shutil.copytree(data / "videos", videos)
+    for file in videos.glob("*/*/*.mp4"):
+        file.write_bytes(b"broken")
+    for split in ("train", "test"):
+        (videos / split / "up_left").rename(videos / split / "jumping")
+    given = {"train_dir": videos / "train", "validation_dir": videos / "test", "teacher": data / "teacher"}
+    message, _ = refusal(capsys, to_argv(settings_for(data, tmp_path / "out", **given)))
+    assert "has no output for 1 of the 4 labels: 'jumping'" in message
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"lora_rank": 2, "ema_decay": 0.5},
+        {"bf16": True, "cutmix_alpha": 1.0, "class_weights": True},
+        {"dtype": "bfloat16", "gradient_accumulation_steps": 2},
+        {"freeze": "spatial", "image_size": 64},
+        {"streaming": True},
+    ],
+    ids=["LoRA", "bf16", "bfloat16", "freeze", "stream"],
+)
+def test_a_teacher_goes_with_the_other_arguments(data, tmp_path, given):
+    if "streaming" in given:
+        given = {**given, "train_dir": None, "validation_dir": None, "dataset_name": data / "videos"}
+    run(data, tmp_path, teacher=data / "teacher", distillation_weight=1.0, **given)
+    assert len(losses(tmp_path)) == 2 and all(0 < one < 20 for one in losses(tmp_path))
+    student = ViViTForVideoClassification(ViViTConfig.from_pretrained(tmp_path))
+    assert load_file(tmp_path / "model.safetensors").keys() == student.state_dict().keys()
+
+
+@pytest.mark.slow
+def test_two_processes_distil_like_one(data, tmp_path):
+    plain = {"max_steps": 4, "lr_scheduler_type": "constant", "optim": "sgd", "learning_rate": 0.1}
+    plain |= {"teacher": data / "teacher", "distillation_weight": 0.7}
+    one = settings_for(data, tmp_path / "one", **plain)
+    two = settings_for(data, tmp_path / "two", per_device_train_batch_size=2, ddp_backend="gloo", **plain)
+    for command, settings in (([sys.executable], one), (TORCHRUN, two)):
+        process = start([*command, EXAMPLES / "finetune.py", *to_argv(settings)])
+        assert process.returncode == 0, process.stderr[-3000:]
+    assert "Training on 2 process(es)" in process.stdout
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-4)
+    ours, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(ours[name], tensor, atol=2e-6, rtol=1e-4, msg=name)
