@@ -318,3 +318,20 @@ def test_a_recipes_clips_do_not_count_where_one_is_spread_over_a_video(vivit, tm
     assert "num_clips of the recipe small-data does not apply" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="num_clips=2"):
         finetune.main([*argv, "--num_clips", "2"])
+
+
+@pytest.mark.parametrize(("given", "schedule"), [("3", [3, 3]), ("5,2", [5, 2])])
+def test_tokens_merge_in_training_on_request(vivit, vit, given, schedule):
+    for source in (vivit, vit):
+        start, printed = start_from(source, merge_tokens=given)
+        assert start.model.vivit.encoder.schedule == schedule
+        assert start.model.config.merging_schedule == schedule and "merge_tokens" in printed
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [("many", "one number, or one per layer"), ("1,2,3", "num_hidden_layers=2"), ("-1", "at least 0")],
+)
+def test_tokens_that_cannot_merge_are_refused(vivit, given, message):
+    with pytest.raises(ValueError, match=f"merge_tokens.*{message}"):
+        start_from(vivit, merge_tokens=given)

@@ -194,6 +194,12 @@ def test_an_unknown_argument_is_wrong_usage(tmp_path, capsys):
     assert ended.value.code == 2 and "--num_clips 4" in capsys.readouterr().err
 
 
+def test_pretraining_merges_visible_tokens(data, tmp_path):
+    run(data / "videos", tmp_path, max_steps=2, picture_steps=0, merge_tokens="2", mask_ratio=0.5)
+    model = ViViTForPreTraining.from_pretrained(tmp_path)
+    assert model.vivit.encoder.schedule == [2] * model.config.num_hidden_layers
+
+
 def test_pretraining_starts_from_an_image_model(data, tmp_path, capsys):
     image = {"model_name_or_path": data / "vit", "num_frames": 4, "image_size": 32, "picture_steps": 0}
     run(data / "videos", tmp_path, temporal_pooling="mean", ema_decay=0.5, **image)

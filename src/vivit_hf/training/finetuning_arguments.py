@@ -77,6 +77,9 @@ class ModelArguments:
         None, "height and width of a frame (default: that of a ViViT, the recipe's, or an image ViT's up to 224)"
     )
     drop_path_rate: float | None = argument(None, "stochastic depth")
+    merge_tokens: str | None = argument(
+        None, "Models 1 and 2: tokens that each layer merges into similar ones: one number, or one per layer (8,8,4,0)"
+    )
     dtype: str = argument(
         "float32",
         f"dtype of the weights in training, however they are stored: {', '.join(DTYPES)}; --bf16 computes in bfloat16 "

@@ -98,7 +98,18 @@ class _Request:
         fields = {**settings.of(*names), **labels, **self.pretraining}
         if self.arguments.drop_path_rate is not None:
             fields["drop_path_rate"] = self.arguments.drop_path_rate
+        if self.arguments.merge_tokens is not None:
+            fields["merge_tokens"] = _merge_tokens(self.arguments.merge_tokens)
+            settings.origins["merge_tokens"] = GIVEN
         return fields
+
+
+def _merge_tokens(text: str) -> int | list[int]:
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--merge_tokens is one number, or one per layer such as 8,8,4,0, got {text!r}.") from None
+    return counts[0] if len(counts) == 1 else counts
 
 
 def build_model(
@@ -331,6 +342,8 @@ def _say_settings(start: Start, settings: Settings, has_processor: bool, say: Sa
         names[1:1] = ["num_temporal_layers", *(["temporal_pooling"] if config.temporal_pooling else [])]
     origins = settings.origins
     shown = [(origins.get(name, DEFAULT), f"{name} {getattr(config, name)}") for name in names]
+    if config.merge_tokens is not None:
+        shown.append((origins.get("merge_tokens", start.source), f"merge_tokens {config.merge_tokens}"))
     shown.append((origins.get(rate, DEFAULT), f"{rate} {getattr(processor, rate)}"))
     resize = origins.get("resize") or origins.get("resize_ratio", DEFAULT)
     shown.append((resize, f"short side resized to {processor.size['shortest_edge']}"))

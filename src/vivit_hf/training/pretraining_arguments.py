@@ -36,6 +36,9 @@ class PretrainingModelArguments:
     image_size: int | None = argument(
         None, "height and width of a frame (default: that of a ViViT, or an image ViT's up to 224)"
     )
+    merge_tokens: str | None = argument(
+        None, "Models 1 and 2: tokens that each layer merges into similar ones: one number, or one per layer (8,8,4,0)"
+    )
     attn_implementation: str | None = argument(None, "eager, sdpa, flash_attention_2, ...")
     mask_ratio: float | None = argument(
         None, "share of the places to mask in all time steps (default: a pretrained ViViT's, or 0.9)"
