@@ -12,7 +12,7 @@ import pytest
 import torch
 from hub_server import HubServer
 
-from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor, demo_model_path
+from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor, demo_model_path
 from vivit_hf.inference.fingerprints import model_fingerprint
 
 
@@ -73,6 +73,18 @@ def test_weights_and_settings_each_change_their_part_of_a_fingerprint(model, tmp
     content[-1] ^= 1
     shard.write_bytes(content)
     assert fingerprint(sharded)["weights"] != first["weights"]
+
+
+def test_a_setting_that_a_later_version_adds_changes_no_fingerprint_until_it_is_used(model):
+    class Later(ViViTConfig):
+        new_option: int = 0
+
+    stored = ViViTConfig.from_pretrained(model)
+    processor = ViViTVideoProcessor.from_pretrained(model)
+    before = model_fingerprint(model, stored, processor)
+    assert model_fingerprint(model, Later.from_dict(stored.to_dict()), processor) == before
+    used = Later.from_dict(stored.to_dict(), new_option=1)
+    assert model_fingerprint(model, used, processor)["config"] != before["config"]
 
 
 def test_a_model_that_was_trained_on_in_place_is_another_run(model, tmp_path):

@@ -128,6 +128,7 @@ def load_ours(source: str | Path, **overrides: Any) -> ViViTForVideoClassificati
 
 
 def load_native(source: str | Path, has_classifier: bool) -> PreTrainedModel:
+    """Load transformers' Vivit in float32; raise a ConversionError if a weight is missing or has the wrong shape."""
     options = {"output_loading_info": True, "dtype": torch.float32}
     if has_classifier:
         native, info = VivitForVideoClassification.from_pretrained(source, **options)

@@ -16,6 +16,7 @@ LABEL_FILES_REPOSITORY = "huggingface/label-files"
 
 
 def set_labels(config: ViViTConfig, labels: LabelMap) -> None:
+    """Set the names and groups of the labels, but not the `problem_type`, which no file of labels tells."""
     fields = labels.config_fields()
     config.id2label = fields["id2label"]
     config.label2id = {name: index for index, name in config.id2label.items()}

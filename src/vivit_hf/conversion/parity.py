@@ -21,6 +21,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def clip_shape(config: ViViTConfig) -> tuple[int, ...]:
+    """Return (frames, channels, height, width)."""
     return config.num_frames, config.num_channels, *config.frame_size
 
 

@@ -37,8 +37,8 @@ def model_fingerprint(
     limits = {**(made.get("video_limits") or {}), "allow_private_addresses": False}
     return {
         "weights": commit or _weights(Path(model)),
-        "config": _settings(config.to_dict()),
-        "processor": _settings({**made, "video_limits": limits}),
+        "config": _settings(config.to_dict(), type(config)().to_dict()),
+        "processor": _settings({**made, "video_limits": limits}, type(processor)().to_dict()),
     }
 
 
@@ -60,6 +60,8 @@ def _weights(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _settings(values: dict[str, Any]) -> str:
-    kept = {name: value for name, value in values.items() if name not in _NAMES_AND_VERSIONS}
+def _settings(values: dict[str, Any], defaults: dict[str, Any]) -> str:
+    """Return the digest of the values that are no defaults, so that it outlives new settings of later versions."""
+    changed = {name: value for name, value in values.items() if value != defaults.get(name)}
+    kept = {name: value for name, value in changed.items() if name not in _NAMES_AND_VERSIONS}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()

@@ -27,6 +27,7 @@ class ConversionError(ValueError):
 
 
 def read_json(path: str | Path) -> Any:
+    """Read a JSON file; raise a ConversionError that names it if its content is something else."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
