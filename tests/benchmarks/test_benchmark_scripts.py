@@ -6,8 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from moving_shapes import write_moving_shapes
 from paths import ROOT
 from PIL import Image
+from transformers import ViTConfig, ViTModel
 from video_files import write_video
 
 
@@ -89,9 +92,10 @@ def test_what_is_cheaper_is_measured_against_the_exact_model(tmp_path):
 
 
 def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path):
-    takes_output = ("finetuning.py", "feature_cache.py")
+    takes_output = ("finetuning.py", "feature_cache.py", "few_labels.py")
     for script in (*takes_output, "run.py", "streaming.py", "video.py", "conversion.py", "training_step.py"):
         needed = ["--output", tmp_path] if script in takes_output else []
+        needed += ["--data", tmp_path, "--image_model", tmp_path] if script == "few_labels.py" else []
         process = start(script, *needed, "--json", tmp_path / "nowhere" / "rows.json")
         assert process.returncode == 2 and "rows.json' cannot be written" in process.stderr, script
 
@@ -109,6 +113,41 @@ def test_an_epoch_from_stored_tokens_is_measured_against_one_from_videos(tmp_pat
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["unit"] for row in rows] == ["s", "s", ""] * 2 and all(row["target"] is None for row in rows)
     assert all(row["value"] > 0 for row in rows)
+
+
+def write_few_labels(folder):
+    """Motions of shapes with 3 training clips a class, as a task of two draws, and a tiny image model."""
+    write_moving_shapes(folder / "videos", 3, test_clips_per_class=2, num_frames=8, height=48, width=48)
+    for name, split in (("motion_train_0", "train"), ("motion_train_1", "train"), ("motion_test", "test")):
+        videos = sorted((folder / "videos" / split).rglob("*.mp4"))
+        rows = [f"{path},{path.parent.name},{split}{number}" for number, path in enumerate(videos)]
+        (folder / f"{name}.csv").write_text("\n".join(["path,label,group", *rows]))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    ViTModel(ViTConfig(image_size=32, patch_size=8, **sizes)).save_pretrained(folder / "vit")
+
+
+@pytest.mark.timeout(600)
+def test_few_labels_are_tried_by_probes_and_by_fine_tuning(tmp_path):
+    write_few_labels(tmp_path)
+    options = ["--data", tmp_path, "--image_model", tmp_path / "vit", "--output", tmp_path / "runs", "--image_size", 32]
+    process = start("few_labels.py", *options, "--smoke", "--json", tmp_path / "rows.json")
+    assert process.returncode == 0, process.stderr[-3000:]
+    for row in ("random ViViT", "image model, end to end", "probe, ordered", "probe on a single frame"):
+        assert re.search(rf"^\| {row} \| \d\.\d\d \|  \| \d+\.\d \|$", process.stdout, re.MULTILINE), row
+    assert "| majority class | 0.25 |" in process.stdout
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) == 10 and all(row["target"] is None for row in rows)
+    again = start("few_labels.py", *options, "--smoke", "--only", "probe, mean")
+    assert again.returncode == 0, "what is finished is not repeated"
+
+
+def test_groups_on_both_sides_are_refused(tmp_path):
+    write_few_labels(tmp_path)
+    rows = (tmp_path / "motion_test.csv").read_text()
+    (tmp_path / "motion_test.csv").write_text(rows.replace("test0", "train0"))
+    process = start("few_labels.py", "--data", tmp_path, "--image_model", tmp_path / "vit", "--output", tmp_path)
+    assert process.returncode == 1 and "the group train0 is in motion_test.csv, too" in process.stderr
 
 
 def test_a_step_of_fine_tuning_is_measured_against_one_by_hand(tmp_path):
