@@ -75,7 +75,7 @@ def test_the_help_has_our_arguments_first_and_all_of_them_on_demand(capsys):
         texts.append(capsys.readouterr().out)
     short, everything = texts
     ours = (ModelArguments, DataArguments, AugmentationArguments)
-    for name in [name for one in ours for name in one.__annotations__] + ["recipe", "learning_rate", "output_dir"]:
+    for name in [name for one in ours for name in one.__dataclass_fields__] + ["recipe", "learning_rate", "output_dir"]:
         assert f"  --{name} " in short, name
     assert "--help-all" in short and short.count("\n") < 200
     places = [short.index(f"\n  --{name} ") for name in ("model_name_or_path", "train_dir", "recipe", "learning_rate")]

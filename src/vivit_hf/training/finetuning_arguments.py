@@ -20,6 +20,10 @@ DISTILLATION_TEMPERATURE = 3.0  # as in DeiT
 DISTILLATION_WEIGHT = 0.5
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification")
 _FLIPS = {"yes": 0.5, "true": 0.5, "auto": 0.5, "no": 0.0, "false": 0.0}  # YAML reads yes and no as true and false
+SOURCES = (
+    "Hub id or folder of a ViViT or an image ViT; timm (.safetensors) or JAX (.npz) weights; or a preset such as "
+    "vivit-tiny, with new weights"
+)
 
 
 def argument(default: Any, text: str) -> Any:
@@ -33,14 +37,10 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
 
 
 @dataclass
-class ModelArguments:
-    """The model to start from, and which of its weights are trained."""
+class StartArguments:
+    """The model that training starts from."""
 
-    model_name_or_path: str = argument(
-        "google/vit-base-patch16-224-in21k",
-        "Hub id or folder of a ViViT or an image ViT; timm (.safetensors) or JAX (.npz) weights; or a preset such as "
-        "vivit-tiny",
-    )
+    model_name_or_path: str = argument("google/vit-base-patch16-224-in21k", SOURCES)
     attention_type: str | None = argument(
         None,
         "from an image ViT: spatio_temporal, factorised_encoder, factorised_self_attention, "
@@ -64,6 +64,20 @@ class ModelArguments:
         "from an image ViT: central_frame, filter_inflation, approximate_rank_pooling, or random (default: "
         "central_frame)",
     )
+    num_frames: int | None = argument(None, "frames of a clip (default: those of a ViViT, the recipe's, or 32)")
+    image_size: int | None = argument(
+        None, "height and width of a frame (default: that of a ViViT, the recipe's, or an image ViT's up to 224)"
+    )
+    merge_tokens: str | None = argument(
+        None, "Models 1 and 2: tokens that each layer merges into similar ones: one number, or one per layer (8,8,4,0)"
+    )
+    attn_implementation: str | None = argument(None, "eager, sdpa, flash_attention_2, ...")
+
+
+@dataclass
+class ModelArguments(StartArguments):
+    """The model to start from, and which of its weights are trained."""
+
     temporal_attention_init: str | None = argument(
         None, "from an image ViT, Model 3: zero_output, zero, copy, random (default: zero_output)"
     )
@@ -72,20 +86,12 @@ class ModelArguments:
         "from an image ViT, Model 2: random, zero_output, copy_last (default: zero_output with a "
         "temporal_pooling other than cls, else random)",
     )
-    num_frames: int | None = argument(None, "frames of a clip (default: those of a ViViT, the recipe's, or 32)")
-    image_size: int | None = argument(
-        None, "height and width of a frame (default: that of a ViViT, the recipe's, or an image ViT's up to 224)"
-    )
     drop_path_rate: float | None = argument(None, "stochastic depth")
-    merge_tokens: str | None = argument(
-        None, "Models 1 and 2: tokens that each layer merges into similar ones: one number, or one per layer (8,8,4,0)"
-    )
     dtype: str = argument(
         "float32",
         f"dtype of the weights in training, however they are stored: {', '.join(DTYPES)}; --bf16 computes in bfloat16 "
         "with float32 weights",
     )
-    attn_implementation: str | None = argument(None, "eager, sdpa, flash_attention_2, ...")
     freeze: str = argument("none", "none, spatial, all_but_head")
     cache_features: bool = argument(
         False, "Model 2 with --freeze: compute the frozen spatial encoder once, and train from the stored tokens"
@@ -352,9 +358,8 @@ def format_help(
     sections: dict[str, list[tuple[str, str, Any]]] = {
         title: [
             (one.name, one.metadata["help"], "?" if one.type is bool else None)
-            for one in sorted(
-                fields(group), key=lambda one: one.name not in group.__annotations__
-            )  # inherited ones last
+            # The defaults of all training on videos come last.
+            for one in sorted(fields(group), key=lambda one: one.name in VideoDefaults.__annotations__)
         ]
         for title, group in groups.items()
     }

@@ -4,42 +4,17 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from .finetuning_arguments import TRAINER_ARGUMENTS, VideoDefaults, argument, format_help
+from .finetuning_arguments import SOURCES, TRAINER_ARGUMENTS, StartArguments, VideoDefaults, argument, format_help
 
 
 @dataclass
-class PretrainingModelArguments:
+class PretrainingModelArguments(StartArguments):
     """The model to start from, its decoder and its masks."""
 
-    model_name_or_path: str = argument(
-        "vivit-b-16x2-fe",
-        "a preset such as vivit-tiny, with new weights; Hub id or folder of a ViViT or an image ViT; timm "
-        "(.safetensors) or JAX (.npz) weights",
-    )
+    model_name_or_path: str = argument("vivit-b-16x2-fe", SOURCES)
     attention_type: str | None = argument(
         None, "of a preset or from an image ViT: spatio_temporal or factorised_encoder (default)"
     )
-    embedding_type: str | None = argument(None, "likewise: tubelet, uniform_frame_sampling")
-    tubelet_size: str | None = argument(None, "likewise: time,height,width")
-    num_sampled_frames: int | None = argument(None, "with uniform_frame_sampling")
-    num_temporal_layers: int | None = argument(None, "layers of Model 2's temporal encoder")
-    temporal_pooling: str | None = argument(
-        None,
-        "likewise, Model 2: pooling over time in the classifier to come: cls, mean, max, sum, concatenate, attention",
-    )
-    tubelet_init: str | None = argument(
-        None,
-        "from an image ViT: central_frame, filter_inflation, approximate_rank_pooling, or random (default: "
-        "central_frame)",
-    )
-    num_frames: int | None = argument(None, "frames of a clip (default: those of a ViViT, or 32)")
-    image_size: int | None = argument(
-        None, "height and width of a frame (default: that of a ViViT, or an image ViT's up to 224)"
-    )
-    merge_tokens: str | None = argument(
-        None, "Models 1 and 2: tokens that each layer merges into similar ones: one number, or one per layer (8,8,4,0)"
-    )
-    attn_implementation: str | None = argument(None, "eager, sdpa, flash_attention_2, ...")
     mask_ratio: float | None = argument(
         None, "share of the places to mask in all time steps (default: a pretrained ViViT's, or 0.9)"
     )
