@@ -13,9 +13,10 @@ from tiny_models import CASES, case_config, make_clips, make_model, tiny_config
 from torch import nn
 
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
-from vivit_hf.inference import demo_model_path, optimize, quantisation, restore
+from vivit_hf.inference import NonFiniteError, demo_model_path, optimize, quantisation, restore
 from vivit_hf.inference.onednn import has_vnni
 from vivit_hf.inference.quantisation import ActivationScale, QuantisedLinear, QuantisedMLP, quantised
+from vivit_hf.modeling_vivit import ViViTEmbeddings
 
 
 needs_vnni = pytest.mark.skipif(not has_vnni(), reason="int8 needs a CPU with AVX-512 VNNI")
@@ -264,3 +265,30 @@ def test_a_cpu_without_vnni_is_refused(monkeypatch):
     config = tiny_config("spatio_temporal")
     with pytest.raises(ValueError, match="needs a CPU with AVX-512 VNNI"):
         optimize(make_model(config), int8=True, calibration=make_clips(config))
+
+
+@needs_vnni
+@pytest.mark.parametrize("case", CASES)
+def test_nan_in_a_clip_is_an_error_and_no_answer(case):
+    """Rounded to uint8, it would be a number."""
+    model = make_model(case_config(case))
+    clips = make_clips(model.config)
+    optimize(model, int8=True, calibration=clips)
+    damaged = clips.clone()
+    damaged[-1, ..., 3, 3] = float("nan")
+    with torch.inference_mode(), pytest.raises(NonFiniteError, match="The embedded clips contain NaN"):
+        model(damaged)
+    restore(model)
+    assert type(model.base_model.embeddings) is ViViTEmbeddings
+    with torch.inference_mode():
+        assert model(damaged).logits[-1].isnan().all()
+
+
+@needs_vnni
+def test_a_damaged_model_is_named_before_a_layer_is_quantised():
+    model = make_model(tiny_config("factorised_encoder"))
+    with torch.no_grad():
+        model.vivit.encoder.layer[1].mlp.fc1.weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"The input of vivit\.encoder\.layer\.1\.mlp\.fc2 contains NaN"):
+        optimize(model, int8=True, calibration=make_clips(model.config))
+    assert not any(isinstance(module, QuantisedLinear) for module in model.modules())

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..modeling_vivit import ViViTAttention, ViViTFactorisedDotProductAttention, ViViTMLP
+from ..modeling_vivit import ViViTAttention, ViViTEmbeddings, ViViTFactorisedDotProductAttention, ViViTMLP
+from .finite_outputs import NonFiniteError
 from .onednn import gelu_approximation, has_vnni, is_plain_linear, needs_plain_code
 
 
@@ -180,6 +181,22 @@ def _shared_numbers(attention: Any, hidden_states: torch.Tensor) -> torch.Tensor
     return hidden_states if needs_plain_code(hidden_states) else quantised(hidden_states, attention.q_proj.input_scale)
 
 
+class FiniteEmbeddings(ViViTEmbeddings):
+    """Embeddings that refuse NaN and infinite numbers, which uint8 numbers would hide from the output."""
+
+    def forward(
+        self, pixel_values: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What `ViViTEmbeddings` returns. Raises NonFiniteError."""
+        tokens, prefix_tokens = super().forward(pixel_values, *args, **kwargs)
+        if not needs_plain_code(tokens) and not tokens.isfinite().all():
+            raise NonFiniteError(
+                "The embedded clips contain NaN or infinite numbers: check the frames, the scaling of the processor, "
+                "and the weights of the patch embedding."
+            )
+        return tokens, prefix_tokens
+
+
 _ATTENTIONS: dict[type[nn.Module], type[nn.Module]] = {
     ViViTAttention: QuantisedAttention,
     ViViTFactorisedDotProductAttention: QuantisedFactorisedDotProductAttention,
@@ -187,6 +204,7 @@ _ATTENTIONS: dict[type[nn.Module], type[nn.Module]] = {
 PLAIN_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     QuantisedLinear: nn.Linear,
     QuantisedMLP: ViViTMLP,
+    FiniteEmbeddings: ViViTEmbeddings,
     **{quantised: plain for plain, quantised in _ATTENTIONS.items()},
 }
 
@@ -239,6 +257,9 @@ def quantise_layers(model: Any, calibration: Iterable[torch.Tensor] | torch.Tens
     Args:
         model: a `ViViTModel` or `ViViTForVideoClassification` on a CPU, in eval mode.
         calibration: pixel values (batch, frames, channels, height, width), or an iterable of such batches.
+
+    Raises:
+        NonFiniteError: if the model computes NaN or infinite numbers on these clips.
     """
     layers = {
         f"{name}.{child_name}": child
@@ -261,6 +282,7 @@ def quantise_layers(model: Any, calibration: Iterable[torch.Tensor] | torch.Tens
         QuantisedLinear.quantise(layer, None if error > LARGEST_ERROR else scale)
         errors[name] = error_per_token if error > LARGEST_ERROR else error
     _fuse(model)
+    model.base_model.embeddings.__class__ = FiniteEmbeddings
     return QuantisationReport(errors, tuple(per_token), tuple(kept))
 
 
@@ -288,7 +310,14 @@ def _sampled_inputs(
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: torch.cat(tokens) for name, tokens in found.items()}
+    inputs = {name: torch.cat(tokens) for name, tokens in found.items()}
+    for name, tokens in inputs.items():
+        if not tokens.isfinite().all():
+            raise NonFiniteError(
+                f"The input of {name} contains NaN or infinite numbers on the calibration clips: check the clips and "
+                "the model's weights."
+            )
+    return inputs
 
 
 def output_error(layer: nn.Linear, tokens: torch.Tensor, scale: ActivationScale | None) -> float:
