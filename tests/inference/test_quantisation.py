@@ -285,6 +285,18 @@ def test_nan_in_a_clip_is_an_error_and_no_answer(case):
 
 
 @needs_vnni
+def test_after_an_error_no_tokens_merge():
+    model = make_model(tiny_config("factorised_encoder"))
+    clips = make_clips(model.config)
+    with torch.inference_mode():
+        expected = model(clips).logits
+    with pytest.raises(ValueError, match="`calibration` is empty"):
+        optimize(model, int8=True, merge_tokens=2, calibration=[])
+    with torch.inference_mode():
+        assert torch.equal(model(clips).logits, expected)
+
+
+@needs_vnni
 def test_a_damaged_model_is_named_before_a_layer_is_quantised():
     model = make_model(tiny_config("factorised_encoder"))
     with torch.no_grad():

@@ -136,7 +136,11 @@ def optimize(
     backbone = model.base_model
     if merging is not None and set_merging(backbone.encoder, merging):
         changes[describe_merging(merging)] += 1
-    quantisation = quantise_layers(model, calibration) if int8 and calibration is not None else None
+    try:
+        quantisation = quantise_layers(model, calibration) if int8 and calibration is not None else None
+    except Exception:
+        restore(model)  # no tokens merge after an error
+        raise
     runs_bfloat16 = model.device.type == "cpu" and model.dtype == torch.bfloat16 and has_bfloat16_units()
     for module in list(backbone.modules()):
         if type(module) is ViViTMLP and gelu_approximation(module.activation) is not None:
