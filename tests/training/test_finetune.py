@@ -288,6 +288,18 @@ def test_a_damaged_file_is_named_and_counted(data, tmp_path):
     assert list(report["train"]) == [str(broken)] and report["train"][str(broken)] and report["eval"] == {}
 
 
+def test_data_without_a_readable_video_end_the_command_with_a_message(data, tmp_path):
+    """The error comes from a worker, with its traceback."""
+    for name in ("a/1.mp4", "b/2.mp4"):
+        (tmp_path / "train" / name).parent.mkdir(parents=True)
+        (tmp_path / "train" / name).write_bytes(b"no video")
+    given = {"train_dir": tmp_path / "train", "validation_dir": None, "train_val_split": 0}
+    with pytest.raises(SystemExit) as ended:
+        run(data, tmp_path / "out", **given, dataloader_num_workers=1)
+    message = ended.value.code
+    assert message.startswith("finetune: 11 videos in a row cannot be read") and "Traceback" not in message
+
+
 def wrong_inputs(data, folder):
     """Arguments that cannot work, and what the error says."""
     rows = files_of(data)

@@ -40,6 +40,8 @@ def run_training(command: str, module: str, argv: Sequence[str] | None) -> None:
         _echo(importlib.import_module(f"{module}_arguments").help_text())
         raise SystemExit
     parse_arguments = importlib.import_module(f"{module}_parser").parse_arguments
+    from ..video_sources import VideoDecodingError
+
     try:
         try:
             arguments = parse_arguments(argv, _echo)
@@ -48,6 +50,9 @@ def run_training(command: str, module: str, argv: Sequence[str] | None) -> None:
         except (ValueError, OSError) as error:
             raise SystemExit(printable(f"{command}: {error}")) from error
         run.run()
+    except VideoDecodingError as error:
+        reason = str(error).rpartition("VideoDecodingError: ")[2].strip()  # without the traceback of a worker
+        raise SystemExit(printable(f"{command}: {reason}")) from error
     except KeyboardInterrupt:
         checkpoint = None if run is None else run.last_checkpoint()
         then = "there is no checkpoint yet" if checkpoint is None else f"run again to continue from {checkpoint}"
