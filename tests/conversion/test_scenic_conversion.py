@@ -15,7 +15,7 @@ from paths import FIXTURES, ROOT
 from transformers import AutoImageProcessor, AutoModelForVideoClassification
 
 import vivit_hf
-from vivit_hf import ViViTConfig
+from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor
 from vivit_hf.conversion import convert_scenic, label_files
 from vivit_hf.conversion.command import main
 from vivit_hf.conversion.parity import tokens_and_logits
@@ -276,6 +276,15 @@ def test_two_heads_become_groups_of_labels(tmp_path, tiny_release, convert_relea
     ]
     assert len(model.config.label2id) == 7
     assert AutoImageProcessor.from_pretrained(output).frame_stride == 1
+
+
+def test_the_data_set_of_a_release_goes_to_the_hub(tiny_release, convert_release, monkeypatch):
+    tiny_release(datasets=("epic-kitchens-100",))
+    pushed = []
+    monkeypatch.setattr(ViViTForVideoClassification, "push_to_hub", lambda self, *args, **card: pushed.append(card))
+    monkeypatch.setattr(ViViTVideoProcessor, "push_to_hub", lambda *args, **options: None)
+    code, _, errors, _ = convert_release("--skip-parity", "--push-to-hub", "me/mine")
+    assert code == 0 and pushed == [{"private": None, "datasets": ("epic-kitchens-100",)}], errors
 
 
 NOUNS, VERBS = ["pan", "cut", "tap", "lid"], ["take", "cut", "wash"]

@@ -41,13 +41,15 @@ def convert(args: argparse.Namespace) -> Result:
 
         begin("writing")
         origin = f"Converted from the official checkpoint `{Path(args.checkpoint).name}` of google-research/scenic."
-        save(args, folder, model, processor, report=origin, datasets=release.datasets if release else None)
+        card = {"datasets": release.datasets} if release else {}
+        save(args, folder, model, processor, report=origin, **card)
         result = Result(
             output=args.output,
             model=", ".join(filter(None, (config.attention_type, counted(config.num_labels, "label"), args.model))),
             mapped=len(params),
             num_parameters=model.num_parameters(),
             processor=describe_processor(processor),
+            card=card,
         )
         del model  # free memory for the reference
         if not args.skip_parity:

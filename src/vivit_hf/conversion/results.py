@@ -48,9 +48,10 @@ def run(module: str, args: argparse.Namespace) -> int:
     logging.set_verbosity_error()  # the result lists unused and new weights itself
     logging.disable_progress_bar()
     try:
-        importlib.import_module(f".{module}", __package__).convert(args).print()
+        result = importlib.import_module(f".{module}", __package__).convert(args)
+        result.print()
         if repository := vars(args).get("push_to_hub"):
-            _push(args.output, repository, is_private=args.private)
+            _push(args.output, repository, args.private, result.card)
     except _EXPECTED_ERRORS as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
@@ -102,7 +103,7 @@ def read_processor(source: str) -> ViViTVideoProcessor | None:
     return None
 
 
-def _push(folder: str, repository: str, is_private: bool) -> None:
+def _push(folder: str, repository: str, is_private: bool, card: Mapping[str, Any]) -> None:
     """Upload the model and processor in a finished folder with their own `push_to_hub`."""
     config = read_json(Path(folder) / "config.json")
     package = vivit_hf if config["model_type"] == ViViTConfig.model_type else transformers
@@ -110,7 +111,7 @@ def _push(folder: str, repository: str, is_private: bool) -> None:
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     private = is_private or None  # None leaves a new repository to the Hub's default, which may be private
     try:
-        model.push_to_hub(repository, private=private)
+        model.push_to_hub(repository, private=private, **card)
         processor.push_to_hub(repository, private=private)
     except (OSError, ValueError, RuntimeError, HTTPError) as error:
         raise ConversionError(f"{folder} is complete, but was not uploaded to {repository}: {error}") from error
@@ -131,6 +132,7 @@ class Result:
     num_parameters: int = 0
     processor: str = ""
     notes: list[str] = field(default_factory=list)
+    card: Mapping[str, Any] = field(default_factory=dict)  # metadata for `push_to_hub` that the model does not know
 
     def print(self) -> None:
         total = self.mapped + len(self.unused)
