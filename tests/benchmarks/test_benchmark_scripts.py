@@ -20,6 +20,9 @@ sys.path.append(str(ROOT / "benchmarks"))
 pytestmark = pytest.mark.benchmarks
 
 
+LISTS = ("all_labels_0_epochs_rate_0.001_seed_0/train.csv", "validation.csv", "unlabelled.csv", "test.csv")
+
+
 def start(script, *arguments):
     command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=500)  # two minutes when it is alone
@@ -52,6 +55,30 @@ def test_fine_tuning_benchmark_writes_its_table(tmp_path):
     assert len(found) == 2 and all(0 <= row["value"] <= 1 and row["target"] is None for row in found)
     again = start("finetuning.py", "--output", tmp_path, "--smoke", "--only", *rows)
     assert again.returncode == 0 and "The image ViT tells" not in again.stdout, "what is finished is not repeated"
+
+
+def test_masked_pretraining_is_compared_with_random_weights(tmp_path):
+    process = start("masked_pretraining.py", "--output", tmp_path, "--smoke", "--json", tmp_path / "rows.json")
+    assert process.returncode == 0, process.stderr[-3000:]
+    for row in ("1 | 0", "1 | 1", "all | 0", "all | 1"):
+        assert re.search(
+            rf"^\| {re.escape(row)} \| .* \| \d\.\d{{3}} \(\d\.\d{{3}} to", process.stdout, re.MULTILINE
+        ), row
+    folder = tmp_path / "shapes"
+    arms = json.loads((folder / "arms.json").read_text())
+    for arm in arms:
+        tried = arm["validation"]
+        assert set(tried) == {"0.001", "0.002"} and tried[str(arm["learning_rate"])] == max(tried.values())
+        assert (arm["pretraining_minutes"] > 0) == (arm["epochs"] > 0)
+    names = {name: {line.split(",")[0] for line in (folder / name).read_text().splitlines()[1:]} for name in LISTS}
+    train, validation, unlabelled, test = (names[name] for name in LISTS)
+    assert not train & validation and train | validation == unlabelled and not unlabelled & test
+    with Image.open(folder / "figure.png") as picture:
+        assert picture.width > 400
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert rows[0]["name"] == "shapes: majority class" and rows[0]["value"] == 0.25 and len(rows) == 5
+    again = start("masked_pretraining.py", "--output", tmp_path, "--smoke")
+    assert again.returncode == 0 and "pretrained for" not in again.stdout, "what is finished is not repeated"
 
 
 @pytest.mark.timeout(600)
@@ -92,7 +119,7 @@ def test_what_is_cheaper_is_measured_against_the_exact_model(tmp_path):
 
 
 def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path):
-    takes_output = ("finetuning.py", "feature_cache.py", "few_labels.py")
+    takes_output = ("finetuning.py", "feature_cache.py", "few_labels.py", "masked_pretraining.py")
     for script in (*takes_output, "run.py", "streaming.py", "video.py", "conversion.py", "training_step.py"):
         needed = ["--output", tmp_path] if script in takes_output else []
         needed += ["--data", tmp_path, "--image_model", tmp_path] if script == "few_labels.py" else []
@@ -165,6 +192,13 @@ def test_compiled_models_are_measured_against_the_eager_ones(tmp_path):
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["value"] for row in rows if row["name"].endswith("eager: speed over eager")] == [1.0] * 4
     assert "skipped: flash attention by itself and CUDA graphs: they need --device cuda" in process.stdout
+
+
+def test_groups_in_training_and_test_are_an_error(tmp_path):
+    for name in ("a_train_all.csv", "a_test.csv"):
+        (tmp_path / name).write_text("path,label,tape\none.mp4,run,7\n")
+    process = start("masked_pretraining.py", "--output", tmp_path / "out", "--data", tmp_path, "--task", "a")
+    assert process.returncode == 1 and "training and test of 'a' have groups in common" in process.stderr
 
 
 @pytest.mark.parametrize(

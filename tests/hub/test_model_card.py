@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 from tiny_models import make_model, tiny_config
 
-from vivit_hf import ViViTForVideoClassification, ViViTModel, ViViTVideoProcessor, write_model_card
+from vivit_hf import ViViTForPreTraining, ViViTForVideoClassification, ViViTModel, ViViTVideoProcessor, write_model_card
 from vivit_hf.hub.model_card import VARIANTS, read_initialisation
 from vivit_hf.hub.push import known_origin
 
@@ -41,6 +41,15 @@ def test_a_model_without_classifier_is_for_features(tmp_path, model_class):
 def test_the_limits_name_the_answers_of_the_problem(tmp_path, changes, answer):
     model = make_model(tiny_config("spatio_temporal", **{"num_labels": 5, **changes}))
     assert answer in write_model_card(tmp_path, model).read_text(encoding="utf-8")
+
+
+def test_a_pretrained_model_is_for_fine_tuning_and_features(tmp_path):
+    model = make_model(tiny_config("factorised_encoder", mask_ratio=0.75), ViViTForPreTraining)
+    text = write_model_card(tmp_path, model, repo_id="tester/masked").read_text(encoding="utf-8")
+    assert ModelCard(text).data.pipeline_tag == "feature-extraction"
+    assert "vivit-hf finetune --train_dir videos/train --model_name_or_path tester/masked" in text
+    assert 'ViViTModel.from_pretrained("tester/masked")' in text
+    assert "| pretraining | tube masks over 75% of the places |" in text
 
 
 def test_a_base_model_that_is_a_folder_is_in_the_text_alone(model, tmp_path):

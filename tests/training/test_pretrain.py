@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from finetune_runs import EXAMPLES, SHORT_RUN, losses, run as finetune, start, to_argv, write_data
+from finetune_runs import EXAMPLES, SHORT_RUN, losses, run as finetune, settings_for, start, to_argv, write_data
+from hub_server import HubServer
 from labelled_videos import TORCHRUN
 from PIL import Image
 from safetensors.torch import load_file
@@ -281,3 +282,25 @@ print(type(model).__name__, type(model).__module__.startswith("transformers_modu
 """
     process = start([sys.executable, "-c", program], HF_HOME=str(tmp_path / "home"))
     assert process.stdout.split() == ["ViViTForPreTraining", "True"], process.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_finetuning_starts_from_a_pretrained_model_on_the_hub(data, tmp_path):
+    pushed = {"push_to_hub": True, "hub_model_id": "tester/masked", "picture_steps": 0, "mask_ratio": 0.75}
+    tuned = settings_for(data, tmp_path / "tuned", model_name_or_path="tester/masked", learning_rate=0)
+    tuned |= {"num_frames": None, "frame_stride": None}
+    with HubServer() as hub:
+        environment = {**hub.environment(tmp_path / "home", "hf_writer"), "HF_HUB_OFFLINE": "0"}
+        for command, settings in (
+            (["pretrain", data / "videos"], settings_for_run(tmp_path / "pretrained", **pushed)),
+            (["finetune"], tuned),
+        ):
+            process = start([sys.executable, "-m", "vivit_hf", *command, *to_argv(settings)], **environment)
+            assert process.returncode == 0, process.stderr[-3000:]
+        card = hub.repositories["tester/masked"].files["README.md"].decode()
+    assert "Pretrained without labels on 20 videos" in card and "masks over 75% of the places" in card
+    assert "vivit-hf finetune --train_dir videos/train --model_name_or_path tester/masked" in card
+    assert "a new classifier for 4 classes" in process.stdout
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("tuned", "pretrained"))
+    vivit = [name for name in theirs if name.startswith("vivit.")]
+    assert vivit and all(torch.equal(ours[name], theirs[name]) for name in vivit)

@@ -84,6 +84,21 @@ features = model(**processor("video.mp4")).pooler_output
     auto_class="AutoModel",
     outputs="    features = model(**inputs).pooler_output\n",
 )
+_PRETRAINED_USE = (
+    """## Fine-tuning
+
+The model has no classifier yet, and its decoder serves pretraining alone. With the package `vivit_hf` installed,
+fine-tuning on labelled videos starts from the encoder:
+
+```bash
+vivit-hf finetune --train_dir videos/train --model_name_or_path {repo_id} --output_dir my_vivit
+```
+
+`ViViTForPreTraining.from_pretrained("{repo_id}")` loads the model with its decoder.
+
+"""
+    + _BACKBONE_USE
+)
 
 
 class InitialisationSummary(Protocol):
@@ -118,7 +133,7 @@ def write_model_card(
 
     Args:
         folder: the folder of a saved model.
-        model: a `ViViTModel` or `ViViTForVideoClassification`.
+        model: a `ViViTModel`, `ViViTForVideoClassification` or `ViViTForPreTraining`.
         repo_id: the name on the Hub, by default that of the folder.
         base_model: the model it was made from; a Hub id goes into the metadata, a path only into the text.
         license: by default that of the card, or "apache-2.0".
@@ -272,7 +287,7 @@ def _description(model: Any, repo_id: str, initialisation: str, distillation: st
     parts = [
         f"A Video Vision Transformer, {PAPER}, in the implementation of `vivit_hf`.",
         f"| | |\n| --- | --- |\n{rows}",
-        (_CLASSIFIER_USE if _has_classifier(model) else _BACKBONE_USE).format(repo_id=repo_id),
+        _use(model).format(repo_id=repo_id),
         "Reading video files requires PyAV (`pip install av`); lists of frames and arrays do not.",
     ]
     if results:
@@ -311,6 +326,12 @@ def _answers(config: ViViTConfig) -> str:
     )
 
 
+def _use(model: Any) -> str:
+    if _has_classifier(model):
+        return _CLASSIFIER_USE
+    return _PRETRAINED_USE if hasattr(model, "decoder") else _BACKBONE_USE
+
+
 def _facts(model: Any) -> list[tuple[str, str]]:
     config: ViViTConfig = model.config
     time, height, width = config.grid_size
@@ -334,6 +355,10 @@ def _facts(model: Any) -> list[tuple[str, str]]:
         names = [str(config.id2label[index]) for index in sorted(config.id2label)]
         shown = ", ".join(names[:5]).replace("|", "\\|") + ", ..." * (len(names) > 5)
         facts.append(("labels", f"{len(names)}: {shown}"))
+    if hasattr(model, "decoder"):
+        decoder = "width {}, layers: {}, heads: {}".format(*config.decoder_sizes)
+        facts.append(("decoder", decoder))
+        facts.append(("pretraining", f"tube masks over {config.mask_ratio:.0%} of the places"))
     return facts
 
 
