@@ -363,6 +363,35 @@ def test_a_pretrained_model_without_a_classifier_is_no_teacher(tmp_path):
     refuse(tmp_path, "its weights do not fit its config.json .*missing: classifier.bias")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_frames": "many"}, "its config.json cannot be used: .*'num_frames' expected int"),
+        ({"num_frames": 0}, "its config.json cannot be used: `num_frames=0` must be a whole number of at least 1"),
+        ({"hidden_size": 10**9}, "`hidden_size=1,000,000,000` is too large; the limit is 65,536"),
+        ({"hidden_size": 60_000}, "1 layers of width 60,000, as its config.json says, do not fit into the .* bytes"),
+        ({"id2label": {"0": "dark", "2": "grey", "5": "bright"}}, "`id2label` must name the outputs from 0 to 2"),
+        ({"num_attention_heads": 3}, "cannot be loaded: The hidden size 16 is not a multiple"),
+        ({"num_hidden_layers": 2}, "its weights do not fit its config.json .*missing: "),
+        ({"num_hidden_layers": 0}, "its weights do not fit its config.json .*no place for: "),
+    ],
+)
+def test_a_configuration_that_fits_no_model_or_not_the_weights_is_refused(tmp_path, change, message):
+    write_videomae(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    refuse(tmp_path, message)
+
+
+def test_the_weights_of_a_teacher_may_be_in_several_files(tmp_path):
+    model = write_videomae(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len([*tmp_path.glob("*.safetensors")]) > 1
+    teacher = load_teacher(str(tmp_path), STUDENT, LABELS, say=say)
+    assert all(torch.equal(one, model.state_dict()[name]) for name, one in teacher.model.state_dict().items())
+
+
 def test_code_of_a_teacher_is_never_run(tmp_path):
     for model_type in ("my_model", "videomae"):
         folder = tmp_path / model_type

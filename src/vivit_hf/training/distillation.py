@@ -8,7 +8,7 @@ normalisation, frame size and number of frames.
 """
 
 import json
-import pickle
+import sys
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch.nn.functional import binary_cross_entropy_with_logits, interpolate, kl_div
 from transformers import AutoConfig, AutoModelForVideoClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES
@@ -26,6 +25,7 @@ from ..data.labels import IGNORED, LabelMap
 from ..hub.model_card import linked
 from ..inference.finite_outputs import check_finite
 from ..initialisation.weight_files import find_weights, has_processor, loading_problems, read_config, read_json
+from ..limits_vivit import LIMITS, check_count, check_labels
 from ..modeling_vivit import ViViTForVideoClassification
 from ..processor_settings import ProcessorSettings
 from ..video_frames import rescale_and_normalize
@@ -162,9 +162,7 @@ def load_teacher(
             f"({', '.join(sorted(set(known)))}). Code in a repository is never run."
         )
     is_own = is_vivit(source, stored)
-    config = (
-        ViViTConfig.from_pretrained(source) if is_own else AutoConfig.from_pretrained(source, trust_remote_code=False)
-    )
+    config = ViViTConfig.from_pretrained(source) if is_own else _read_config(source)
     outputs = _outputs_for(source, config, label_map)
     frames = _frames_for(source, config, processor.num_frames)
     scale, shift = _pixel_change(processor.settings, _pixel_settings(source, is_own))
@@ -182,6 +180,38 @@ def load_teacher(
         f"{len(outputs)} of its {config.num_labels} labels"
     )
     return teacher
+
+
+def _read_config(source: str) -> Any:
+    """Return the configuration of a model of transformers. Raises ValueError if its values are none of such a model."""
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        for name in LIMITS:
+            value = getattr(config, name, None)
+            for size in value if isinstance(value, (list, tuple)) else [value]:
+                if size is not None:
+                    check_count(name, size, least=0)
+        check_count("num_frames", _num_frames(config))
+        check_labels(config.id2label)
+    except Exception as error:  # transformers and the checks of dataclasses raise many kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"--teacher {source}: its config.json cannot be used: {reason}") from error
+    _check_size(source, config)
+    return config
+
+
+def _check_size(source: str, config: Any) -> None:
+    """Raise ValueError if the weights cannot hold the attention of all layers, before memory is taken for them."""
+    weights = find_weights(source)
+    size = weights.stat().st_size
+    if weights.suffix == ".json":  # of a repository, the files may not be here yet
+        size = int(read_json(weights)["metadata"].get("total_size", sys.maxsize))
+    layers, width = getattr(config, "num_hidden_layers", 1), config.hidden_size
+    if 4 * layers * width**2 > size:  # four matrices, at a byte per number or more
+        raise ValueError(
+            f"--teacher {source}: {layers} layers of width {width:,}, as its config.json says, do not fit into the "
+            f"{size:,} bytes of its weights."
+        )
 
 
 def _outputs_for(source: str, config: Any, label_map: LabelMap) -> list[int]:
@@ -218,13 +248,17 @@ def _listed(names: list[str]) -> str:
 
 def _frames_for(source: str, config: Any, num_frames: int) -> list[int]:
     """Return the frames that a teacher takes of a clip: the middle of each of as many equal parts."""
-    wanted = config.frames_per_clip if hasattr(config, "frames_per_clip") else config.num_frames
+    wanted = _num_frames(config)
     if wanted > num_frames:
         raise ValueError(
             f"--teacher {source} takes clips of {wanted} frames, and the student's have {num_frames}: give "
             f"--num_frames {wanted} or more, or a teacher of fewer frames."
         )
     return [(2 * place + 1) * num_frames // (2 * wanted) for place in range(wanted)]
+
+
+def _num_frames(config: Any) -> int:
+    return config.frames_per_clip if hasattr(config, "frames_per_clip") else config.num_frames
 
 
 def _frame_size(config: Any) -> tuple[int, int]:
@@ -267,8 +301,8 @@ def _load_model(cls: Any, source: str, dtype: torch.dtype) -> Any:
                 ignore_mismatched_sizes=True,  # mismatches are reported by name below
                 output_loading_info=True,
             )
-    except (RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-        raise ValueError(f"--teacher {source}: {weights.name} cannot be loaded: {error}") from error
+    except Exception as error:  # the modules of a model raise many kinds for settings that contradict each other
+        raise ValueError(f"--teacher {source}: it cannot be loaded: {error}") from error
     problems = [*loading_problems(info), *(f"no place for: {name}" for name in sorted(info["unexpected_keys"]))]
     if problems:
         raise ValueError(
@@ -280,12 +314,12 @@ def _load_model(cls: Any, source: str, dtype: torch.dtype) -> Any:
 
 def _try(teacher: Teacher, source: str, clip: torch.Tensor, num_labels: int) -> None:
     """Raise ValueError unless a teacher has finite outputs for a clip."""
+    pixel_values = teacher.pixel_values(clip)
     try:
         with torch.no_grad():
-            pixel_values = teacher.pixel_values(clip)
             logits = teacher.model(**{teacher.model.main_input_name: pixel_values}).logits
         check_finite(logits, teacher.model)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, IndexError) as error:
         raise ValueError(f"--teacher {source} fails on a clip of {tuple(pixel_values.shape[1:])}: {error}") from error
     if logits.shape != (1, num_labels):
         raise ValueError(
