@@ -1,4 +1,4 @@
-"""The learning rates of the official recipes, step by step."""
+"""The learning rates of the recipes, from step to step and for other batches and models; and that `small-data` fits."""
 
 import math
 
@@ -7,6 +7,9 @@ import pytest
 import torch
 from transformers import TrainingArguments, get_scheduler
 
+from vivit_hf.training.finetuning import scale_learning_rate
+from vivit_hf.training.finetuning_arguments import help_text
+from vivit_hf.training.finetuning_parser import parse_arguments
 from vivit_hf.training.recipes import RECIPES, REFERENCE_BATCH_SIZE
 
 
@@ -38,3 +41,59 @@ def test_official_recipes_have_the_official_schedule(name, tmp_path):
     # Half a step of warm-up is rounded up here and down there.
     np.testing.assert_allclose(found, expected, atol=1 / warmup)
     assert found[-1] == pytest.approx(expected[-1], rel=1e-3) and found[-1] < 1e-8, "it ends at 0"
+
+
+def scaled(recipe, batch, width, tmp_path):
+    """The learning rate of a recipe for a batch and a hidden size, and what is printed about it."""
+    argv = ["--recipe", recipe, "--output_dir", str(tmp_path), "--use_cpu", "--report_to", "none"]
+    training = parse_arguments([*argv, "--per_device_train_batch_size", str(batch)]).training
+    said = []
+    scale_learning_rate(training, width, said.append)
+    return training.learning_rate, said[0]
+
+
+@pytest.mark.parametrize("name", NUM_VIDEOS)
+def test_the_rate_of_sgd_is_proportional_to_the_batch(name, tmp_path):
+    base = RECIPES[name].arguments["learning_rate"]
+    found, said = scaled(name, 4, 192, tmp_path)
+    assert found == pytest.approx(base / 16)
+    assert said == f"Recipe {name}: learning rate {base:g} for 64 clips per step, so {base / 16:.3g} for 4."
+
+
+def test_the_rate_of_adam_is_proportional_to_the_root_of_the_batch_and_to_the_inverse_of_the_width(tmp_path):
+    found, said = scaled("small-data", 4, 192, tmp_path)
+    assert found == pytest.approx(4e-4 / 4 * 4)
+    assert said == (
+        "Recipe small-data: learning rate 0.0004 for 64 clips per step and width 768, so 0.0004 for 4 and width 192."
+    )
+    assert scaled("small-data", 16, 768, tmp_path)[0] == pytest.approx(4e-4 / 2)
+
+
+# Fine-tuning in VideoMAE (Tong et al., 2022; github.com/MCG-NJU/VideoMAE): clips per step, width, and learning rate.
+# Clips are GPUs * --batch_size * --num_sample, and the rate is --lr * clips / 256, by run_class_finetuning.py and
+# scripts/{ucf101,ssv2,kinetics}/*/finetune.sh.
+VIDEOMAE = {
+    "UCF101": (8 * 16 * 2, 768, 5e-4),
+    "Something-Something v2": (64 * 8, 768, 5e-4 * 512 / 256),
+    "Kinetics-400": (64 * 6 * 2, 768, 5e-4 * 768 / 256),
+    "Something-Something v2, ViT-S": (32 * 12 * 2, 384, 1e-3 * 768 / 256),
+}
+
+
+def test_the_rates_of_small_data_are_near_those_of_videomae():
+    """Its authors chose them for very different batches and widths."""
+    recipe = RECIPES["small-data"]
+    ratios = {name: recipe.learning_rate(batch, width) / rate for name, (batch, width, rate) in VIDEOMAE.items()}
+    assert all(0.9 < ratio < 1.7 for ratio in ratios.values()), ratios
+
+
+def test_small_data_regularises_as_videomae_does_on_its_smallest_data():
+    """Weight decay, layer decay and label smoothing are those of run_class_finetuning.py, drop path that of UCF101."""
+    arguments = RECIPES["small-data"].arguments
+    names = ("weight_decay", "layer_decay", "label_smoothing_factor", "drop_path_rate", "optim")
+    assert [arguments[name] for name in names] == [0.05, 0.75, 0.1, 0.2, "adamw_torch"]
+
+
+def test_the_help_describes_each_recipe():
+    text = " ".join(help_text().split())
+    assert all(f"{name} ({recipe.description})" in text for name, recipe in RECIPES.items())

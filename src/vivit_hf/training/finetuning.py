@@ -27,7 +27,7 @@ from .finetuning_parser import Arguments, FineTuningArguments, speaker
 from .mixing import ClipCollator
 from .overfitting import overfit_one_batch
 from .parameters import freeze, parameter_groups
-from .recipes import RECIPES
+from .recipes import RECIPES, REFERENCE_BATCH_SIZE, REFERENCE_WIDTH
 from .run_checks import check_machine, check_repository, check_start, find_checkpoint
 from .trainer import ClipTrainer
 from .training_run import TrainingRun
@@ -149,6 +149,8 @@ def prepare(arguments: Arguments, echo: Say = print) -> FineTuning:
     frozen = [] if model_arguments.lora_rank else freeze(start.model, model_arguments.freeze)
     if training.do_train:
         check_start(training, start, model_arguments, checkpoint)
+        if training.scales_learning_rate:
+            scale_learning_rate(training, start.model.config.hidden_size, say)
         trained = sum(parameter.numel() for parameter in start.model.parameters() if parameter.requires_grad)
         say(f"{trained:,} parameters to train" + f", {len(frozen)} tensors frozen" * bool(frozen))
     label_map = LabelMap.from_config(start.model.config)  # in the order of a classifier that is kept
@@ -158,6 +160,18 @@ def prepare(arguments: Arguments, echo: Say = print) -> FineTuning:
         check_distillation(checkpoint, distillation)
     trainer, validation = make_trainer(arguments, splits, start.model, start.processor, say, distillation)
     return FineTuning(arguments, start, trainer, checkpoint, push, say, validation)
+
+
+def scale_learning_rate(training: FineTuningArguments, width: int, say: Say) -> None:
+    """Scale the learning rate of a recipe to the batch and to the width of the model."""
+    recipe = RECIPES[str(training.recipe)]
+    batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    training.learning_rate = recipe.learning_rate(batch, width)
+    known, found = (f" and width {size}" * recipe.is_adaptive for size in (REFERENCE_WIDTH, width))
+    say(
+        f"Recipe {recipe.name}: learning rate {recipe.arguments['learning_rate']:g} for {REFERENCE_BATCH_SIZE} clips "
+        f"per step{known}, so {training.learning_rate:.3g} for {batch}{found}."
+    )
 
 
 # Checks before training

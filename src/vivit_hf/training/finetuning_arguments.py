@@ -262,7 +262,10 @@ class VideoDefaults:
 class OurTrainingArguments(VideoDefaults):
     """What `FineTuningArguments` adds to transformers' `TrainingArguments`, and other defaults for videos."""
 
-    recipe: str | None = argument(None, f"arguments to start from: {', '.join(RECIPES)}")
+    recipe: str | None = argument(
+        None,
+        "arguments to start from: " + "; ".join(f"{one.name} ({one.description})" for one in RECIPES.values()),
+    )
     layer_decay: float = argument(1.0, "factor of the learning rate from layer to layer")
     early_stopping_patience: int = argument(
         0,

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -28,7 +28,7 @@ from .finetuning_arguments import (
     check_choice,
     help_text,
 )
-from .recipes import RECIPES, REFERENCE_BATCH_SIZE
+from .recipes import RECIPES
 
 
 @dataclass
@@ -47,7 +47,12 @@ class VideoTrainingArguments(VideoDefaults, TrainingArguments):
 
 @dataclass
 class FineTuningArguments(OurTrainingArguments, VideoTrainingArguments):
-    """`VideoTrainingArguments` of a fine-tuning run."""
+    """`VideoTrainingArguments` of a fine-tuning run.
+
+    With `scales_learning_rate`, the learning rate is a recipe's, which is scaled once the model is known.
+    """
+
+    scales_learning_rate: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         check_choice("averaging", self.averaging, AVERAGINGS)
@@ -140,13 +145,7 @@ def parse_arguments(argv: Sequence[str], echo: Say = print) -> Arguments:
     arguments = Arguments(*parser.parse_dict(settings))
     training = arguments.training
     training.do_train = bool(given.get("do_train", not given.get("do_eval")))  # --do_eval alone only evaluates
-    if name and "learning_rate" not in given:
-        batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
-        training.learning_rate = RECIPES[name].learning_rate(batch)
-        speaker(training, echo)(
-            f"Recipe {name}: learning rate {RECIPES[name].arguments['learning_rate']:g} for {REFERENCE_BATCH_SIZE} "
-            f"clips per step, so {training.learning_rate:g} for {batch}."
-        )
+    training.scales_learning_rate = name is not None and "learning_rate" not in given
     return arguments
 
 

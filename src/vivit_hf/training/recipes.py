@@ -2,7 +2,8 @@
 
 A recipe is a set of arguments of `vivit-hf finetune`; explicit arguments override it. Its settings of the model and of
 clips apply to a model that starts from an image ViT; a ViViT keeps its own. Learning rates are for
-`REFERENCE_BATCH_SIZE` clips per step, and are scaled to the actual batch (linear rule, Goyal et al., 2017).
+`REFERENCE_BATCH_SIZE` clips per step and are scaled to the actual batch, Adam's also to the width (see
+`Recipe.learning_rate`).
 """
 
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 
 REFERENCE_BATCH_SIZE = 64
+REFERENCE_WIDTH = 768  # hidden size of ViT-B
 _WARMUP_EPOCHS = 2.5
 
 _BASE = {"model_name_or_path": "google/vit-base-patch16-224-in21k"}
@@ -25,8 +27,9 @@ _FACTORISED_24 = {**_FACTORISED, "num_temporal_layers": 24}
 class Recipe:
     """Arguments of `vivit-hf finetune`.
 
-    `arguments` always apply; their `learning_rate` is for `REFERENCE_BATCH_SIZE` clips per step. Those in `model`
-    (structure, frames, sizes) apply unless the model that training starts from has its own.
+    `arguments` always apply; their `learning_rate` is for `REFERENCE_BATCH_SIZE` clips per step, and with Adam for a
+    model of `REFERENCE_WIDTH`. Those in `model` (structure, frames, sizes) apply unless the model that training starts
+    from has its own.
     """
 
     name: str
@@ -34,9 +37,24 @@ class Recipe:
     arguments: Mapping[str, Any]
     model: Mapping[str, Any]
 
-    def learning_rate(self, batch_size: int) -> float:
-        """Return the learning rate for `batch_size` clips per step, over all devices and accumulated batches."""
-        return float(self.arguments["learning_rate"]) * batch_size / REFERENCE_BATCH_SIZE
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether the optimiser is an Adam, which divides gradients by their size."""
+        return self.arguments["optim"] != "sgd"
+
+    def learning_rate(self, batch_size: int, width: int) -> float:
+        """Return the learning rate for a batch size and the hidden size of a model.
+
+        That of SGD is proportional to the batch (Goyal et al., 2017, arXiv:1706.02677). That of Adam is proportional to
+        the square root of the batch (Malladi et al., 2022, arXiv:2205.10287) and to 1 / width (Yang et al., 2022,
+        arXiv:2203.03466, table 3).
+
+        Args:
+            batch_size: clips per step, over all devices and accumulated batches.
+            width: `hidden_size` of the model.
+        """
+        rate, ratio = float(self.arguments["learning_rate"]), batch_size / REFERENCE_BATCH_SIZE
+        return rate * ratio**0.5 * REFERENCE_WIDTH / width if self.is_adaptive else rate * ratio
 
 
 # The short side of a frame is relative to the crop, so that it fits any --image_size.
