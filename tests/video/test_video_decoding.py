@@ -326,7 +326,7 @@ def test_nothing_is_left_open(video, tmp_path):
         _read(video)
         with pytest.raises(VideoDecodingError):
             VideoReader(tmp_path / "text.mp4")
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_a_closed_reader_is_freed_at_once(video, tmp_path):
