@@ -73,6 +73,12 @@ def test_the_rate_of_adam_is_proportional_to_the_root_of_the_batch_and_to_the_in
     assert scaled("small-data", 16, 768, tmp_path)[0] == pytest.approx(4e-4 / 2)
 
 
+def test_few_labels_trains_on_from_its_probe_at_a_low_rate(tmp_path):
+    """With DINOv2 ViT-S and the recipe's batch, at the rate that its trials chose."""
+    batch = RECIPES["few-labels"].arguments["per_device_train_batch_size"]
+    assert scaled("few-labels", batch, 384, tmp_path)[0] == pytest.approx(5e-5, rel=0.02)
+
+
 # Fine-tuning in VideoMAE (Tong et al., 2022; github.com/MCG-NJU/VideoMAE): clips per step, width, and learning rate.
 # Clips are GPUs * --batch_size * --num_sample, and the rate is --lr * clips / 256, by run_class_finetuning.py and
 # scripts/{ucf101,ssv2,kinetics}/*/finetune.sh.
