@@ -134,5 +134,4 @@ def test_small_data_fits_a_small_training_set(tmp_path):
     argv += ["--num_clips", 1, "--num_crops", 1, "--eval_strategy", "no", "--save_strategy", "no", "--use_cpu"]
     finetune.main([*map(str, argv), "--dataloader_num_workers", "0", "--report_to", "none", "--disable_tqdm", "true"])
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
-    print(results)
     assert results["eval_loss"] < 0.6 and results["eval_top1"] > 0.9
