@@ -75,7 +75,7 @@ def test_the_table_has_all_heads_beside_the_majority_class(probed):
     ]
     assert [cell.strip() for cell in lines["majority class: fades in"]] == ["0.500", "0.500", ""]
     assert lines["linear, ordered"][0].strip() == "1.000 ± 0.000" and " ± " in lines["linear, mean"][0]
-    assert "24 videos of 2 classes, 8 steps of 32 features each; 3 folds of 6 groups, 1 times" in probed[1]
+    assert "24 videos of 2 classes, 8 steps of 32 features each; 3 folds of 6 whole groups." in probed[1]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ logistic regression
   multiple of the identity; and
 - their mean over time, which has the appearance, is weighted against their deviations from it, which have the motion.
 
-How far is chosen by cross-validation on the training videos. All of it is linear, and becomes part of the weights.
+Cross-validation on the training videos chooses the strength of both. Both are linear and become part of the weights.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def fit_classifier(tokens: np.ndarray, labels: np.ndarray, folds: Sequence[Fold]
     Args:
         tokens: float (clips, time, hidden); several clips may be views of one video.
         labels: class indices, int64 (clips,); every class occurs.
-        folds: of the clips, with all views of a video on one side. They choose whitening, weights and penalty by the
-            smallest log loss; without folds, these are defaults.
+        folds: folds of the clips, with all views of a video on one side. The smallest log loss on them chooses
+            whitening, weights and penalty; without folds, these are defaults.
     """
     tokens = tokens.astype(np.float64)
     time_weights = _TIME_WEIGHTS if tokens.shape[1] > 1 else _TIME_WEIGHTS[1:2]
@@ -144,7 +144,7 @@ def start_from_probe(model: Any, clips: CachedClips, seed: int) -> str:
     Args:
         model: a `ViViTForVideoClassification` with one label per video.
         clips: its training clips; those of one file or group stay together in the folds.
-        seed: of the folds.
+        seed: the seed of the folds.
 
     Returns:
         A description of what was fitted.

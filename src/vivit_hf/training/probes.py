@@ -148,8 +148,9 @@ def _protocol(data: LabelledFeatures, repeats: Sequence[Sequence[Fold]]) -> str:
     if data.held_out is not None:
         return f"{described}; scored on the {int(data.held_out.sum())} {data.held_out_split} videos"
     num_groups = len(np.unique(data.groups))
-    grouped = f" of {num_groups} groups" if num_groups < num_videos else ""
-    return f"{described}; {len(repeats[0])} folds{grouped}, {len(repeats)} times"
+    grouped = f" of {num_groups} whole groups" if num_groups < num_videos else ""
+    repeated = f", drawn {len(repeats)} times" if len(repeats) > 1 else ""
+    return f"{described}; {len(repeats[0])} folds{grouped}{repeated}"
 
 
 def fit_probe(head: str, data: LabelledFeatures, seed: int = 0) -> Head:
