@@ -185,7 +185,7 @@ class ClipTrainer(Trainer):
         if model.training and not hasattr(self.model, "peft_config"):
             for module in frozen_modules(self.model):
                 module.eval()
-        targets = inputs["labels"]
+        targets = inputs.get("labels")  # masked pretraining has none
         if self.distillation is not None:
             teacher_logits = self.distillation.teacher.logits(inputs["pixel_values"], self.accelerator.autocast)
             inputs = {**inputs, "labels": (targets, teacher_logits)}  # both for `_distilled_loss`
