@@ -78,13 +78,14 @@ def test_a_vector_per_step_has_its_step_and_its_time(tmp_path):
 @pytest.mark.parametrize("num_steps", [None, 4])
 def test_several_files_are_read_and_joined_in_their_order(tmp_path, num_steps):
     failed = [{"file": "broken.mp4", "start": None, "end": None, "error": "no video"}]
-    first = make_features(num_steps=num_steps)
+    first = make_features(num_steps=num_steps, num_videos=3)
     second = make_features(("c.mp4",), num_steps, seed=1, failed=failed)
     empty = make_features((), num_steps)
     paths = [tmp_path / name for name in ("1.parquet", "2.parquet", "3.parquet")]
     for path, features in zip(paths, (first, empty, second), strict=True):
         write_features(path, features)
     assert join_features(paths, tmp_path / "all.parquet")["failed"] == failed
+    assert "num_videos" not in read_features(paths).settings, "which would be that of the first file"
     for found in (read_features(paths), read_features(tmp_path / "all.parquet")):
         assert found.files == ("a.mp4", "b.mp4", "b.mp4", "c.mp4") and found.settings["failed"] == failed
         assert np.array_equal(found.vectors, np.concatenate([first.vectors, second.vectors]))

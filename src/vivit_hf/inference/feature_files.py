@@ -118,6 +118,8 @@ def read_features(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str
     """
     Read the features in a file, or in several files of the same model and settings, in their order.
 
+    The settings of several files have no "num_videos" and "videos_digest", and the "model" and "versions" of the first.
+
     Args:
         paths: a file or several, as `vivit-hf embed` writes them.
 
@@ -129,6 +131,8 @@ def read_features(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str
     if not paths:
         raise ValueError("There is no file of features to read: expected one or more.")
     settings = _joined([(os.fspath(path), read_settings(path)) for path in paths])
+    if len(paths) > 1:
+        settings = {name: value for name, value in settings.items() if name not in ("num_videos", "videos_digest")}
     table = pyarrow.concat_tables([_checked_table(path, settings) for path in paths])
     steps, is_step = settings["num_steps"] or 1, settings["kind"] == "step"
     shape = (len(table) // steps, steps) if is_step else (len(table),)
