@@ -47,9 +47,6 @@ Sampling = Annotated[
         show_default="the model's; uniform for an image model",
     ),
 ]
-Workers = Annotated[
-    int | None, typer.Option(min=0, help="Processes that decode.", show_default="one per core, at most 8")
-]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the features of another run.")]
 
 
@@ -63,7 +60,7 @@ def embed(
     num_crops: options.Crops = None,
     frame_sampling: Sampling = None,
     batch_size: options.BatchSize = 16,
-    workers: Workers = None,
+    workers: options.Workers = None,
     on_error: options.OnError = "warn",
     overwrite: Overwrite = False,
     allow_private_addresses: options.PrivateAddresses = False,
@@ -105,11 +102,10 @@ def embed(
     processor.on_error = "repeat_last" if on_error == "warn" else "raise"
     views = options.views_of(processor, num_clips, num_crops)
     described: dict[str, Any] = {"name": name, "fingerprint": fingerprint, "per_step": per_step, **views}
-    workers = min(8, os.cpu_count() or 1) if workers is None else workers
     try:
         processor.settings.updated(views)
         run = FeatureRun(output, sources, feature_settings(encoder, processor, sources, **described))
-        loading = {"batch_size": batch_size, "num_workers": workers}
+        loading = {"batch_size": batch_size, "num_workers": options.workers_of(workers)}
         found = _run(run, state, overwrite, encoder, processor, on_error == "raise", not as_json, loading)
     except (OSError, ValueError) as error:
         fail(str(error), code=2)

@@ -1,6 +1,5 @@
 """`vivit-hf evaluate`: the scores of a model on labelled videos."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,9 +31,6 @@ Missing = Annotated[Literal["error", "skip"], _about_videos("What to do with mis
 Averaging = Annotated[
     Literal["probabilities", "logits"], typer.Option(help="What to average over the views of a video.")
 ]
-Workers = Annotated[
-    int | None, typer.Option(min=0, help="Processes that decode.", show_default="one per core, at most 8")
-]
 
 
 def evaluate(
@@ -54,7 +50,7 @@ def evaluate(
     num_crops: options.Crops = None,
     averaging: Averaging = "probabilities",
     batch_size: options.BatchSize = 16,
-    num_workers: Workers = None,
+    num_workers: options.Workers = None,
     dtype: options.Dtype = "float32",
     use_cpu: Annotated[bool, typer.Option("--use-cpu", help="Run on the CPU even if there is a GPU.")] = False,
 ) -> None:
@@ -90,10 +86,10 @@ def evaluate(
         fail(str(error), code=2)
     device = str(state.device)
     classifier, processor = options.load(model, device, dtype, allow_private_addresses=allow_private_addresses)
-    views: dict[str, Any] = {**options.views_of(processor, num_clips, num_crops), "averaging": averaging}
-    workers = min(8, os.cpu_count() or 1) if num_workers is None else num_workers
+    settings: dict[str, Any] = {**options.views_of(processor, num_clips, num_crops), "averaging": averaging}
+    settings |= {"batch_size": batch_size, "num_workers": options.workers_of(num_workers)}
     try:
-        found = evaluate_videos(classifier, processor, videos, **views, batch_size=batch_size, num_workers=workers)
+        found = evaluate_videos(classifier, processor, videos, **settings)
     except ValueError as error:
         fail(str(error), code=2)
     if found is not None:

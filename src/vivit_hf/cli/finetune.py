@@ -30,8 +30,8 @@ def run_training(command: str, module: str, argv: Sequence[str] | None) -> None:
 
     Args:
         command: its name, for messages.
-        module: the module of `vivit_hf.training` with its `prepare`; beside it are those of its arguments, with the
-            suffixes `_arguments` (which does not import torch) and `_parser`.
+        module: the module of `vivit_hf.training` that has `prepare`. The modules of its arguments have the suffixes
+            `_arguments` (which does not import torch) and `_parser`.
         argv: the arguments, by default those of the process.
     """
     argv = sys.argv[1:] if argv is None else argv

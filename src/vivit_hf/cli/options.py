@@ -53,6 +53,13 @@ Crops = Annotated[
     ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Clips that the model sees at a time.")]
+Workers = Annotated[
+    int | None, typer.Option(min=0, help="Processes that decode.", show_default="one per core, at most 8")
+]
+FeaturesModel = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Where the model is now.", show_default="the model that the features name"),
+]
 Hop = Annotated[
     int | None,
     typer.Option(min=1, help="Sampled frames between windows.", show_default="a tubelet, or half a window"),
@@ -67,6 +74,11 @@ MinDuration = Annotated[
     ),
 ]
 Windows = Annotated[bool, typer.Option("--windows", help="Print every window instead of segments.")]
+
+
+def workers_of(num_workers: int | None) -> int:
+    """Return the number of processes that decode; None stands for one per core, at most 8."""
+    return min(8, os.cpu_count() or 1) if num_workers is None else num_workers
 
 
 def views_of(processor: Any, num_clips: int | None, num_crops: int | None) -> dict[str, int]:

@@ -8,7 +8,7 @@ from rich.table import Column, Table
 
 from ..data.escaping import counted
 from .evaluate import SplitColumn, VideoColumn, VideoRoot
-from .options import load_encoder
+from .options import FeaturesModel, load_encoder
 from .output import as_cell, echo, fail, output_console, quiet_libraries
 
 
@@ -31,9 +31,6 @@ Repeats = Annotated[
     typer.Option(min=1, help="Divisions into folds, with different seeds.", show_default="3, or 1 from 500 videos on"),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the folds.")]
-Encoder = Annotated[
-    str | None, typer.Option("--model", "-m", help="Where the model is now.", show_default="as the features say")
-]
 _MAX_SHOWN = 5
 
 
@@ -49,7 +46,7 @@ def probe(
     folds: Folds = 5,
     repeats: Repeats = None,
     seed: Seed = 0,
-    model: Encoder = None,
+    model: FeaturesModel = None,
 ) -> None:
     """
     Train small classifiers on features of `vivit-hf embed`, and score them on videos that they have not seen.

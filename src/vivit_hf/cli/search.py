@@ -17,9 +17,6 @@ Query = Annotated[
 Index = Annotated[
     list[Path], typer.Option("--index", metavar="FILE", help="Features of `vivit-hf embed`; can be repeated.")
 ]
-Model = Annotated[
-    str | None, typer.Option("--model", "-m", help="Where the model is now.", show_default="the one of the features")
-]
 Duplicates = Annotated[
     bool, typer.Option("--duplicates", help="Find groups of near-duplicates in the features; without a QUERY.")
 ]
@@ -34,7 +31,7 @@ def search(
     top_k: Annotated[int, typer.Option(min=1, help="Videos to show.")] = 5,
     duplicates: Duplicates = False,
     threshold: Threshold = None,
-    model: Model = None,
+    model: options.FeaturesModel = None,
     allow_private_addresses: options.PrivateAddresses = False,
     device: options.Device = None,
     as_json: options.Json = False,

@@ -1,4 +1,4 @@
-"""Checkpoints of a `Trainer`: written whole, found again, and compared with the run that resumes from them."""
+"""Checkpoints of a `Trainer`: written whole, and found again."""
 
 import json
 import re

@@ -1,5 +1,5 @@
 """
-Compute frozen parts once: the outputs of Model 2's frozen spatial encoder, on disk, in place of pixels.
+Keep the outputs of Model 2's frozen spatial encoder on disk, and train on them in place of pixels.
 
 Each view of a video is a file that is written whole or not at all, so that several processes can write at once and a
 killed run goes on where it stopped. Its name is a digest of everything that its tokens depend on: weights, processor,

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..configuration_vivit import ViViTConfig
 from ..data.annotations import ONE_GROUP, LabelledVideo, read_videos
+from ..data.escaping import counted
 from ..data.labels import LabelMap
 from ..data.whole_files import written_whole
 from ..explain.reconstruction_picture import draw_reconstructions
@@ -166,8 +167,8 @@ def make_model(arguments: PretrainingRun, say: Say) -> Start:
     start = build_model(ModelArguments(**shared), clips, None, say, pretraining=fields)
     width, layers, heads = start.model.config.decoder_sizes
     say(
-        f"  masks over {start.model.config.mask_ratio:.0%} of the places; a decoder of {layers} layers, width {width}, "
-        f"{heads} heads"
+        f"  masks over {start.model.config.mask_ratio:.0%} of the places; a decoder of "
+        f"{counted(layers, 'layer')}, width {width}, {counted(heads, 'head')}"
     )
     return start
 

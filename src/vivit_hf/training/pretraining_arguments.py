@@ -18,7 +18,9 @@ class PretrainingModelArguments(StartArguments):
     mask_ratio: float | None = argument(
         None, "share of the places to mask in all time steps (default: a pretrained ViViT's, or 0.9)"
     )
-    decoder_hidden_size: int | None = argument(None, "width of a new decoder (default: half of the heads)")
+    decoder_hidden_size: int | None = argument(
+        None, "width of a new decoder (default: half of the encoder's, in whole heads)"
+    )
     decoder_num_hidden_layers: int | None = argument(None, "its layers (default: a quarter of the encoder's)")
     decoder_num_attention_heads: int | None = argument(None, "its heads (default: half of the encoder's)")
 
