@@ -129,6 +129,16 @@ def test_another_run_is_refused_by_its_settings_and_replaced_if_that_is_wished(e
     assert read_features(output).settings["fingerprint"]["weights"] == "3" * 64
 
 
+def test_a_video_that_was_replaced_makes_another_run(encoder, tmp_path):
+    path, output = tmp_path / "a.mp4", tmp_path / "f.parquet"
+    write_video(path, moving_frames(20))
+    assert finish(make_run(output, encoder, [str(path)]), encoder) == 1
+    assert finish(make_run(output, encoder, [str(path)]), encoder) == 0
+    write_video(path, moving_frames(24))
+    with pytest.raises(OtherRunError, match="videos_digest"):
+        make_run(output, encoder, [str(path)]).is_finished(False)
+
+
 def test_shards_of_another_run_are_refused(encoder, videos, tmp_path):
     run = make_run(tmp_path / "f.parquet", encoder, videos[:3])
     run.start(overwrite=False)

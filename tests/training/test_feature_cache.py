@@ -25,7 +25,6 @@ from vivit_hf.training.feature_cache import (
     StepStore,
     encode_clips,
     has_frozen_space,
-    identity_of,
     remove_stale,
     spatial_settings,
 )
@@ -347,29 +346,6 @@ def test_the_store_is_of_the_frozen_weights_and_settings_alone(frozen_model):
     assert spatial_settings(frozen_model.bfloat16())["weights"] != settings["weights"]
     other = make_model(tiny_config("factorised_encoder", image_size=32, num_frames=4, num_labels=2, pooling="mean"))
     assert spatial_settings(other)["config"] != settings["config"]
-
-
-def test_a_video_is_known_by_name_size_time_ends_and_part(tmp_path):
-    path = tmp_path / "a" / "video.mp4"
-    path.parent.mkdir()
-    path.write_bytes(b"12345")
-    one = identity_of(path)
-    assert identity_of(str(path)) == identity_of({"path": str(path)}) == one
-    assert identity_of({"path": path, "start": 1.0, "end": 2.0}) != one
-    moved = tmp_path / "moved"
-    shutil.copytree(tmp_path / "a", moved / "a")
-    assert identity_of(moved / "a" / "video.mp4") == one
-    other = tmp_path / "other" / "a" / "video.mp4"  # another video of the same name, size and time
-    shutil.copytree(tmp_path / "a", other.parent)
-    other.write_bytes(b"12354")
-    shutil.copystat(path, other)
-    assert other.stat().st_mtime_ns == path.stat().st_mtime_ns and identity_of(other) != one
-    os.utime(path, ns=(5, 5))
-    assert identity_of(path) != one
-    assert identity_of({"bytes": b"1", "path": None}) != identity_of({"bytes": b"2", "path": None})
-    assert identity_of({"bytes": b"1", "path": "x"}) == identity_of(b"1")
-    with pytest.raises(OSError, match="nowhere"):
-        identity_of(tmp_path / "nowhere.mp4")
 
 
 def test_stale_stores_and_what_killed_processes_left_are_removed(tmp_path):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
 from ..configuration_vivit import ViViTConfig
+from ..data.video_identity import identity_of
 from ..data.whole_files import written_whole
 from ..explain.relevance import evaluating
 from ..video_sources import VideoDecodingError
@@ -42,7 +42,6 @@ _NOT_SPATIAL = (
 _NOT_COMPARED = ("_name_or_path", "transformers_version", "auto_map")
 _SETTINGS, _STEPS, _CHECKSUM = "settings.json", "steps", "crc32"
 _VIEW, _ORDER = 0x76696577, 0x6F72646572  # separate the random numbers of views and of their order from others
-_END_BYTES = 1 << 14  # tables of sizes and times differ between any two videos of one length
 _HEADER_BYTES = 200  # of a file, about
 
 Autocast = Callable[[], AbstractContextManager]
@@ -170,35 +169,6 @@ def remove_stale(root: Path, stores: Sequence[StepStore]) -> list[str]:
         shutil.rmtree(folder)
         changes.append(", ".join(changed) or "views")
     return changes
-
-
-def identity_of(source: Any) -> str:
-    """
-    Return what tells a video from others and from its own older versions, as JSON.
-
-    For a file, this is its name with its folder, its size, its time of change and a digest of its first and last bytes,
-    so that a data set can be moved; for bytes their digest, and for an address the address. Start and end are added.
-
-    Raises:
-        OSError: if the file does not exist.
-    """
-    parts: dict[str, Any] = source if isinstance(source, dict) else {"path": source}
-    path, content = parts.get("path"), parts.get("bytes")
-    if isinstance(path, (bytes, bytearray, memoryview)):
-        path, content = None, path
-    if content is not None:
-        what: list[Any] = [hashlib.sha256(content).hexdigest()]
-    elif str(path).lower().startswith(("http://", "https://")):
-        what = [str(path)]
-    else:
-        with open(path, "rb") as file:  # type: ignore[arg-type]
-            status = os.fstat(file.fileno())
-            ends = file.read(_END_BYTES)
-            file.seek(max(0, status.st_size - _END_BYTES))
-            ends += file.read()
-        name = Path(os.fsdecode(path)).absolute().parts[-2:]  # type: ignore[arg-type]
-        what = [*name, status.st_size, status.st_mtime_ns, hashlib.sha256(ends).hexdigest()]
-    return json.dumps([*what, parts.get("start"), parts.get("end")])
 
 
 # The data set
