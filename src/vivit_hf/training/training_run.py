@@ -60,9 +60,8 @@ class TrainingRun:
         return metrics
 
     def save(self) -> None:
+        """Save model and processor."""
         self.trainer.save_model()  # in all processes: each may hold a part of it
-        if self.trainer.args.should_save:
-            self.start.processor.save_pretrained(self.folder)
 
     def report(self, split: str, metrics: dict[str, Any]) -> None:
         self.trainer.log_metrics(split, metrics)
