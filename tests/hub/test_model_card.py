@@ -4,10 +4,12 @@ import logging
 
 import pytest
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import EntryNotFoundError
 from tiny_models import make_model, tiny_config
 
 from vivit_hf import ViViTForPreTraining, ViViTForVideoClassification, ViViTModel, ViViTVideoProcessor, write_model_card
-from vivit_hf.hub.model_card import VARIANTS, read_initialisation
+from vivit_hf.hub import push
+from vivit_hf.hub.model_card import VARIANTS, read_distillation, read_initialisation
 from vivit_hf.hub.push import known_origin
 
 
@@ -153,3 +155,37 @@ def test_results_stand_in_text_and_metadata_with_their_views(model, tmp_path):
     assert write_model_card(tmp_path, model, repo_id="org/name").read_text(encoding="utf-8") == first
     again = write_model_card(tmp_path, model, repo_id="org/name", results={"map": 0.5}).read_text(encoding="utf-8")
     assert "| map | 0.5000 |" in again and "0.8125" not in again
+
+
+def test_a_card_keeps_the_teacher_until_it_is_removed(model, tmp_path):
+    assert read_distillation(tmp_path) is None
+    write_model_card(tmp_path, model, distillation="Distilled from `big`.")
+    text = write_model_card(tmp_path, model).read_text(encoding="utf-8")
+    assert text.count("## Distillation\n\nDistilled from `big`.") == 1
+    assert read_distillation(tmp_path) == "Distilled from `big`."
+    assert "Distill" not in write_model_card(tmp_path, model, distillation="").read_text(encoding="utf-8")
+    assert read_distillation(tmp_path) is None
+
+
+def test_a_pushed_folder_keeps_its_teacher(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path)
+    write_model_card(tmp_path, model, distillation="Distilled from `big`.")
+    uploaded = []
+
+    class Hub:
+        def __init__(self, token):
+            pass
+
+        def hf_hub_download(self, *arguments, **settings):
+            raise EntryNotFoundError("no card")
+
+    def upload(api, repo_id, paths, **settings):
+        uploaded.append(next(path for path in paths if path.name == "README.md").read_text(encoding="utf-8"))
+
+    monkeypatch.setattr(push, "HfApi", Hub)
+    monkeypatch.setattr(push, "_create_repo", lambda api, name, private: name)
+    monkeypatch.setattr(push, "upload", upload)
+    loaded = ViViTForVideoClassification.from_pretrained(tmp_path)
+    loaded.push_to_hub("me/small")
+    loaded.push_to_hub("me/small", distillation="")
+    assert ["Distilled from `big`." in text for text in uploaded] == [True, False]
