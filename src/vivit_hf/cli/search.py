@@ -64,10 +64,9 @@ def search(
     if query is None:
         _print_groups(_duplicates(features, threshold, index[0]), features, as_json)
     else:
-        encoder, processor = options.load_encoder(
-            features.settings, model, device, allow_private_addresses=allow_private_addresses
-        )
-        vector = _embed(query, features.settings, encoder, processor)
+        source: Any = {"bytes": options.standard_input(), "path": "-"} if query == "-" else query
+        limits = {"allow_private_addresses": allow_private_addresses}
+        vector = _embed(source, features.settings, *options.load_encoder(features.settings, model, device, **limits))
         _print_matches(_matches(features, vector, top_k, index[0]), features, as_json)
 
 
@@ -86,12 +85,11 @@ def _matches(features: Any, vector: Any, top_k: int, index: Path) -> list[Any]:
     return search_features(features, vector, top_k, graph)
 
 
-def _embed(query: str, settings: dict[str, Any], encoder: Any, processor: Any) -> Any:
+def _embed(source: Any, settings: dict[str, Any], encoder: Any, processor: Any) -> Any:
     """Return the vectors of the query, from the views of the features."""
     from ..inference.features import embed_videos
 
     processor.on_error = settings["views"]["on_error"]
-    source: Any = {"bytes": options.standard_input(), "path": "-"} if query == "-" else query
     views = {name: settings["views"][name] for name in ("num_clips", "num_crops")}
     (found,) = embed_videos(encoder, processor, [source], per_step=settings["kind"] == "step", **views)
     if found.error is not None:
