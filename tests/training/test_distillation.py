@@ -215,18 +215,29 @@ def write_vjepa2(folder):
     return model, list(range(8)), (32, 32)
 
 
+def write_videoprism(folder):
+    module = pytest.importorskip("transformers.models.videoprism")
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_spatial_layers": 1}
+    sizes |= {"num_temporal_layers": 1, "num_auxiliary_layers": 1, "image_size": 36, "num_frames": 4}
+    config = module.VideoPrismVisionConfig(**sizes, **names_of(SHUFFLED))
+    model = randomise(module.VideoPrismForVideoClassification(config)).eval()
+    model.save_pretrained(folder)
+    write_processor(folder, "video_preprocessor_config.json")
+    return model, [1, 3, 5, 7], (36, 36)
+
+
 def write_other_vivit(folder):
     config = tiny_config("spatio_temporal", num_frames=4, **names_of(SHUFFLED))
     return write_vivit(folder, config, image_mean=MEAN, image_std=STD), [1, 3, 5, 7], (24, 40)
 
 
-@pytest.mark.parametrize("write", [write_timesformer, write_vjepa2, write_other_vivit])
+@pytest.mark.parametrize("write", [write_timesformer, write_vjepa2, write_videoprism, write_other_vivit])
 def test_other_teachers_see_their_own_frames_and_pixels(tmp_path, write):
     model, places, size = write(tmp_path)
     teacher = load_teacher(str(tmp_path), STUDENT, LABELS, say=say)
     frames = random_frames()
     with torch.no_grad():
-        expected = model(by_hand(frames, places, size)).logits
+        expected = model(by_hand(frames, places, size)).logits.squeeze(1)
     assert expected.std() > 0.05
     torch.testing.assert_close(teacher.logits(student_clip(frames)), expected[:, [2, 3, 0]], rtol=1e-4, atol=1e-5)
 

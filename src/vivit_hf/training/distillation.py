@@ -128,8 +128,14 @@ class Teacher:
         """Return the logits for clips of the student, float32 (batch, num_labels), in the order of its labels."""
         pixel_values = self.pixel_values(clips)
         with autocast():
-            logits = self.model(**{self.model.main_input_name: pixel_values}).logits
+            logits = self.all_logits(pixel_values)
         return logits[:, self.outputs].float()
+
+    @torch.no_grad()
+    def all_logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Return the logits of all outputs for clips of the teacher, (batch, outputs)."""
+        logits = self.model(**{self.model.main_input_name: pixel_values}).logits
+        return logits.flatten(1)  # VideoPrism's are (batch, 1, outputs)
 
 
 def load_teacher(
@@ -316,8 +322,7 @@ def _try(teacher: Teacher, source: str, clip: torch.Tensor, num_labels: int) -> 
     """Raise ValueError unless a teacher has finite outputs for a clip."""
     pixel_values = teacher.pixel_values(clip)
     try:
-        with torch.no_grad():
-            logits = teacher.model(**{teacher.model.main_input_name: pixel_values}).logits
+        logits = teacher.all_logits(pixel_values)
         check_finite(logits, teacher.model)
     except (RuntimeError, ValueError, IndexError) as error:
         raise ValueError(f"--teacher {source} fails on a clip of {tuple(pixel_values.shape[1:])}: {error}") from error
