@@ -588,8 +588,8 @@ def match_tokens(key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         The places in A by descending similarity to their match, and the place in B of each token's match, both int64
         (batch, tokens in A).
     """
-    key = key.detach().to(torch.promote_types(key.dtype, torch.float32)).mean(dim=2)  # (batch, tokens, head_dim)
-    key = nn.functional.normalize(key, dim=-1)
+    dtype = torch.promote_types(key.dtype, torch.float32)
+    key = nn.functional.normalize(key.detach().mean(dim=2, dtype=dtype), dim=-1)  # (batch, tokens, head_dim)
     similarity = key[:, ::2] @ key[:, 1::2].transpose(1, 2)  # (batch, tokens in A, tokens in B)
     best, matches = similarity.max(dim=-1)
     return best.argsort(dim=1, descending=True), matches
@@ -631,38 +631,24 @@ class ViViTTokenMerging(nn.Module):
             sizes = torch.ones(hidden_states.shape[:2], dtype=torch.int64, device=hidden_states.device)
         order, matches = match_tokens(key[:, prefix:])
         merged, kept = order[:, :num_merged], order[:, num_merged:].sort(dim=1).values
-        targets = matches.gather(1, merged)  # (batch, merged), places in B
+        targets = prefix + kept.shape[1] + matches.gather(1, merged)  # (batch, merged), places in the result
+        numbers = torch.arange(hidden_states.shape[1], device=merged.device)
+        merged, first, second = prefix + 2 * merged, prefix + 2 * kept, numbers[prefix + 1 :: 2]
+        parts = [numbers[:prefix].expand(kept.shape[0], -1), first, second.expand(kept.shape[0], -1)]
+        remaining = torch.cat(parts, dim=1)  # (batch, remaining), places in the sequence
 
-        head, a, b = (hidden_states[:, part] for part in self._parts())
-        head_sizes, a_sizes, b_sizes = (sizes[:, part] for part in self._parts())
-        merged_sizes = a_sizes.gather(1, merged)
+        old_sizes, merged_sizes = sizes.gather(1, remaining), sizes.gather(1, merged)
+        sizes = old_sizes.scatter_add(1, targets, merged_sizes)  # (batch, remaining)
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        total = (b.to(dtype) * b_sizes.unsqueeze(-1)).scatter_add(
-            1,
-            targets.unsqueeze(-1).expand(-1, -1, b.shape[-1]),
-            take_tokens(a, merged).to(dtype) * merged_sizes.unsqueeze(-1),
-        )
-        b_sizes = b_sizes.scatter_add(1, targets, merged_sizes)
-        b = (total / b_sizes.unsqueeze(-1)).to(hidden_states.dtype)
-        hidden_states = torch.cat([head, take_tokens(a, kept), b], dim=1)  # (batch, remaining, hidden)
-        sizes = torch.cat([head_sizes, a_sizes.gather(1, kept), b_sizes], dim=1)  # (batch, remaining)
-        return hidden_states, sizes, self._successors(kept, merged, targets, b.shape[1])
+        shares = (old_sizes.to(dtype) / sizes).to(hidden_states.dtype).unsqueeze(-1)  # (batch, remaining, 1)
+        merged_shares = (merged_sizes.to(dtype) / sizes.gather(1, targets)).to(hidden_states.dtype).unsqueeze(-1)
+        added = take_tokens(hidden_states, merged) * merged_shares  # (batch, merged, hidden)
+        result = take_tokens(hidden_states, remaining) * shares  # (batch, remaining, hidden)
+        result = result.scatter_add_(1, targets.unsqueeze(-1).expand_as(added), added)
 
-    def _parts(self) -> tuple[slice, slice, slice]:
-        """The places of the prefix, of set A and of set B."""
-        prefix = self.num_prefix_tokens
-        return slice(prefix), slice(prefix, None, 2), slice(prefix + 1, None, 2)
-
-    def _successors(self, kept: torch.Tensor, merged: torch.Tensor, targets: torch.Tensor, num_b: int) -> torch.Tensor:
-        """The place of every token's successor: int64 (batch, tokens)."""
-        num_kept, num_a = kept.shape[1], kept.shape[1] + merged.shape[1]
-        numbers = torch.arange(self.num_prefix_tokens + num_a + num_b, device=kept.device)
-        places = torch.cat([numbers[:num_kept].expand_as(kept), num_kept + targets], dim=1)  # of A, as in the next line
-        places = torch.zeros_like(places).scatter(1, torch.cat([kept, merged], dim=1), places)
-        places = torch.cat([places, (num_kept + numbers[:num_b]).expand(kept.shape[0], -1)], dim=1)  # of A, then of B
-        alternating = numbers[: num_a + num_b] // 2 + numbers[: num_a + num_b] % 2 * num_a
-        prefix = numbers[: self.num_prefix_tokens].expand(kept.shape[0], -1)
-        return torch.cat([prefix, self.num_prefix_tokens + places[:, alternating]], dim=1)
+        successors = torch.cat([numbers[: remaining.shape[1]].expand_as(remaining), targets], dim=1)
+        successors = torch.empty_like(successors).scatter(1, torch.cat([remaining, merged], dim=1), successors)
+        return result, sizes, successors
 
     def extra_repr(self) -> str:
         return f"num_prefix_tokens={self.num_prefix_tokens}, num_merged={self.num_merged}"
