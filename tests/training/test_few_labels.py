@@ -31,8 +31,8 @@ def vivit_of(case, folder):
 def test_an_image_vit_becomes_a_model_that_classifies(data, tmp_path, capsys):
     results = run(data, tmp_path, image_size=32, num_frames=None, **FEW)
     printed = capsys.readouterr().out
-    assert "tokens of 68 views, 68 of them computed now" in printed  # 16 videos x 4 views, and 4 videos
-    assert FITTED.search(printed)[1] == "64"
+    assert "tokens of 36 views, 36 of them computed now" in printed  # 16 videos x 2 views, and 4 videos
+    assert FITTED.search(printed)[1] == "32"
     model = ViViTForVideoClassification.from_pretrained(tmp_path).eval()
     config, processor = model.config, ViViTVideoProcessor.from_pretrained(tmp_path)
     assert (config.temporal_pooling, config.num_temporal_layers, config.tubelet_size[0]) == ("concatenate", 1, 1)

@@ -413,7 +413,8 @@ def test_every_recipe_is_understood_and_explicit_arguments_beat_it(name, tmp_pat
     argv = ["--recipe", name, "--output_dir", str(tmp_path), "--use_cpu", "--report_to", "none"]
     _, data, augmentation, training = parse_arguments([*argv, "--per_device_train_batch_size", "4"])
     assert training.learning_rate == RECIPES[name].arguments["learning_rate"] and training.scales_learning_rate
-    assert augmentation.scale_jitter == "0.9,1.33" and data.num_clips == RECIPES[name].arguments.get("num_clips", 1)
+    assert augmentation.scale_jitter == RECIPES[name].arguments.get("scale_jitter")
+    assert data.num_clips == RECIPES[name].arguments.get("num_clips", 1)
 
     given = [
         "--learning_rate",

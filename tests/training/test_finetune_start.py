@@ -182,7 +182,7 @@ def test_a_recipe_decides_on_clips_from_an_image_vit(vit):
 @pytest.mark.parametrize("image_size", [64, 96])
 def test_sizes_of_recipes_are_relative_to_the_crop(vit, name, image_size):
     start, _ = start_from(vit, RECIPES[name], image_size=image_size, num_frames=4, num_temporal_layers=1)
-    ratio = 288 / 256 if name == "ssv2-l-fe" else 256 / 224
+    ratio = {"ssv2-l-fe": 288 / 256, "few-labels": 1.0}.get(name, 256 / 224)
     assert clips_of(start)[3] == round(image_size * ratio)
 
 

@@ -159,7 +159,7 @@ _ALL = (
             "model_name_or_path": "facebook/dinov2-small",
             "freeze": "spatial",
             "cache_features": True,
-            "num_cached_views": 4,
+            "num_cached_views": 2,
             "classifier_init": "probe",
             "optim": "adamw_torch",
             "learning_rate": 7e-5,  # 5e-5 for 8 clips and DINOv2 ViT-S: the classifier is trained already
@@ -169,8 +169,8 @@ _ALL = (
             "warmup_steps": 0.1,
             "num_train_epochs": 20,
             "per_device_train_batch_size": 8,
+            # Without scale jitter: a classifier of few clips must see them as they are in the test.
             "horizontal_flip": "auto",
-            "scale_jitter": "0.9,1.33",
             "save_strategy": "no",
         },
         {
@@ -181,6 +181,7 @@ _ALL = (
             "temporal_pooling": "concatenate",
             "num_frames": 16,
             "frame_sampling": "uniform",
+            "resize_ratio": 1.0,  # the whole short side: crops move along the long side alone
         },
     ),
 )
