@@ -1,13 +1,18 @@
 """`vivit-hf timeline`: the parts of video files."""
 
 import json
+import re
 import subprocess
 import sys
 
 import av
+import numpy as np
 import pytest
 from command_line import MOTIONS, SAMPLES, check_refusal, invoke, rows, start
-from video_files import http_server
+from tiny_models import make_model, tiny_config
+from video_files import http_server, write_video
+
+from vivit_hf import VideoReader, ViViTVideoProcessor
 
 
 pytestmark = pytest.mark.slow
@@ -58,6 +63,43 @@ def test_the_output_can_be_cut_off():
     assert json.loads(printed.splitlines()[0])["label"] == MOTIONS[0]
 
 
+@pytest.fixture(scope="module")
+def slides(tmp_path_factory):
+    """Two still pictures of 4 seconds each, from a sample, without loss."""
+    with VideoReader(VIDEO) as reader:
+        frames = np.repeat(reader.frames_at([0, 100]), 48, axis=0)
+    return write_video(tmp_path_factory.mktemp("slides") / "slides.mkv", frames, codec="ffv1", pix_fmt="bgr0", rate=12)
+
+
+def test_pictures_that_stand_still_are_encoded_once(slides):
+    process = start("timeline", slides, "--json")
+    assert process.returncode == 0 and rows(process.stdout)[-1]["end"] == pytest.approx(7.917, abs=0.01)
+    assert "46 of 48 time steps took the token of the last encoded one, which has equal pixels." in process.stderr
+
+
+def test_a_threshold_shows_its_error():
+    plain = rows(invoke("timeline", VIDEO, "--json", "--windows").stdout)
+    result = invoke("timeline", VIDEO, "--json", "--windows", "--unchanged-threshold", 255)
+    report = (
+        r"(\d+) of 96 time steps took .* at most 255 grey levels. In (\d+) windows? computed both ways, the largest "
+    )
+    found = re.search(report + r"change of a probability was ([\d.e-]+)\.", result.stderr)
+    assert found is not None, result.stderr
+    reused, windows, change = int(found[1]), int(found[2]), float(found[3])
+    assert reused == 95 and windows >= 1 and 0 < change <= 1
+    assert [row["start"] for row in rows(result.stdout)] == [row["start"] for row in plain]
+
+
+def test_a_threshold_needs_a_factorised_encoder(tmp_path):
+    config = tiny_config("spatio_temporal")
+    make_model(config).save_pretrained(tmp_path)
+    ViViTVideoProcessor(num_frames=8, crop_size={"height": 24, "width": 40}).save_pretrained(tmp_path)
+    assert invoke("timeline", VIDEO, "--model", tmp_path, "--json").exit_code == 0
+    message = "`unchanged_threshold=2.0` needs a factorised encoder"
+    for command in ("timeline", "watch"):
+        check_refusal([command, VIDEO, "--model", tmp_path, "--unchanged-threshold", 2], 2, message)
+
+
 @pytest.mark.parametrize(
     ("arguments", "option"),
     [
@@ -78,6 +120,11 @@ def test_live_sources_are_sent_to_watch(arguments, option):
         (["x.mp4", "--on-error", "ignore"], 2, "'ignore' is not one of"),
         (["x.mp4", "--windows", "--min-score", "0.5"], 2, "every window is printed"),
         (["x.mp4", "--hop", "0"], 2, "--hop"),
+        (
+            ["x.mp4", "--unchanged-threshold", "300"],
+            2,
+            "'--unchanged-threshold': Input should be less than or equal to 255",
+        ),
     ],
 )
 def test_what_goes_wrong_in_timeline_is_named(arguments, code, message):

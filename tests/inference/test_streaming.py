@@ -85,8 +85,9 @@ def test_every_kind_of_factorised_encoder_streams(changes):
 @pytest.mark.parametrize("embedding_type", ["tubelet", "uniform_frame_sampling"])
 def test_every_variant_streams_behind_the_same_interface(attention_type, embedding_type):
     stream = make_stream(None, attention_type=attention_type, embedding_type=embedding_type)
-    is_reused = attention_type == "factorised_encoder" and embedding_type == "tubelet"
-    assert stream.reuses_tubelets == is_reused and stream.hop == (2 if is_reused else 4)
+    is_reused = attention_type == "factorised_encoder"
+    is_tubelet = is_reused and embedding_type == "tubelet"
+    assert stream.reuses_tubelets == is_reused and stream.hop == (2 if is_tubelet else 4)
     frames = make_frames(30)
     check_windows(stream, frames, [window for frame in frames for window in stream.push(frame)])
     assert (stream.num_tubelets_encoded > 0) == is_reused
@@ -161,7 +162,7 @@ def test_memory_is_flat_over_10000_frames():
     for _ in range(100):
         stream.push(frames)
         held.append(process.memory_info().rss)
-        assert len(stream._frames) < 16 + 3 and len(stream._tokens) < 2 * 16
+        assert len(stream._frames) < 16 + 3 and len(stream._steps) < 2 * 16
     assert stream.num_frames_seen == 10_000 and stream.num_windows == (10_000 - 16) // 3 + 1
     assert max(held[50:]) - min(held[10:50]) < 5e6, "bytes; the first rounds fill the allocator's pools"
 

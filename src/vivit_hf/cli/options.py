@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .output import fail, quiet_libraries, say
+from .output import fail, quiet_libraries, say, video_errors
 
 
 def _one_or_three(num_crops: int | None) -> int | None:
@@ -63,6 +63,15 @@ FeaturesModel = Annotated[
 Hop = Annotated[
     int | None,
     typer.Option(min=1, help="Sampled frames between windows.", show_default="a tubelet, or half a window"),
+]
+UnchangedThreshold = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        max=255,
+        help="Grey levels of 255 that a patch of a time step may differ on average from the last encoded step, whose "
+        "token it then takes. 0: equal pixels only. Above 0, the error is printed. Factorised encoders only.",
+    ),
 ]
 MinScore = Annotated[float, typer.Option(min=0, max=1, help="Leave out segments with a lower score.")]
 MinDuration = Annotated[
@@ -283,6 +292,20 @@ def check_windows(windows: bool, min_score: float, min_duration: float | None) -
         raise typer.BadParameter(
             "every window is printed; leave out --min-score and --min-duration", param_hint="--windows"
         )
+
+
+def stream_of(video: str, model: Any, processor: Any, hop: int | None, unchanged_threshold: float) -> Any:
+    """Return a `StreamingClassifier`; exits with 2 if the options do not fit the model or the processor."""
+    from ..inference import StreamingClassifier
+
+    with video_errors(video):
+        return StreamingClassifier(model, processor, hop=hop, unchanged_threshold=unchanged_threshold)
+
+
+def say_reuse(reuse: Any) -> None:
+    """Print how many time steps took the token of another one, if there are any or if that changes the answers."""
+    if reuse.num_reused or reuse.threshold:
+        say(str(reuse))
 
 
 def segments_of(

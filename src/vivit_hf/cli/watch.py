@@ -26,6 +26,7 @@ def watch(
     ],
     model: options.Model = None,
     hop: options.Hop = None,
+    unchanged_threshold: options.UnchangedThreshold = 0.0,
     min_score: options.MinScore = 0.0,
     min_duration: options.MinDuration = None,
     windows: options.Windows = False,
@@ -55,12 +56,13 @@ def watch(
 
     Example: ffmpeg -i talk.mkv -f mpegts - | vivit-hf watch - --model my_vivit
     """
-    from ..inference.timeline import live_windows
+    from ..inference.timeline import stream_live
 
     options.check_windows(windows, min_score, min_duration)
     classifier, processor = options.load(model, device, dtype)
-    with _opened(video, source_format, policy, processor) as source:
-        found = live_windows(classifier, processor, source, hop=hop)
+    stream = options.stream_of(video, classifier, processor, hop, unchanged_threshold)
+    with _opened(video, source_format, policy, stream) as source:
+        found = stream_live(stream, source)
         for one in read_from(video, options.segments_of(found, classifier.config, windows, min_score, min_duration)):
             if as_json:
                 echo_json(options.as_row(one))
@@ -69,8 +71,8 @@ def watch(
 
 
 @contextmanager
-def _opened(video: str, source_format: str | None, policy: str | None, processor: Any) -> Iterator[Any]:
-    """Open a live source; at the end, close it and report how many frames it sent."""
+def _opened(video: str, source_format: str | None, policy: str | None, stream: Any) -> Iterator[Any]:
+    """Open a live source; at the end, close it and report how many frames it sent and how many steps were reused."""
     from ..inference.live_video import LiveVideo
     from ..video_processing_vivit import reader_size
 
@@ -80,9 +82,10 @@ def _opened(video: str, source_format: str | None, policy: str | None, processor
             source = options.standard_input_file()
             source.peek(1)  # wait in Python, which can be interrupted, and not in FFmpeg, which cannot
         policy = policy or ("wait" if video == "-" else "drop_oldest")
-        opened = LiveVideo(source, format=source_format, policy=policy, size=reader_size(processor))
+        opened = LiveVideo(source, format=source_format, policy=policy, size=reader_size(stream.processor))
     try:
         yield opened
     finally:
         opened.close()
         say(f"{counted(opened.num_received, 'frame')} received, {opened.num_dropped} dropped.")
+        options.say_reuse(stream.reuse)

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..frame_sampling import sample_frames_uniformly
 from ..modeling_vivit import check_pixel_values
 
 
@@ -25,6 +26,13 @@ def unique_frame_ids(frame_ids: np.ndarray) -> np.ndarray:
     """Return ids (batch, views, frames) as (batch * views, frames), with no id in common between videos."""
     ids = frame_ids * len(frame_ids) + np.arange(len(frame_ids))[:, None, None]
     return ids.reshape(-1, ids.shape[-1])
+
+
+def step_starts(config: Any) -> np.ndarray:
+    """Return the first frame of each time step of a clip, int64 (time,)."""
+    if config.embedding_type == "uniform_frame_sampling":
+        return sample_frames_uniformly(config.num_frames, config.num_sampled_frames)
+    return np.arange(config.grid_size[0]) * config.tubelet_size[0]
 
 
 def predict_clips(

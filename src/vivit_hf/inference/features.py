@@ -10,10 +10,9 @@ import numpy as np
 import torch
 
 from ..configuration_vivit import ViViTConfig
-from ..frame_sampling import sample_frames_uniformly
 from ..modeling_vivit import check_pixel_values
 from ..video_processing_vivit import ViViTVideoProcessor
-from .clips import shared_steps, unique_frame_ids
+from .clips import shared_steps, step_starts, unique_frame_ids
 from .finite_outputs import check_finite
 from .view_batches import each_or_error, run_on_views
 
@@ -130,7 +129,4 @@ def encode_clip_steps(model: Any, clips: torch.Tensor, frame_ids: np.ndarray, ma
 
 def step_frames(config: ViViTConfig) -> np.ndarray:
     """Return the middle frame of each time step of a clip, int64 (time,)."""
-    if config.embedding_type == "uniform_frame_sampling":
-        return sample_frames_uniformly(config.num_frames, config.num_sampled_frames)
-    tubelet = config.tubelet_size[0]
-    return np.arange(config.grid_size[0]) * tubelet + tubelet // 2
+    return step_starts(config) + config.tubelet_size[0] // 2

@@ -12,6 +12,9 @@ temporal encoder:
 
 If the hop is not a whole number of tubelets, successive windows cut the frames into different tubelets, and each phase
 needs tokens of its own (see `StreamingClassifier.tubelets_per_window`). The other variants run on every whole window.
+
+A tubelet whose pixels equal those of the last encoded one takes its token (see unchanged_steps.py), and a window with
+the tokens of the window before takes its logits: what stands still costs no more than decoding and comparing.
 """
 
 import math
@@ -24,13 +27,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ..data.labels import LabelMap, to_probabilities
 from ..frame_sampling import TIME_TOLERANCE, apply_short_video_policy
 from ..modeling_vivit import check_frame_size, check_values
 from ..video_processing_vivit import ViViTVideoProcessor
-from .clips import BATCH, reuses_tubelets
+from .clips import BATCH, step_starts
 from .cuts import find_cut, frame_change
 from .finite_outputs import check_finite
 from .optimization import optimize_if_plain
+from .unchanged_steps import StepReuse, check_threshold, level_size, step_change
 
 
 @dataclass
@@ -58,6 +63,20 @@ class _Sampled(NamedTuple):
     seconds: float
     pixels: torch.Tensor  # (channels, height, width)
     change: float
+
+
+class _Step(NamedTuple):
+    """An encoded time step: the first frame of the step that was encoded for it, and its token (hidden,)."""
+
+    source: int
+    token: torch.Tensor
+
+
+class _Reference(NamedTuple):
+    """The last step that was encoded."""
+
+    step: _Step
+    pixels: torch.Tensor  # (frames, channels, height, width)
 
 
 @dataclass
@@ -108,15 +127,24 @@ class StreamingClassifier:
         processor: its `ViViTVideoProcessor`. It defines size, crop and normalisation, and which frames are sampled:
             every `frame_stride`-th frame, or `frames_per_second` by their times. A window has
             `model.config.num_frames` sampled frames.
-        hop: sampled frames from one window to the next. None: one tubelet if tubelets are reused, else half a window.
+        hop: sampled frames from one window to the next. None: one tubelet in the factorised encoder with tubelets, else
+            half a window.
+        unchanged_threshold: the largest `step_change`, in grey levels of 255, by which a time step of the factorised
+            encoder may differ from the last encoded one to take its token. 0: equal pixels only. None: encode every
+            step.
 
-    The logits equal those of the model on the same window, whatever the hop. `tubelets_per_window` tells the cost:
+    Up to a threshold of 0, the logits equal those of the model on the same window, whatever the hop. `reuse` counts the
+    steps. Above 0 it also tells how much probabilities change, from windows that are computed in full, too; a step is
+    encoded for that for every ten reused ones. `tubelets_per_window` tells the cost if no step is unchanged:
 
     | variant | hop | spatial encodings per window |
     | --- | --- | --- |
     | factorised encoder, tubelets | h, a whole number of tubelets of t frames | h / t |
     | the same | any other h | h / gcd(h, t), at most the tubelets of a window |
+    | factorised encoder, uniform frame sampling | any h | distinct places of its frames modulo h |
     | every other model | any | the whole model runs on the whole window |
+
+    Call `reset` after changing the weights of the model: tokens are kept as long as nothing moves.
 
     ```python
     stream = StreamingClassifier(model, processor)
@@ -127,11 +155,19 @@ class StreamingClassifier:
 
     Raises:
         TypeError: if the model has no classifier.
-        ValueError: if the hop is below 1, or the processor has frame_sampling="uniform".
+        ValueError: if the hop is below 1, the processor has frame_sampling="uniform", or the threshold is no number
+            from 0 to 255 or is above 0 for a model without reusable steps.
         NonFiniteError: from `push`, `flush` and `last_window`, if logits are NaN or infinite.
     """
 
-    def __init__(self, model: Any, processor: ViViTVideoProcessor, *, hop: int | None = None):
+    def __init__(
+        self,
+        model: Any,
+        processor: ViViTVideoProcessor,
+        *,
+        hop: int | None = None,
+        unchanged_threshold: float | None = 0.0,
+    ):
         config = model.config
         if not hasattr(model, "classify_steps") or not config.num_labels:
             raise TypeError(
@@ -139,11 +175,12 @@ class StreamingClassifier:
                 f"num_labels={config.num_labels}."
             )
         self.model, self.processor = model, processor
-        self.reuses_tubelets = reuses_tubelets(config)
-        self._tubelet = config.tubelet_size[0] if self.reuses_tubelets else config.num_frames
+        self.reuses_tubelets = config.attention_type == "factorised_encoder"
+        self._tubelet = config.tubelet_size[0]
         self._num_frames = config.num_frames
-        self._num_tubelets = config.num_frames // self._tubelet
-        default = self._tubelet if self.reuses_tubelets else max(1, config.num_frames // 2)
+        self._places = step_starts(config).tolist()
+        is_one_tubelet = self.reuses_tubelets and config.embedding_type == "tubelet"
+        default = self._tubelet if is_one_tubelet else max(1, config.num_frames // 2)
         self.hop = default if hop is None else hop
         if not isinstance(self.hop, (int, np.integer)) or isinstance(self.hop, bool) or self.hop < 1:
             raise ValueError(f"`hop` must be a whole number of sampled frames, at least 1, got {hop!r}.")
@@ -153,15 +190,27 @@ class StreamingClassifier:
                 "A processor with frame_sampling='uniform' spreads its frames over a whole video, which a stream does "
                 "not have: use frame_sampling='clip' with a `frame_stride` or with `frames_per_second`."
             )
+        self._threshold = None if unchanged_threshold is None else check_threshold(unchanged_threshold)
+        if self._threshold and not self.reuses_tubelets:
+            raise ValueError(
+                f"`unchanged_threshold={unchanged_threshold!r}` needs a factorised encoder, which encodes time steps "
+                f"one by one. This model has attention_type={config.attention_type!r}, where every token depends on "
+                "the whole window: leave the threshold at 0."
+            )
+        self._label_map = LabelMap.from_config(config)
         optimize_if_plain(model)
         self.reset()
 
     def reset(self) -> None:
         """Forget all frames. The next frame starts a new stream."""
-        self.num_windows = self.num_tubelets_encoded = 0
+        self.num_windows = 0
+        self.reuse = StepReuse(self._threshold)
+        self._level = level_size(self.processor, self.model.config.num_channels)
+        self._reference: _Reference | None = None
+        self._last_window: tuple[tuple[int, ...], torch.Tensor] | None = None  # sources of its steps, logits
         self._sampler = _Sampler(self.processor)
         self._frames: deque[_Sampled] = deque()
-        self._tokens: dict[int, torch.Tensor] = {}  # by the index of the tubelet's first sampled frame
+        self._steps: dict[int, _Step] = {}  # by the index of the step's first sampled frame
         self._num_sampled = self._next_window = 0
 
     @property
@@ -171,10 +220,15 @@ class StreamingClassifier:
 
     @property
     def tubelets_per_window(self) -> int:
-        """Tubelets encoded per window in the long run; without reuse all `config.grid_size[0]`."""
+        """Tubelets to encode per window in the long run, if all differ; without reuse all `config.grid_size[0]`."""
         if not self.reuses_tubelets:
             return int(self.model.config.grid_size[0])
-        return min(self._num_tubelets, self.hop // math.gcd(self.hop, self._tubelet))
+        return len({place % self.hop for place in self._places})
+
+    @property
+    def num_tubelets_encoded(self) -> int:
+        """Tubelets encoded so far."""
+        return self.reuse.num_encoded
 
     def push(self, frames: Any, times: float | Sequence[float] | None = None) -> list[WindowPrediction]:
         """
@@ -268,17 +322,11 @@ class StreamingClassifier:
         starts = list(range(self._next_window, self._num_sampled - self._num_frames + 1, self.hop))
         if self.reuses_tubelets:
             self._encode_tubelets()
+        classify = self._classify_steps if self.reuses_tubelets else self._classify_frames
         found = []
         for first in range(0, len(starts), BATCH):
             batch = starts[first : first + BATCH]
-            if self.reuses_tubelets:
-                tokens = [self._tokens[start + place] for start in batch for place in self._places]
-                steps = torch.stack(tokens).unflatten(0, (len(batch), -1))  # (windows, time, hidden)
-                logits = self.model.classify_steps(steps)
-            else:
-                clips = torch.stack([self._pixels(start, self._num_frames) for start in batch])
-                logits = self.model(clips, return_dict=True).logits
-            found += [self._prediction(*one) for one in zip(batch, logits.float().cpu(), strict=True)]
+            found += [self._prediction(*one) for one in zip(batch, classify(batch), strict=True)]
         self._next_window += len(starts) * self.hop
         self.num_windows += len(starts)
         self._forget()
@@ -292,37 +340,90 @@ class StreamingClassifier:
         cut = None if place is None else frames[1 + place].seconds
         return WindowPrediction(frames[0].seconds, frames[-1].seconds, start, logits, cut)
 
-    @property
-    def _places(self) -> range:
-        """The offsets of the tubelets of a window."""
-        return range(0, self._num_tubelets * self._tubelet, self._tubelet)
+    def _frames_from(self, start: int, count: int) -> torch.Tensor:
+        """Return sampled frames as the processor made them, (count, channels, height, width)."""
+        offset = start - self._frames[0].number
+        return torch.stack([frame.pixels for frame in islice(self._frames, offset, offset + count)])
 
     def _pixels(self, start: int, count: int) -> torch.Tensor:
-        offset = start - self._frames[0].number
-        frames = [frame.pixels for frame in islice(self._frames, offset, offset + count)]
-        return torch.stack(frames).to(self.model.device, self.model.dtype)
+        return self._frames_from(start, count).to(self.model.device, self.model.dtype)
+
+    def _classify_frames(self, starts: Sequence[int]) -> list[torch.Tensor]:
+        """Return the logits of windows, each by the whole model."""
+        clips = torch.stack([self._pixels(start, self._num_frames) for start in starts])
+        return list(self.model(clips, return_dict=True).logits.float().cpu())
+
+    def _classify_steps(self, starts: Sequence[int]) -> list[torch.Tensor]:
+        """Return the logits of windows from the tokens of their steps. Windows with the same tokens share them."""
+        steps = [[self._steps[start + place] for place in self._places] for start in starts]
+        sources = [tuple(step.source for step in window) for window in steps]
+        known = dict([self._last_window] if self._last_window is not None else [])
+        new = {key: window for key, window in zip(sources, steps, strict=True) if key not in known}
+        if new:
+            tokens = torch.stack([torch.stack([step.token for step in window]) for window in new.values()])
+            logits = self.model.classify_steps(tokens)  # tokens (windows, time, hidden)
+            known.update(zip(new, logits.float().cpu(), strict=True))
+        found = [known[key] for key in sources]
+        for start, window, logits in zip(starts, steps, found, strict=True):
+            self._check_reuse(start, window, logits)
+        self._last_window = (sources[-1], found[-1])
+        return found
+
+    def _check_reuse(self, start: int, steps: Sequence[_Step], logits: torch.Tensor) -> None:
+        """If it is time to, compute a window from tokens of its own, and note how much its probabilities change."""
+        reused = [index for index, place in enumerate(self._places) if steps[index].source != start + place]
+        if not reused or not self.reuse.is_check_due:
+            return
+        tokens = [step.token for step in steps]
+        clips = torch.stack([self._pixels(start + self._places[index], self._tubelet) for index in reused])
+        for index, token in zip(reused, self.model.vivit.encode_steps(clips)[:, 0], strict=True):
+            tokens[index] = token
+        exact = self.model.classify_steps(torch.stack(tokens)[None])[0].float().cpu()  # from (1, time, hidden)
+        changes = to_probabilities(exact, self._label_map) - to_probabilities(logits, self._label_map)
+        self.reuse.num_checked_windows += 1
+        self.reuse.num_checked_steps += len(reused)
+        self.reuse.largest_change = max(self.reuse.largest_change, float(changes.abs().max()))
 
     def _encode_tubelets(self) -> None:
-        """Encode every complete tubelet that a coming window needs."""
-        needed: dict[int, None] = {}  # each once, in order
+        """Encode every complete tubelet that a coming window needs, unless it equals the one encoded before it."""
         # Only windows that have already begun can have complete tubelets.
-        for window in range(self._next_window, self._num_sampled, self.hop):
-            for place in self._places:
-                start = window + place
-                if start + self._tubelet <= self._num_sampled and start not in self._tokens:
-                    needed[start] = None
-        starts = list(needed)
-        for first in range(0, len(starts), BATCH):
-            batch = starts[first : first + BATCH]
-            clips = torch.stack([self._pixels(start, self._tubelet) for start in batch])
-            for start, token in zip(batch, self.model.vivit.encode_steps(clips)[:, 0], strict=True):
-                self._tokens[start] = token
-        self.num_tubelets_encoded += len(needed)
+        windows = range(self._next_window, self._num_sampled, self.hop)
+        starts = {window + place for window in windows for place in self._places}
+        is_complete = self._num_sampled - self._tubelet
+        needed = sorted(start for start in starts if start <= is_complete and start not in self._steps)
+        clips: dict[int, torch.Tensor] = {}  # of the steps to encode
+        sources: dict[int, int] = {}  # of all steps
+        tokens: dict[int, torch.Tensor] = {}
+        last: tuple[int, torch.Tensor] | None = None
+        if self._reference is not None:
+            source, token = self._reference.step
+            last, tokens[source] = (source, self._reference.pixels), token
+        for start in needed:
+            pixels = self._frames_from(start, self._tubelet)
+            if last is None or not self._is_unchanged(last[1], pixels):
+                last, clips[start] = (start, pixels), pixels
+            sources[start] = last[0]
+        encoded = list(clips)
+        for first in range(0, len(encoded), BATCH):
+            batch = encoded[first : first + BATCH]
+            inputs = torch.stack([clips[start] for start in batch]).to(self.model.device, self.model.dtype)
+            tokens.update(zip(batch, self.model.vivit.encode_steps(inputs)[:, 0], strict=True))
+        self._steps.update((start, _Step(source, tokens[source])) for start, source in sources.items())
+        if encoded:
+            self._reference = _Reference(self._steps[encoded[-1]], clips[encoded[-1]])
+        self.reuse.num_encoded += len(encoded)
+        self.reuse.num_reused += len(needed) - len(encoded)
+
+    def _is_unchanged(self, before: torch.Tensor, after: torch.Tensor) -> bool:
+        if self._threshold is None:
+            return False
+        height, width = self.model.config.tubelet_size[1:]
+        return step_change(before, after, (height, width), self._level) <= self._threshold
 
     def _forget(self) -> None:
         """Drop the tokens before the next window, and the frames before both it and `last_window`."""
         first = min(self._next_window, self._num_sampled - self._num_frames)
         while self._frames and self._frames[0].number < first:
             self._frames.popleft()
-        for start in [start for start in self._tokens if start < self._next_window]:
-            del self._tokens[start]
+        for start in [start for start in self._steps if start < self._next_window]:
+            del self._steps[start]

@@ -17,16 +17,39 @@ from .streaming import StreamingClassifier, WindowPrediction
 
 
 def file_windows(
-    model: Any, processor: ViViTVideoProcessor, source: Any, *, hop: int | None = None, on_lost: str = "repeat_last"
+    model: Any,
+    processor: ViViTVideoProcessor,
+    source: Any,
+    *,
+    hop: int | None = None,
+    unchanged_threshold: float | None = 0.0,
+    on_lost: str = "repeat_last",
 ) -> Iterator[WindowPrediction]:
     """
     Classify a sliding window over a video file, in one pass.
+
+    Args:
+        model, processor, hop, unchanged_threshold: see `StreamingClassifier`.
+        source, on_lost: see `stream_file`.
+
+    Raises:
+        TypeError, ValueError: see `StreamingClassifier`; and, during the iteration, what `stream_file` raises.
+    """
+    stream = StreamingClassifier(model, processor, hop=hop, unchanged_threshold=unchanged_threshold)
+    return stream_file(stream, source, on_lost=on_lost)
+
+
+def stream_file(
+    stream: StreamingClassifier, source: Any, *, on_lost: str = "repeat_last"
+) -> Iterator[WindowPrediction]:
+    """
+    Classify the window of a new stream over a video file, in one pass. Afterwards, `stream.reuse` has the counts.
 
     The last window ends with the last frame, a whole hop or less after the window before. A video that is shorter than
     a window has one window, filled by the processor's `short_video_policy`.
 
     Args:
-        model, processor, hop: see `StreamingClassifier`.
+        stream: a classifier to which no frame was pushed.
         source: a video as the processor accepts it; for a part of it, a dictionary with "start" and "end" in seconds.
         on_lost: "repeat_last" replaces frames lost to damage by the frame before, "raise" is an error.
 
@@ -34,7 +57,7 @@ def file_windows(
         VideoDecodingError: if the video cannot be read.
         ValueError, NonFiniteError: see `StreamingClassifier`.
     """
-    stream = StreamingClassifier(model, processor, hop=hop)
+    processor = stream.processor
 
     def choose(timestamps: np.ndarray) -> np.ndarray:
         first, total = part_of_video(timestamps, source)
@@ -57,6 +80,7 @@ def video_timeline(
     source: Any,
     *,
     hop: int | None = None,
+    unchanged_threshold: float | None = 0.0,
     min_score: float = 0.0,
     min_duration: float | None = None,
 ) -> list[Segment]:
@@ -67,27 +91,45 @@ def video_timeline(
         VideoDecodingError: if the video cannot be read.
         ValueError, NonFiniteError: see `StreamingClassifier`.
     """
-    windows = file_windows(model, processor, source, hop=hop)
+    windows = file_windows(model, processor, source, hop=hop, unchanged_threshold=unchanged_threshold)
     return list(merge_windows(windows, model.config, min_score=min_score, min_duration=min_duration))
 
 
 def live_windows(
-    model: Any, processor: ViViTVideoProcessor, live: LiveVideo, *, hop: int | None = None
+    model: Any,
+    processor: ViViTVideoProcessor,
+    live: LiveVideo,
+    *,
+    hop: int | None = None,
+    unchanged_threshold: float | None = 0.0,
 ) -> Iterator[WindowPrediction]:
     """
     Classify a sliding window over a live source, each window as soon as its last frame has arrived.
 
+    Args:
+        model, processor, hop, unchanged_threshold: see `StreamingClassifier`.
+        live: see `stream_live`.
+
+    Raises:
+        TypeError, ValueError: see `StreamingClassifier`; and, during the iteration, what `stream_live` raises.
+    """
+    return stream_live(StreamingClassifier(model, processor, hop=hop, unchanged_threshold=unchanged_threshold), live)
+
+
+def stream_live(stream: StreamingClassifier, live: LiveVideo) -> Iterator[WindowPrediction]:
+    """
+    Classify the window of a new stream over a live source. Meanwhile, `stream.reuse` has the counts so far.
+
     When the source ends, the last window ends with its last frame.
 
     Args:
-        model, processor, hop: see `StreamingClassifier`.
+        stream: a classifier to which no frame was pushed.
         live: the source. Pass `size=reader_size(processor)` to it, so that its thread resizes the frames.
 
     Raises, also during the iteration:
         VideoDecodingError: if the source breaks off.
         ValueError, NonFiniteError: see `StreamingClassifier`.
     """
-    stream = StreamingClassifier(model, processor, hop=hop)
     for seconds, frame in live:
         yield from stream.push(frame, seconds)
     yield from stream.flush()
@@ -100,6 +142,7 @@ def watch_video(
     live: LiveVideo,
     *,
     hop: int | None = None,
+    unchanged_threshold: float | None = 0.0,
     min_score: float = 0.0,
     min_duration: float | None = None,
 ) -> Iterator[Segment]:
@@ -112,5 +155,5 @@ def watch_video(
             print(segment.start, segment.end, segment.label)
     ```
     """
-    windows = live_windows(model, processor, live, hop=hop)
+    windows = live_windows(model, processor, live, hop=hop, unchanged_threshold=unchanged_threshold)
     return merge_windows(windows, model.config, min_score=min_score, min_duration=min_duration)
