@@ -881,6 +881,12 @@ class ViViTPreTrainedModel(AutoClassMixin, CheckpointMixin, PreTrainedModel):
         "attentions": ViViTDotProductAttention,
     }
 
+    def post_init(self) -> None:
+        super().post_init()
+        # accelerate's FSDP raises an error for a name of which the model has no module.
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = sorted(present.intersection(self._no_split_modules))
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

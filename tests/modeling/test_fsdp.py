@@ -6,11 +6,12 @@ import sys
 import pytest
 import torch
 import yaml
+from accelerate.utils import FullyShardedDataParallelPlugin
 from fsdp_worker import build, train
 from paths import TESTS
-from tiny_models import ATTENTION_TYPES
+from tiny_models import ATTENTION_TYPES, CASES, case_config, make_model
 
-from vivit_hf import ViViTForVideoClassification
+from vivit_hf.modeling_vivit import ViViTEncoder
 
 
 pytestmark = pytest.mark.slow
@@ -41,8 +42,16 @@ def test_shards_train_like_the_whole_model(sharded, attention_type):
         torch.testing.assert_close(result["state"][name], tensor, atol=2e-6, rtol=1e-4, msg=name)
 
 
-def test_the_configuration_file_wraps_the_layers_that_there_are():
+@pytest.mark.parametrize("case", CASES)
+def test_the_configuration_file_wraps_every_layer(case):
     settings = yaml.safe_load((TESTS.parent / "examples" / "fsdp2.yaml").read_text())["fsdp_config"]
-    named = set(settings["fsdp_transformer_layer_cls_to_wrap"].split(","))
-    known = set(ViViTForVideoClassification._no_split_modules)
-    assert named == {name for name in known if name.endswith("Layer")}
+    assert settings["fsdp_auto_wrap_policy"] == "TRANSFORMER_BASED_WRAP"
+    assert "fsdp_transformer_layer_cls_to_wrap" not in settings, "the model knows its own layers"
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=settings["fsdp_version"], auto_wrap_policy="transformer_based_wrap"
+    )
+    model = make_model(case_config(case))
+    plugin.set_auto_wrap_policy(model)
+    wrapped = plugin.auto_wrap_policy.keywords["transformer_layer_cls"]
+    encoders = [module for module in model.modules() if isinstance(module, ViViTEncoder)]
+    assert {type(layer) for encoder in encoders for layer in encoder.layer} <= wrapped
