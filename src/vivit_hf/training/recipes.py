@@ -167,7 +167,7 @@ _ALL = (
             "max_grad_norm": 1.0,
             "lr_scheduler_type": "cosine",
             "warmup_steps": 0.1,
-            "num_train_epochs": 20,
+            "num_train_epochs": 10,
             "per_device_train_batch_size": 8,
             # Without scale jitter: a classifier of few clips must see them as they are in the test.
             "horizontal_flip": "auto",
