@@ -77,6 +77,13 @@ def test_the_snippets_of_the_page_on_features_run_after_its_first_commands(folde
         assert capsys.readouterr().out.strip()
 
 
+def test_the_snippet_of_the_page_on_streams_counts_steps(capsys):
+    page = (ROOT / "docs" / "streams.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(snippet, "docs/streams.md", "exec"), {"__name__": "__main__"})
+    assert re.fullmatch(r"[1-9]\d* steps encoded, \d+ reused\n", capsys.readouterr().out)
+
+
 SMALL = {
     "finetune.py": ["--max_steps", "1", "--use_cpu", "--num_frames", "4", "--num_clips", "1", "--num_crops", "1"],
     "evaluate.py": ["--use_cpu", "--num_workers", "0"],

@@ -247,27 +247,16 @@ def test_thresholds_are_grey_levels(threshold):
         make_stream(threshold)
 
 
-@pytest.mark.parametrize("classify", [file_windows, video_timeline])
-def test_files_take_a_threshold(tmp_path, classify):
-    path = write_video(tmp_path / "video.mp4", VIDEOS["cut"][0])
+@pytest.mark.parametrize("classify", [file_windows, video_timeline, live_windows, watch_video])
+def test_files_and_live_sources_take_a_threshold(tmp_path, classify):
     stream = make_stream()
+    source = write_video(tmp_path / "video.mp4", VIDEOS["cut"][0])
+    if classify in (live_windows, watch_video):
+        source = [(index / 10, frame) for index, frame in enumerate(VIDEOS["noise"][0])]
     encoded = count_encoded(stream.model)
     counts = []
     for threshold in (None, 255.0):
-        assert list(classify(stream.model, stream.processor, path, unchanged_threshold=threshold))
-        counts.append(sum(encoded))
-        encoded.clear()
-    assert counts[0] == 20 and counts[1] < 10
-
-
-@pytest.mark.parametrize("classify", [live_windows, watch_video])
-def test_live_sources_take_a_threshold(classify):
-    stream = make_stream()
-    live = [(index / 10, frame) for index, frame in enumerate(VIDEOS["noise"][0])]
-    encoded = count_encoded(stream.model)
-    counts = []
-    for threshold in (None, 255.0):
-        assert list(classify(stream.model, stream.processor, live, unchanged_threshold=threshold))
+        assert list(classify(stream.model, stream.processor, source, unchanged_threshold=threshold))
         counts.append(sum(encoded))
         encoded.clear()
     assert counts[0] == 20 and counts[1] < 10
