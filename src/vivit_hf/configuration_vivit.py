@@ -72,7 +72,8 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
             Time, height and width of a patch. As in the official code, frames and pixels left over at the end of a
             side are dropped. Uniform frame sampling has a time of 1 and defaults to `(1, 16, 16)`.
         num_sampled_frames (`int`, *optional*, defaults to `num_frames // 2` with uniform frame sampling):
-            Number of frames to sample. For some lengths the official rounding yields one more; see `grid_size`.
+            Number of frames to sample. For some values of `num_frames` the official rounding takes one frame more;
+            `grid_size` tells.
         hidden_size, num_hidden_layers, num_attention_heads, intermediate_size (`int`):
             Width, layers, heads and MLP width. In Model 2 these describe the spatial encoder; the temporal encoder has
             the same width.
@@ -84,37 +85,38 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
             `"cls"` (class token), `"mean"`, `"max"` or `"sum"`. The default is `"cls"` for Models 1 and 2, and `"mean"`
             for Models 3 and 4, which have no class token.
         temporal_pooling (`str`, *optional*):
-            Model 2 only: how the tokens of the time steps become one vector. The default is `pooling`; without a
-            temporal encoder, `"mean"`. With anything but `"cls"` the temporal encoder has no class token, so that it
-            can start as a mean over time while each step keeps its class token. Beside the values of `pooling` there
-            are `"concatenate"`, (batch, time * hidden), which keeps the order of the steps and fixes their number, and
-            `"attention"`, a mean weighted by the similarity of each token to a learned query.
+            Model 2 only: how the tokens of the time steps become one vector. The default is `pooling`, or `"mean"`
+            without a temporal encoder. The temporal encoder has a class token only with `"cls"`; the spatial encoder
+            follows `pooling`. In addition to the values of `pooling` there are `"concatenate"`,
+            (batch, time * hidden), which keeps the order of the steps and fixes their number, and `"attention"`, a
+            mean weighted by the similarity of each token to a learned query.
         representation_size (`int`, *optional*): Width of a dense layer with tanh between pooling and classifier.
         hidden_act (`str`, defaults to `"gelu_pytorch_tanh"`):
             The default is the tanh-approximated GELU of the official code in one operation. `gelu_fast` and `gelu_new`
             are the same function and are stored under this name.
         hidden_dropout_prob, attention_probs_dropout_prob (`float`, defaults to 0.0): Dropout in [0, 1).
         drop_path_rate (`float`, defaults to 0.0):
-            Stochastic depth: the rate grows linearly from 0 in the first layer to this value in the last.
+            Stochastic depth: the rate grows linearly from 0 in the first layer of an encoder to this value in its last.
         layer_norm_eps (`float`, defaults to 1e-6), qkv_bias (`bool`, defaults to `True`),
         initializer_range (`float`, defaults to 0.02).
         num_register_tokens (`int`, defaults to 0):
-            Models 1 and 2: learned tokens behind the class token, which all tokens attend to and which are never
-            pooled, as in DINOv2 with registers (Darcet et al., "Vision Transformers Need Registers", ICLR 2024).
-        pre_layernorm (`bool`, defaults to `False`): A LayerNorm in front of the first layer, as in CLIP.
-        patch_bias (`bool`, defaults to `True`): Whether the embedding of patches has a bias; CLIP's has none.
+            Models 1 and 2: learned tokens after the class token. They take part in attention but are never pooled, as
+            in DINOv2 with registers (Darcet et al., "Vision Transformers Need Registers", ICLR 2024).
+        pre_layernorm (`bool`, defaults to `False`): Whether a LayerNorm precedes the first layer, as in CLIP.
+        patch_bias (`bool`, defaults to `True`): Whether the patch embedding has a bias; CLIP's has none.
         merge_tokens (`int` or `list[int]`, *optional*):
-            Models 1 and 2: tokens that each layer of the (spatial) encoder merges into similar ones, in training as
+            Models 1 and 2: how many tokens each layer of the (spatial) encoder merges into similar ones, in training as
             well: one number, or one per layer (Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023). At most
-            half of a layer's tokens are merged. `vivit_hf.inference.optimize` merges the tokens of a model that was
-            trained without.
+            half of a layer's tokens are merged. For a model that was trained without merging, see
+            `vivit_hf.inference.optimize`.
         label_groups (`dict`, *optional*):
             Names and sizes of several classifications that share one output, in the order of the output, such as
-            `{"noun": 300, "verb": 97}` for EPIC-Kitchens. `num_labels` is their sum; the loss is their mean.
+            `{"noun": 300, "verb": 97}` for EPIC-Kitchens. `num_labels` is the sum of the sizes; the loss is the mean of
+            the groups' losses.
         mask_ratio (`float`, defaults to 0.9): `ViViTForPreTraining` only: share of the places to mask.
         decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads (`int`, *optional*):
-            `ViViTForPreTraining` only: width, layers and heads of its decoder. By default it has half of the
-            encoder's heads, each of the same size, and a quarter of its layers.
+            `ViViTForPreTraining` only: width, layers and heads of its decoder. By default it has half of the encoder's
+            heads, each of the same size, and a quarter of its layers.
 
     Raises:
         ValueError: for values and combinations that no model can have. Values are checked whenever a field is set,
@@ -241,12 +243,12 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """The number of tokens in front of those of the grid: class token and registers."""
+        """Number of tokens before those of the grid: class token and registers."""
         return int(self.pooling == "cls") + self.num_register_tokens
 
     @property
     def merging_schedule(self) -> list[int]:
-        """The tokens to merge in each layer of the (spatial) encoder."""
+        """Number of tokens to merge in each layer of the (spatial) encoder."""
         if isinstance(self.merge_tokens, (list, tuple)):
             return [*self.merge_tokens]
         return [self.merge_tokens or 0] * self.num_hidden_layers
@@ -261,7 +263,7 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
 
     @property
     def pooling_over_time(self) -> str:
-        """How Model 2 pools time steps: `temporal_pooling`, or if it is None what the paper's models do."""
+        """Pooling of Model 2 over time: `temporal_pooling`, or its default."""
         if self.temporal_pooling is not None:
             return self.temporal_pooling
         return self.pooling if self.num_temporal_layers else "mean"
@@ -433,8 +435,8 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
     @classmethod
     def translate(cls, config_dict: dict[str, Any], source: Any = "This configuration") -> dict[str, Any]:
         """
-        Return the fields for the contents of a `config.json`. That of transformers' own Vivit becomes Model 1 with a
-        class token.
+        Return our fields for the contents of a `config.json`. The configuration of a transformers Vivit becomes that of
+        Model 1 with a class token.
 
         Raises:
             ValueError: for another kind of model, and for values that transformers could not handle.

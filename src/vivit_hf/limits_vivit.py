@@ -48,7 +48,7 @@ LIMITS: dict[str, int] = {
 MOST_PARAMETERS = 30_000_000_000
 # Parameters that a checkpoint does not hold, so that loading creates them: a classifier, position embeddings.
 MOST_NEW_PARAMETERS = 150_000_000
-# frames x height x width x channels of one clip: 4 GiB in float32, for example 1,588 RGB frames of 475 x 475 pixels.
+# frames x height x width x channels of one clip: 4 GiB in float32, for example 7,133 RGB frames of 224 x 224 pixels.
 MOST_CLIP_VALUES = 1 << 30
 MOST_LABEL_CHARACTERS = 4_096
 # `frames_per_second`: from a frame in eleven days to a high-speed camera.
@@ -216,7 +216,7 @@ def check_label_groups(name: str, value: Any) -> dict[str, int]:
 
 
 def groups_in_order(groups: dict[str, int] | None, id2label: dict[int, str]) -> dict[str, int] | None:
-    """Return groups in the order of their labels, named "group: label"; config.json has them in alphabetical order."""
+    """Sort groups by their labels if these are named "group: label": config.json has groups in alphabetical order."""
     if groups is None:
         return None
     first = {group: min([i for i in id2label if id2label[i].startswith(f"{group}: ")], default=-1) for group in groups}
@@ -240,7 +240,7 @@ def setting(default: Any, check: Callable[..., Any], **options: Any) -> Any:
 
 
 def with_value_errors(cls: _Class) -> _Class:
-    """Make a `@strict` class raise ValueErrors that name field and value; its own errors are no ValueErrors."""
+    """Make a `@strict` class raise ValueErrors that name field and value, in place of the errors of `@strict`."""
 
     def converted(method: Any) -> Any:
         @functools.wraps(method)

@@ -242,7 +242,7 @@ class ViViTUniformFrameEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(batch, frames, channels, height, width) -> (batch, time, height, width, hidden)."""
-        frames = len(pixel_values.unbind(1))  # a plain number, also where compiling or tracing makes `shape` symbolic
+        frames = len(pixel_values.unbind(1))  # a plain number even when compiling or tracing makes `shape` symbolic
         pixel_values = pixel_values[:, _sampled_frames(frames, self.config.num_sampled_frames)]
         batch, time = pixel_values.shape[:2]
         patches = self.projection(pixel_values.flatten(0, 1))  # (batch * time, hidden, height, width)
@@ -271,7 +271,7 @@ def take_places(tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 def take_patches(pixel_values: torch.Tensor, places: torch.Tensor, config: ViViTConfig) -> torch.Tensor:
     """
-    Return the patches at some places of the space side by side, as a clip that is one patch high.
+    Cut out the patches at the given places of the space and lay them side by side, in a clip that is one patch high.
 
     (batch, frames, channels, height, width), places (batch, n) ->
     (batch, frames, channels, patch height, n * patch width).
@@ -291,7 +291,7 @@ PATCH_EMBEDDINGS = {"tubelet": ViViTTubeletEmbeddings, "uniform_frame_sampling":
 
 
 class ViViTPositions(nn.Module):
-    """Learned position embeddings of a token grid and of the class token before it, where there is one."""
+    """Learned position embeddings of a token grid and, if there is one, of the class token before it."""
 
     def __init__(self, config: ViViTConfig, has_class_token: bool):
         super().__init__()
@@ -303,11 +303,11 @@ class ViViTPositions(nn.Module):
         self.position_embeddings = nn.Parameter(torch.empty(1, num_positions, config.hidden_size))
 
     def position_grid(self, grid: Grid) -> Grid:
-        """The part of a (time, height, width) token grid that the position embeddings cover: all of it by default."""
+        """Return the part of a (time, height, width) token grid that the position embeddings cover, here all of it."""
         return grid
 
     def positions(self, grid: Grid) -> torch.Tensor:
-        """The position embeddings for a (time, height, width) token grid: (1, prefix + positions, hidden)."""
+        """Return the position embeddings for a (time, height, width) token grid: (1, prefix + positions, hidden)."""
         return resample_position_embeddings(
             self.position_embeddings, self.position_grid(grid), self.grid, self.num_prefix_tokens
         )
@@ -326,11 +326,11 @@ class ViViTPositions(nn.Module):
 
 class ViViTEmbeddings(ViViTPositions):
     """
-    Embed a clip as tokens with position embeddings, and return the prefix tokens: the class token where the variant has
-    one, and the register tokens.
+    Embed a clip as tokens with position embeddings, and return the prefix tokens: the class token (if `pooling="cls"`)
+    and the register tokens.
 
-    The position embeddings cover the class token and the whole grid. Those of Model 2, whose spatial encoder takes one
-    time step at a time, cover the class token and the space of one step. Register tokens have none.
+    The position embeddings cover the class token and the whole grid. In Model 2, whose spatial encoder takes one time
+    step at a time, they cover the class token and the space of one step. Register tokens have none.
     """
 
     def __init__(self, config: ViViTConfig):
@@ -353,7 +353,7 @@ class ViViTEmbeddings(ViViTPositions):
         (batch, frames, channels, height, width) -> tokens (batch, time, space, hidden), prefix tokens
         (1, prefix, hidden) or None.
 
-        With `visible`, places of the space (batch, n), only the tubelets there are embedded: (batch, time, n, hidden).
+        `visible`, int64 (batch, n), restricts the embedding to these places of the space: (batch, time, n, hidden).
         """
         check_pixel_values(pixel_values, self.config, interpolate_pos_encoding)
         grid = None
@@ -446,7 +446,7 @@ class ViViTDotProductAttention(nn.Module):
         """
         Query, key, value and context (batch, tokens, heads, head_dim), weights (batch, heads, tokens, tokens).
 
-        With `sizes` (batch, tokens), a key counts as many times as the patches that its token stands for.
+        With `sizes`, int64 (batch, tokens), a key counts once for each patch that its token stands for.
         """
         implementation = "eager" if kwargs.get("output_attentions") else self.config._attn_implementation
         bias = None if sizes is None else proportional_attention_bias(sizes, query.dtype, implementation)
@@ -550,7 +550,7 @@ class ViViTFactorisedDotProductAttention(ViViTAttention):
 
 # Token merging (Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023)
 
-# The implementations of attention that add a bias to the scores; "blockwise" is that of `vivit_hf.inference.optimize`.
+# Attention implementations that add a bias to the scores; "blockwise" comes from `vivit_hf.inference.optimize`.
 BIASED_ATTENTION = ("eager", "sdpa", "blockwise")
 
 
@@ -561,7 +561,7 @@ def proportional_attention_bias(sizes: torch.Tensor, dtype: torch.dtype, impleme
     sizes (batch, tokens) -> (batch, 1, 1, tokens) in `dtype`.
 
     Raises:
-        ValueError: for an implementation of attention that takes no bias.
+        ValueError: for an attention implementation that adds no bias to the scores.
     """
     if implementation not in BIASED_ATTENTION:
         raise ValueError(
@@ -578,11 +578,11 @@ def take_tokens(tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 
 def match_tokens(key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Bipartite soft matching (section 3): the first, third, ... token belong to set A, the others to set B, and each
-    token of A is matched with the token of B whose key is most similar.
+    Match similar tokens (bipartite soft matching, section 3): the first, third, ... tokens form set A, the others set
+    B, and each token of A is matched with the token of B whose key is most similar.
 
     Args:
-        key: (batch, tokens, heads, head_dim). Similar is the cosine of the keys, averaged over the heads.
+        key: (batch, tokens, heads, head_dim). The mean over the heads is compared, by cosine similarity.
 
     Returns:
         The places in A by descending similarity to their match, and the place in B of each token's match, both int64
@@ -597,12 +597,12 @@ def match_tokens(key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 class ViViTTokenMerging(nn.Module):
     """
-    Merge the tokens of each sequence that are most similar to another one into that one (section 3).
+    In each sequence, merge the tokens with the most similar matches into these matches (section 3).
 
-    A merged token is the mean of its tokens, weighted by the patches that they stand for. Prefix tokens, which are the
-    class token and the registers, are never merged.
+    A merged token is the mean of its tokens, weighted by the number of patches that each stands for. The prefix, which
+    is the class token and the registers, is never merged.
 
-    num_merged: tokens that disappear; at most half of those behind the prefix do.
+    num_merged: number of tokens to merge into others, at most half of the tokens after the prefix.
     """
 
     def __init__(self, num_prefix_tokens: int, num_merged: int):
@@ -619,9 +619,10 @@ class ViViTTokenMerging(nn.Module):
             sizes: the number of patches that each token stands for, int64 (batch, tokens); None if all are 1.
 
         Returns:
-            The tokens that remain, (batch, remaining, hidden): the prefix, what is left of set A, and set B. Their
-            sizes, int64 (batch, remaining). The place of every token's successor among them, int64 (batch, tokens);
-            None if nothing was merged.
+            The remaining tokens, (batch, remaining, hidden): the prefix, the rest of set A, and set B; their sizes,
+            int64 (batch, remaining); and the place among them of each token or of the token it was merged into, int64
+            (batch, tokens). If nothing is merged, hidden states and sizes are returned unchanged, and the places are
+            None.
         """
         prefix = self.num_prefix_tokens
         num_merged = min(self.num_merged, (hidden_states.shape[1] - prefix) // 2)
@@ -658,6 +659,8 @@ class ViViTTokenMerging(nn.Module):
 
 
 class ViViTMLP(nn.Module):
+    """MLP of a layer: a wider hidden layer with the activation `hidden_act`, and dropout after both linear layers."""
+
     def __init__(self, config: ViViTConfig, intermediate_size: int | None = None, hidden_size: int | None = None):
         super().__init__()
         self.fc1 = nn.Linear(hidden_size or config.hidden_size, intermediate_size or config.intermediate_size)
@@ -666,15 +669,17 @@ class ViViTMLP(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(batch, ..., hidden) -> (batch, ..., hidden)."""
         hidden_states = self.dropout(self.activation(self.fc1(hidden_states)))
         return self.dropout(self.fc2(hidden_states))
 
 
 class ViViTDropPath(nn.Module):
     """
-    Stochastic depth: drop a residual branch per example, and divide by the probability of keeping it.
+    Stochastic depth: drop the residual branch of some sequences, and divide the others by the probability of keeping.
 
-    The official code leaves the division out; with it, training and evaluation agree in expectation.
+    A sequence is a clip, or a time step in Model 2's spatial encoder. The official code does not divide; with the
+    division, training and evaluation agree in expectation.
     """
 
     def __init__(self, rate: float):
@@ -682,6 +687,7 @@ class ViViTDropPath(nn.Module):
         self.rate = rate
 
     def forward(self, branch: torch.Tensor) -> torch.Tensor:
+        """(sequences, ..., hidden) -> (sequences, ..., hidden)."""
         if not self.training or self.rate == 0:
             return branch
         keep = branch.new_empty(branch.shape[:1] + (1,) * (branch.ndim - 1)).bernoulli_(1 - self.rate)
@@ -692,7 +698,7 @@ class ViViTDropPath(nn.Module):
 
 
 class ViViTLayer(GradientCheckpointingLayer):
-    """Pre-norm transformer layer over a sequence of tokens: Models 1 and 2 (equations 4 and 5)."""
+    """Pre-norm transformer layer over a sequence of tokens: Models 1 and 2 (section 3.1, equations 2 and 3)."""
 
     def __init__(
         self,
@@ -715,7 +721,7 @@ class ViViTLayer(GradientCheckpointingLayer):
         return ViViTAttention(config, ViViTDotProductAttention, num_heads, hidden_size)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[ViViTKwargs]) -> torch.Tensor:
-        """(batch, tokens, hidden) -> (batch, tokens, hidden); in Model 4 (batch, time, space, hidden) both."""
+        """(batch, tokens, hidden) -> (batch, tokens, hidden); in Model 4, both are (batch, time, space, hidden)."""
         attended = self.dropout(self.attention(self.layernorm_before(hidden_states), **kwargs))
         hidden_states = hidden_states + self.drop_path(attended)
         return hidden_states + self.drop_path(self.mlp(self.layernorm_after(hidden_states)))
@@ -728,7 +734,7 @@ class ViViTMergingLayer(ViViTLayer):
         super().__init__(config, drop_path_rate)
         self.merging = ViViTTokenMerging(config.num_prefix_tokens, num_merged)
 
-    def forward(  # type: ignore[override]  # a `ViViTMergingEncoder` calls it
+    def forward(  # type: ignore[override]  # only a `ViViTMergingEncoder` calls it
         self, hidden_states: torch.Tensor, sizes: torch.Tensor | None = None, **kwargs: Unpack[ViViTKwargs]
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """(batch, tokens, hidden), sizes (batch, tokens) -> what `ViViTTokenMerging` returns."""
@@ -741,7 +747,7 @@ class ViViTMergingLayer(ViViTLayer):
 
 
 class ViViTFactorisedSelfAttentionLayer(GradientCheckpointingLayer):
-    """Model 3: attention over space, attention over time, MLP, each with its residual (section 3.3.3, equation 7)."""
+    """Model 3: attention over space, over time, and an MLP, each with a residual (section 3.3.3, equations 4 to 6)."""
 
     def __init__(self, config: ViViTConfig, drop_path_rate: float = 0.0):
         super().__init__()
@@ -800,7 +806,7 @@ class ViViTMergingEncoder(ViViTEncoder):
     """
     A stack of layers that merge tokens: Model 1, and the spatial encoder of Model 2.
 
-    The output has every token again, merged ones as copies of their mean, so that pooling weighs them by their size.
+    The output has every token again, merged tokens as copies of their mean, so that pooling weighs a mean by its size.
     """
 
     def __init__(self, config: ViViTConfig):
@@ -809,11 +815,11 @@ class ViViTMergingEncoder(ViViTEncoder):
 
     @property
     def schedule(self) -> list[int]:
-        """The tokens to merge in each layer."""
+        """Number of tokens to merge in each layer."""
         return [layer.merging.num_merged for layer in self.layer]  # type: ignore[misc, union-attr]
 
     def set_schedule(self, num_prefix_tokens: int, schedule: Sequence[int]) -> None:
-        """Set the tokens to merge in each layer."""
+        """Set the number of tokens to merge in each layer, and of the prefix tokens that are never merged."""
         for layer, num_merged in zip(self.layer, schedule, strict=True):
             layer.merging = ViViTTokenMerging(num_prefix_tokens, num_merged)
 
@@ -825,15 +831,15 @@ class ViViTMergingEncoder(ViViTEncoder):
             hidden_states, sizes, successors = layer(hidden_states, sizes, **kwargs)
             if successors is not None:
                 places = successors if places is None else successors.gather(1, places)
-        # Without sizes nothing was merged, or the last layer computed the class token alone.
+        # Without sizes, nothing was merged or an optimised last layer returned the class token alone.
         return hidden_states if sizes is None or places is None else take_tokens(hidden_states, places)
 
 
 class ViViTAttentionPooling(nn.Module):
     """
-    A mean of tokens, weighted by the softmax of their scaled dot products with a learned query.
+    Pool tokens by a mean, weighted by the softmax of their scaled dot products with a learned query.
 
-    The query starts at zero, so that the pooling starts as the plain mean.
+    The query is initialised to zero, so the pooling starts as the plain mean.
     """
 
     def __init__(self, config: ViViTConfig):
@@ -841,7 +847,7 @@ class ViViTAttentionPooling(nn.Module):
         self.query = nn.Parameter(torch.empty(config.hidden_size))
 
     def weights(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(batch, tokens, hidden) -> (batch, tokens), float32 or wider; each row sums to 1."""
+        """(batch, tokens, hidden) -> weights (batch, tokens), float32 or wider; each row sums to 1."""
         scores = (tokens * self.query).sum(dim=-1) * self.query.shape[0] ** -0.5
         return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
@@ -883,7 +889,7 @@ class ViViTPreTrainedModel(AutoClassMixin, CheckpointMixin, PreTrainedModel):
 
     def post_init(self) -> None:
         super().post_init()
-        # accelerate's FSDP raises an error for a name of which the model has no module.
+        # accelerate's FSDP raises an error for a class name if the model has no such module.
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = sorted(present.intersection(self._no_split_modules))
 
@@ -894,7 +900,7 @@ class ViViTPreTrainedModel(AutoClassMixin, CheckpointMixin, PreTrainedModel):
             init.normal_(module.position_embeddings, std=self.config.initializer_range)
             if module.cls_token is not None:
                 init.zeros_(module.cls_token)
-            if getattr(module, "register_tokens", None) is not None:  # equal ones would stay equal
+            if getattr(module, "register_tokens", None) is not None:  # equal register tokens would stay equal
                 init.normal_(module.register_tokens, std=self.config.initializer_range)
         elif isinstance(module, ViViTAttentionPooling):
             init.zeros_(module.query)
@@ -948,26 +954,25 @@ class ViViTModel(ViViTPreTrainedModel):
     | --- | --- | --- |
     | Model 1 | (batch, 1 + time * space, hidden), class token first; no 1 unless `pooling="cls"` | (batch, hidden) |
     | Model 2 | the temporal encoder's (batch, 1 + time, hidden), likewise over time | (batch, hidden) |
-    | Model 2, `num_temporal_layers=0` | one pooled token per time step: (batch, time, hidden) | their mean |
-    | Model 2, `temporal_pooling="concatenate"` | as above, without the 1 | (batch, time * hidden) |
+    | Model 2, `num_temporal_layers=0` | one pooled token per time step: (batch, time, hidden) | (batch, hidden) |
+    | Model 2, `temporal_pooling="concatenate"` | (batch, time, hidden) | (batch, time * hidden) |
     | Models 3, 4 | (batch, time * space, hidden) | (batch, hidden) |
 
-    Where the model has register tokens (`num_register_tokens`), they follow the class token in Model 1 and in Model 2's
-    spatial encoder.
+    Register tokens (`num_register_tokens`) follow the class token in Model 1 and in Model 2's spatial encoder.
 
-    `last_hidden_state` follows the final LayerNorm. `pooler_output` is its pooling, followed by a dense layer and tanh
-    if `representation_size` is set.
+    `last_hidden_state` is the output of the final LayerNorm. `pooler_output` is its pooling, followed by a dense layer
+    and tanh if `representation_size` is set: (batch, representation_size).
 
     `hidden_states` are the input of the first layer and the output of every layer, before the final LayerNorm: in
     Model 2 those of the spatial encoder, (batch * time, 1 + space, hidden), then those of the temporal one,
-    (batch, 1 + time, hidden); in Models 3 and 4 (batch, time, space, hidden). Where `output_hidden_states` is an index,
-    count from the front: transformers resolves negative indices without Model 2's second encoder. Where tokens merge
-    (`merge_tokens`), hidden states and attentions are those of the tokens that each layer computes.
+    (batch, 1 + time, hidden); in Models 3 and 4 (batch, time, space, hidden). If `output_hidden_states` is an index,
+    count from the front: transformers resolves negative indices without Model 2's second encoder. With `merge_tokens`,
+    hidden states and attentions have the tokens that each layer computes.
 
     `attentions` are in the order of computation. Model 1: (batch, heads, tokens, tokens) per layer. Model 2: the same
-    with batch * time, then the temporal encoder's. Model 3: per layer (batch * space, heads, time, time) and
-    (batch * time, heads, space, space) in the configured order. Model 4: per layer time, then space, each with half of
-    the heads. They are available with every attention implementation.
+    with batch * time, then the temporal encoder's. Model 3: per layer, (batch * space, heads, time, time) over time and
+    (batch * time, heads, space, space) over space, in the order of `attention_order`. Model 4: per layer, the same two
+    in the order time, space, each with half of the heads. They are available with every attention implementation.
     """
 
     _auto_class = "AutoModel"
@@ -1015,12 +1020,12 @@ class ViViTModel(ViViTPreTrainedModel):
         Args:
             pixel_values: (batch, frames, channels, height, width), floats in [-1, 1] as `ViViTVideoProcessor` returns
                 them; cast to the dtype of the weights.
-            interpolate_pos_encoding: accept clips of other lengths and sizes than configured, by interpolating the
-                position embeddings for this call.
+            interpolate_pos_encoding: whether to accept clips of another length or size than configured, by
+                interpolating the position embeddings for this call.
             output_hidden_states, output_attentions, return_dict: as everywhere in transformers.
 
         Raises:
-            ValueError: if the clip does not have the expected shape; the message gives both shapes.
+            ValueError: if the clips do not have the expected shape; the message gives both shapes.
             TypeError: for an unknown argument.
         """
         _check_arguments(kwargs)
@@ -1106,18 +1111,18 @@ class ViViTModel(ViViTPreTrainedModel):
         return tokens, self.pool(tokens)
 
     def encode(self, tokens: torch.Tensor, **kwargs: Unpack[ViViTKwargs]) -> torch.Tensor:
-        """Run the (spatial) encoder between its LayerNorms, in the shape that its layers take."""
+        """Run the (spatial) encoder with the LayerNorms before and after it; the shape is that of its layers."""
         if self.pre_layernorm is not None:
             tokens = self.pre_layernorm(tokens)
         return self.layernorm(self.encoder(tokens, **kwargs))
 
     def pool(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(batch, tokens, hidden) -> (batch, hidden): the class token, or all tokens but the registers."""
+        """(batch, tokens, hidden) -> (batch, hidden): pool the class token, or all tokens but the registers."""
         first = 0 if self.config.pooling == "cls" else self.config.num_register_tokens
         return POOLINGS[self.config.pooling](tokens[:, first:])
 
     def represent(self, pooled: torch.Tensor) -> torch.Tensor:
-        """(batch, hidden) -> (batch, representation_size) by a dense layer and tanh; unchanged without that size."""
+        """(batch, hidden) -> (batch, representation_size) by a dense layer and tanh; unchanged if the size is None."""
         return pooled if self.pre_logits is None else self.pre_logits(pooled).tanh()
 
 
@@ -1130,7 +1135,7 @@ ENCODERS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
 
 
 class ViViTForVideoClassification(ViViTPreTrainedModel):
-    """ViViT with a linear classifier on its pooled output; `num_labels=0` returns that output as the logits."""
+    """ViViT with a linear classifier on its pooled output. With `num_labels=0`, the logits are the pooled output."""
 
     _auto_class = "AutoModelForVideoClassification"
 
@@ -1157,8 +1162,8 @@ class ViViTForVideoClassification(ViViTPreTrainedModel):
             pixel_values: (batch, frames, channels, height, width), floats in [-1, 1].
             labels: under `problem_type="single_label_classification"` classes, int64 (batch,), or class probabilities,
                 floats (batch, num_labels), as mixup produces them; under `"multi_label_classification"` floats 0 and 1
-                (batch, num_labels); under `"regression"` values. With `label_groups` one class per group,
-                (batch, groups), or class probabilities per group. See `video_classification_loss`.
+                (batch, num_labels); under `"regression"` floats (batch, num_labels). With `label_groups` one class per
+                group, int64 (batch, groups), or class probabilities per group. See `video_classification_loss`.
             interpolate_pos_encoding: as in `ViViTModel`.
             num_items_in_batch: label elements in all batches of one optimiser step, as `Trainer` counts them, so that
                 accumulated gradients equal those of the whole batch.
@@ -1216,8 +1221,8 @@ def random_tube_masks(
     """
     Draw the places of the space to mask in all time steps (Tong et al., "VideoMAE", NeurIPS 2022, section 3.2).
 
-    Masked are `int(mask_ratio * space)` places of each clip, as in the official code, but at least 1 and at most all
-    but one.
+    In each clip, `int(mask_ratio * space)` places are masked, as in the official code, but at least one, and at least
+    one stays visible.
 
     Returns:
         bool (batch, space), True where masked.
@@ -1279,7 +1284,7 @@ def normalise_patches(patches: torch.Tensor) -> torch.Tensor:
 
 def sine_cosine_positions(num_positions: int, hidden_size: int, like: torch.Tensor) -> torch.Tensor:
     """
-    Return fixed position embeddings (Vaswani et al., 2017, section 3.5), as VideoMAE's decoder has them.
+    Return fixed position embeddings (Vaswani et al., 2017, section 3.5), as in VideoMAE's decoder.
 
     Returns:
         (num_positions, hidden_size), with the dtype and device of `like`.
@@ -1315,9 +1320,9 @@ class ViViTDecoder(nn.Module):
         """
         Args:
             tokens: the encoder's output, one sequence per clip in Model 1, one per time step in Model 2:
-                (sequences, context + visible tokens, hidden). The context has no place: the class token, or the
-                temporal encoder's output of the step.
-            visible, masked: the places of the space, (batch, number of places).
+                (sequences, context + visible tokens, hidden). The context consists of tokens without a place: the class
+                token and the registers in Model 1, the temporal encoder's output for the step in Model 2.
+            visible, masked: the places of the space, int64 (batch, number of places).
             time: the number of time steps of a clip.
 
         Returns:
@@ -1342,7 +1347,7 @@ class ViViTDecoder(nn.Module):
 def _encode_visible_spatio_temporal(
     vivit: ViViTModel, tokens: torch.Tensor, class_token: torch.Tensor | None, **kwargs: Unpack[ViViTKwargs]
 ) -> torch.Tensor:
-    """Model 1: (batch, time, visible, hidden) -> (batch, 1 + time * visible, hidden)."""
+    """Model 1: (batch, time, visible, hidden) -> (batch, prefix + time * visible, hidden)."""
     return vivit.encode_spatio_temporal(tokens, class_token, **kwargs)[0]
 
 
@@ -1352,10 +1357,10 @@ def _encode_visible_factorised_encoder(
     """
     Model 2: (batch, time, visible, hidden) -> (batch * time, 1 + visible, hidden).
 
-    The first token is the temporal encoder's output of the step: the only way from one step to another.
+    The first token is the temporal encoder's output for the step, the only connection to the other steps.
     """
     batch, time, visible, _ = tokens.shape
-    frames = vivit.encode_frames(tokens, class_token, **kwargs)  # (batch * time, 1 + visible, hidden)
+    frames = vivit.encode_frames(tokens, class_token, **kwargs)  # (batch * time, prefix + visible, hidden)
     steps = vivit.pool(frames).unflatten(0, (batch, time))  # (batch, time, hidden)
     steps = vivit.encode_time(steps, **kwargs)[0][:, -time:]  # (batch, time, hidden), without the class token
     return torch.cat([steps.flatten(0, 1).unsqueeze(1), frames[:, -visible:]], dim=1)
@@ -1372,11 +1377,11 @@ class ViViTForPreTrainingOutput(ModelOutput):
     """
     The output of `ViViTForPreTraining`.
 
-    loss: mean squared error of the normalised pixels of all masked tubelets, ().
-    logits: their prediction, (batch, time, masked places, pixels of a tubelet * channels), masked places ascending;
-        the values in the order time, height, width, channels.
-    bool_masked_pos: the masks, bool (batch, space).
-    hidden_states, attentions: on request those of the encoders, as in `ViViTModel`, then those of the decoder.
+    loss: mean squared error over the normalised pixels of all masked tubelets, ().
+    logits: the predicted normalised pixels, (batch, time, masked places, pixels of a tubelet * channels). The masked
+        places are in ascending order, the pixels of a tubelet in the order time, height, width, channels.
+    bool_masked_pos: the masks, bool (batch, space), True where masked.
+    hidden_states, attentions: on request, those of the encoders as in `ViViTModel`, then those of the decoder.
     """
 
     loss: torch.Tensor | None = None
@@ -1391,8 +1396,8 @@ class ViViTForPreTraining(ViViTPreTrainedModel):
     ViViT with a decoder for masked pretraining on videos without labels: Models 1 and 2.
 
     A mask hides the same places in all time steps (tube masking, Tong et al., "VideoMAE", NeurIPS 2022). The encoder
-    sees the visible tubelets alone, and the decoder predicts the normalised pixels of the others. In Model 2 it decodes
-    each time step from its visible tokens and the temporal encoder's output of the step, so that both encoders learn.
+    sees only the visible tubelets, and the decoder predicts the normalised pixels of the others. In Model 2 the decoder
+    takes one time step at a time: its visible tokens and the temporal encoder's output for it, so both encoders learn.
     """
 
     _auto_class = "AutoModelForPreTraining"
@@ -1414,8 +1419,8 @@ class ViViTForPreTraining(ViViTPreTrainedModel):
         self.vivit = ViViTModel(config)
         self.decoder = ViViTDecoder(config)
         for unused in (self.vivit.temporal_pooler, self.vivit.pre_logits):
-            # The pooling and what follows it have no part in pretraining. Processes that train together must not wait
-            # for their gradients.
+            # Pretraining uses neither the learned pooling nor the layer after it. If they had gradients, processes that
+            # train together would wait for them.
             if unused is not None:
                 unused.requires_grad_(False)
         self.post_init()
@@ -1431,12 +1436,13 @@ class ViViTForPreTraining(ViViTPreTrainedModel):
         """
         Args:
             pixel_values: (batch, frames, channels, height, width), floats in [-1, 1].
-            bool_masked_pos: the places to mask in all time steps, bool (batch, space), with the same number in every
-                clip. By default they are drawn at random, `config.mask_ratio` of them.
+            bool_masked_pos: the places to mask in all time steps, bool (batch, space), True where masked, with the same
+                number in every clip. By default they are drawn at random, as many as `config.mask_ratio` gives.
             interpolate_pos_encoding: as in `ViViTModel`.
 
         Raises:
-            ValueError: for clips or masks of another shape, and for masks with different numbers of places.
+            ValueError: for clips or masks of another shape, and for masks that differ in their number of places.
+            TypeError: for an unknown argument.
         """
         _check_arguments(kwargs)
         check_values(pixel_values, self.config)
@@ -1456,7 +1462,8 @@ class ViViTForPreTraining(ViViTPreTrainedModel):
         # (batch, time, visible, hidden)
         tokens, class_token = self.vivit.embeddings(pixel_values, interpolate_pos_encoding, visible)
         encode_visible = VISIBLE_ENCODERS[self.config.attention_type]
-        tokens = encode_visible(self.vivit, tokens, class_token, **kwargs)  # (sequences, 1 + visible tokens, hidden)
+        # (sequences, context + visible tokens, hidden)
+        tokens = encode_visible(self.vivit, tokens, class_token, **kwargs)
         logits = self.decoder(tokens, visible, masked, time, **kwargs)
         logits = logits.reshape(batch, time, masked.shape[1], -1)  # (batch, time, masked, patch)
 
@@ -1471,7 +1478,7 @@ class ViViTForPreTraining(ViViTPreTrainedModel):
 
 
 def infer_problem_type(labels: torch.Tensor, num_labels: int, has_groups: bool = False) -> str:
-    """Infer the `problem_type` as transformers does: one output is a regression, whole numbers are classes."""
+    """Infer `problem_type` as transformers does: regression if there is one output, classes if labels are integers."""
     if has_groups:
         return "single_label_classification"
     if num_labels == 1:
@@ -1487,7 +1494,7 @@ def video_classification_loss(
     group_sizes: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """
-    Mean loss per example (single label) or per element (multi-label, regression), in float32 or wider.
+    Return the mean loss per example (single label) or per element (multi-label, regression), in float32 or wider.
 
     | `problem_type` | `labels` | loss |
     | --- | --- | --- |
@@ -1498,15 +1505,16 @@ def video_classification_loss(
 
     Args:
         logits: (batch, num_labels).
-        num_items_in_batch: divisor of the sum, in place of this batch's own count: the label elements of all batches
-            of one optimiser step, as `transformers.Trainer` counts them. With soft labels that is num_labels elements
-            per example, which is corrected here.
-        group_sizes: several classifications side by side in the logits (`ViViTConfig.label_groups`). Labels are then
-            (batch, groups) whole numbers, each counted from 0 within its group, or (batch, num_labels) floats that sum
-            to 1 in each group; the loss is the mean over the groups, as in the official code.
+        num_items_in_batch: number to divide the sum of losses by, instead of the count of this batch: the label
+            elements of all batches of one optimiser step, as `transformers.Trainer` counts them. It counts num_labels
+            elements per example with soft labels, which is corrected here.
+        group_sizes: sizes of several classifications side by side in the logits (`ViViTConfig.label_groups`). Labels
+            are then (batch, groups) whole numbers, each counted from 0 within its group, or (batch, num_labels) floats
+            that sum to 1 in each group. The loss is the mean over the groups, as in the official code.
 
     Raises:
-        ValueError: if the shapes of labels and logits do not match.
+        ValueError: if the shapes of labels and logits do not match, or `problem_type` is unknown or does not allow
+            groups.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     labels = labels.to(logits.device)
@@ -1550,13 +1558,13 @@ def video_classification_loss(
     if num_items_in_batch is None:
         return total / count.clamp(min=1)
     if isinstance(num_items_in_batch, torch.Tensor):
-        # All labels of a step may be ignored because its files cannot be read: the loss is then 0, not 0 / 0.
+        # If no file of a step can be read, all its labels are ignored: the loss is then 0, not 0 / 0.
         num_items_in_batch = num_items_in_batch.to(total.device).clamp(min=1)
     return total / num_items_in_batch
 
 
 def _fit(labels: torch.Tensor, shape: torch.Size, logits: torch.Tensor, problem_type: str) -> torch.Tensor:
-    """Return labels in `shape`, allowing only for a missing or extra last axis of 1: broadcasting hides mistakes."""
+    """Return labels in `shape`; only a last axis of 1 may be missing or extra, as broadcasting would hide mistakes."""
     trimmed, expected = ([*s, 1] if len(s) == 1 else [*s] for s in (labels.shape, shape))
     if trimmed != expected:
         raise ValueError(
