@@ -1,7 +1,7 @@
 """
 How fast the models are: against the machine's own matrix products, and against the peers, all in one run.
 
-    python benchmarks/run.py --quick            every figure that has a target, 11 minutes on 2 cores
+    python benchmarks/run.py --quick            every figure that has a target, 25 minutes on 2 cores
     python benchmarks/run.py                    all of it, with batches, frames and resolutions
     python benchmarks/run.py --device cuda      the same on a GPU
     python benchmarks/run.py --smoke            tiny sizes, a minute: shows that it runs, and measures nothing
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cheaper import measure_cheaper
 from figures import draw_figures
 from measuring import (
     Row,
@@ -46,8 +47,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification, demo_model_path
-from vivit_hf.inference import decreasing_schedule, optimize
-from vivit_hf.inference.onednn import has_bfloat16_units, has_vnni
+from vivit_hf.inference import optimize
+from vivit_hf.inference.onednn import has_bfloat16_units
 
 
 VARIANTS = {
@@ -70,13 +71,6 @@ SPEED_TARGETS = {("float32", "Model 1"): 1.35, ("bfloat16", "Model 1"): 1.55, ("
 SHARE_TARGETS = {
     "float32": dict.fromkeys(VARIANTS, 0.85),
     "bfloat16": {"Model 1": 0.71, "Model 2": 0.85, "Model 3": 0.87, "Model 4": 0.88},
-}
-# Over the exact model, optimised, in the same dtype.
-CHEAPER_TARGETS = {
-    **{("bfloat16", name, "int8"): 1.2 if name == "Model 1" else 1.5 for name in VARIANTS},
-    ("bfloat16", "Model 1", "merging 300"): 2.2,
-    ("float32", "Model 1", "merging 300"): 2.2,
-    ("bfloat16", "Model 1", "int8, merging 300"): 2.5,
 }
 MEMORY_TARGETS = {"Model 1": 450, "Model 2": 300, "Model 3": 300, "Model 4": 300}  # MB at batch 1, float32
 
@@ -233,55 +227,6 @@ def add_line(
         is_peer = batch == 1 and other != "the plain copy"
         target = speed_targets.get((word, name)) if is_peer else None
         bench.add(at_least(f"{what}, speed over {other}", median_ratio(seconds[other], seconds[line]), "x", target))
-
-
-def cheaper_ways(bench: Bench, name: str, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """Return the arguments of `optimize` that change outputs, by the words for them in the table."""
-    layers = bench.config(name).num_hidden_layers
-    counts = {"Model 1": (150, 300), "Model 2": (4, 8, 12, 16)}.get(name, ())
-    ways: dict[str, dict[str, Any]] = {f"merging {count}": {"merge_tokens": count} for count in counts}
-    for count in counts[:2]:
-        ways[f"merging {count}, decreasing"] = {"merge_tokens": decreasing_schedule(count, layers)}
-    if has_vnni() and bench.device.type == "cpu" and dtype == torch.bfloat16:
-        both = f"merging {counts[1]}" if counts else None
-        ways["int8"] = {"int8": True}
-        if both is not None:
-            ways[f"int8, {both}"] = {"int8": True, **ways[both]}
-    return ways
-
-
-def measure_cheaper(bench: Bench) -> None:
-    """
-    Measure what is faster for other outputs against the exact optimised model.
-
-    The weights are random, which says nothing about the outputs: this measures the speed alone.
-    """
-    dtypes = [torch.bfloat16, torch.float32]
-    if bench.device.type == "cpu" and not has_bfloat16_units() and not bench.is_smoke:
-        dtypes.remove(torch.bfloat16)
-        bench.skipped.append("cheaper in bfloat16: this CPU has no units for it")
-    for dtype in dtypes:
-        for name in VARIANTS:
-            if ways := cheaper_ways(bench, name, dtype):
-                _measure_ways(bench, name, dtype, ways)
-
-
-def _measure_ways(bench: Bench, name: str, dtype: torch.dtype, ways: dict[str, dict[str, Any]]) -> None:
-    word, jobs = str(dtype).removeprefix("torch."), dict[str, Callable[[], Any]]()
-    clip = bench.clips(bench.config(name), dtype)
-    for way, options in {"exact": {}, **ways}.items():
-        model = bench.model(name, dtype)
-        optimize(model, **options, calibration=[clip] if "int8" in options else None)
-        jobs[way] = lambda model=model: model(clip).logits
-    with torch.inference_mode():
-        seconds = bench.timed(jobs)
-    for way in jobs:
-        what = f"{word}, batch 1: {name}, {way}"
-        bench.add(at_most(f"{what}: latency", statistics.median(seconds[way]) * 1000, "ms", None))
-        if way != "exact":
-            target = CHEAPER_TARGETS.get((word, name, way))
-            ratio = median_ratio(seconds["exact"], seconds[way])
-            bench.add(at_least(f"{what}: speed over exact", ratio, "x", target))
 
 
 def training_step(model: torch.nn.Module, clips: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
@@ -526,7 +471,7 @@ SECTIONS: dict[str, Callable[[Bench, Path], None]] = {
     "start": measure_start,
     "float32": lambda bench, _: measure_inference(bench, torch.float32),
     "bfloat16": lambda bench, _: measure_inference(bench, torch.bfloat16),
-    "cheaper": lambda bench, _: measure_cheaper(bench),
+    "cheaper": lambda bench, _: measure_cheaper(bench, VARIANTS),
     "memory": lambda bench, _: measure_memory(bench),
     "training": lambda bench, _: measure_training(bench),
     "batches": lambda bench, _: measure_inference(bench, torch.float32, batch=4),

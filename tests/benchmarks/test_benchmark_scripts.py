@@ -116,6 +116,7 @@ def test_what_is_cheaper_is_measured_against_the_exact_model(tmp_path):
     for dtype in ("bfloat16", "float32"):
         for way in ("Model 1, merging 300", "Model 1, merging 150, decreasing", "Model 2, merging 8"):
             assert {f"{dtype}, batch 1: {way}: {what}" for what in ("latency", "speed over exact")} <= set(names)
+    assert "bfloat16, batch 1: Model 1, merging 300: speed over transformers' Vivit in float32" in names
 
 
 def test_a_file_that_cannot_be_written_is_said_before_anything_is_measured(tmp_path):
