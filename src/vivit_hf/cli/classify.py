@@ -39,7 +39,7 @@ def classify(
     Example: vivit-hf classify holiday.mp4 clips/ --model google/vivit-b-16x2-kinetics400
     """
     from ..data.labels import LabelMap
-    from ..inference.prediction import predict_each
+    from ..inference.prediction import predict_each, prediction_row
     from ..inference.views import describe_views
     from ..video_sources import source_name
 
@@ -56,14 +56,7 @@ def classify(
     rows: list[dict[str, Any]] = []
     begin = time.perf_counter()
     for prediction in track(_checked(found), len(files), "classifying", not as_json):
-        row: dict[str, Any] = {"file": source_name(files[prediction.index])}
-        if prediction.error is not None:
-            row["error"] = prediction.error
-        else:
-            row["predictions"] = [
-                {"label": label, "score": round(score, 4), **({"group": group} if group else {})}
-                for group, label, score in label_map.ranked(prediction.probabilities, top_k)
-            ]
+        row = prediction_row(source_name(files[prediction.index]), prediction, label_map, top_k)
         rows.append(row)
         if as_json:
             echo_json(row)

@@ -1,6 +1,6 @@
 """Classify video files: decode the views of each file once, in worker processes, and average their scores."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from ..data.labels import LabelMap, to_probabilities
 from ..video_processing_vivit import ViViTVideoProcessor
 from .finite_outputs import check_finite
-from .view_batches import each_or_error, run_on_views
+from .view_batches import Views, compute_on_views, each_or_error, run_on_views
 from .views import average_views, predict_views
 
 
@@ -59,18 +59,58 @@ def predict_videos(
         NonFiniteError: if scores are NaN or infinite.
     """
     label_map = LabelMap.from_config(model.config)
+    compute = _averaged_logits(model, label_map, averaging, batch_size)
+    settings = {"num_clips": num_clips, "num_crops": num_crops, "batch_size": batch_size, "num_workers": num_workers}
+    for views, row in run_on_views(model, processor, videos, compute, **settings):
+        yield _prediction(views, row, label_map)
+
+
+def predict_decoded(model: Any, items: Sequence[Views], batch_size: int = 8) -> list[VideoPrediction]:
+    """
+    Classify videos whose views are decoded, together, as `predict_videos` does. The model is optimised already.
+
+    Raises:
+        ValueError: if the model does not accept the clips.
+        NonFiniteError: if scores are NaN or infinite.
+    """
+    label_map = LabelMap.from_config(model.config)
+    rows = compute_on_views(model, items, _averaged_logits(model, label_map, "probabilities", batch_size))
+    return [_prediction(views, row, label_map) for views, row in zip(items, rows, strict=True)]
+
+
+def prediction_row(file: str, prediction: VideoPrediction, label_map: LabelMap, top_k: int) -> dict[str, Any]:
+    """Return a prediction for JSON: {"file", "predictions": [{"label", "score"}]}, also "group"; or {"file", "error"}.
+
+    Args:
+        file: the name of the video.
+        top_k: labels to name, in each group.
+    """
+    if prediction.probabilities is None:
+        return {"file": file, "error": prediction.error}
+    predictions = [
+        {"label": label, "score": round(score, 4), **({"group": group} if group else {})}
+        for group, label, score in label_map.ranked(prediction.probabilities, top_k)
+    ]
+    return {"file": file, "predictions": predictions}
+
+
+def _averaged_logits(
+    model: Any, label_map: LabelMap, averaging: str, batch_size: int
+) -> Callable[[torch.Tensor, np.ndarray], torch.Tensor]:
+    """Return a function for `compute_on_views`: the logits of each video, averaged over its views."""
 
     def compute(pixel_values: torch.Tensor, frame_ids: np.ndarray) -> torch.Tensor:
         logits = predict_views(model, pixel_values, batch_size, frame_ids)
         check_finite(logits, model, pixel_values)
         return average_views(logits, label_map, averaging)
 
-    settings = {"num_clips": num_clips, "num_crops": num_crops, "batch_size": batch_size, "num_workers": num_workers}
-    for views, row in run_on_views(model, processor, videos, compute, **settings):
-        if row is None:
-            yield VideoPrediction(views.index, error=views.error)
-        else:
-            yield VideoPrediction(views.index, row.numpy(), to_probabilities(row, label_map).numpy())
+    return compute
+
+
+def _prediction(views: Views, row: torch.Tensor | None, label_map: LabelMap) -> VideoPrediction:
+    if row is None:
+        return VideoPrediction(views.index, error=views.error)
+    return VideoPrediction(views.index, row.numpy(), to_probabilities(row, label_map).numpy())
 
 
 def predict_each(

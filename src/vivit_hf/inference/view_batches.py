@@ -44,12 +44,23 @@ class _Videos(Dataset):
         return len(self.videos)
 
     def __getitem__(self, index: int) -> Views:
-        video = self.videos[index]
-        try:
-            features = self.processor(video() if callable(video) else video, **self.views)
-        except (VideoDecodingError, OSError, ValueError) as error:
-            return Views(index, error=str(error))
-        return Views(index, features["pixel_values"], features.frame_ids, features.frame_times)
+        return decode_views(self.processor, self.videos[index], index, **self.views)
+
+
+def decode_views(processor: ViViTVideoProcessor, video: Any, index: int = 0, **settings: Any) -> Views:
+    """
+    Return the views of a video, or the reason why it has none.
+
+    Args:
+        video: an input of the processor, or a function without arguments that returns one.
+        index: the place of the video in the input.
+        settings: `num_clips`, `num_crops` and other overrides of the processor.
+    """
+    try:
+        features = processor(video() if callable(video) else video, **settings)
+    except (VideoDecodingError, OSError, ValueError) as error:
+        return Views(index, error=str(error))
+    return Views(index, features["pixel_values"], features.frame_ids, features.frame_times)
 
 
 def run_on_views(
@@ -85,17 +96,30 @@ def run_on_views(
     )
     with optimized(model):
         for items in loader:
-            good = [one for one in items if one.pixel_values is not None]
-            # Without a crop, videos can differ in size.
-            is_one_size = len({one.pixel_values.shape for one in good}) == 1
-            rows: list[torch.Tensor] = []
-            with torch.inference_mode():
-                for group in [good] if is_one_size else [[one] for one in good]:
-                    pixel_values = torch.stack([one.pixel_values for one in group]).to(model.device, model.dtype)
-                    rows += compute(pixel_values, np.stack([one.frame_ids for one in group])).cpu()
-            remaining = iter(rows)
-            for one in items:
-                yield one, None if one.pixel_values is None else next(remaining)
+            yield from zip(items, compute_on_views(model, items, compute), strict=True)
+
+
+def compute_on_views(
+    model: Any, items: Sequence[Views], compute: Callable[[torch.Tensor, np.ndarray], torch.Tensor]
+) -> list[torch.Tensor | None]:
+    """
+    Return what `compute` returns for each video, None for one without views; the videos are computed together.
+
+    Args:
+        model, compute: see `run_on_views`.
+    """
+    good: list[tuple[torch.Tensor, Any]] = [
+        (one.pixel_values, one.frame_ids) for one in items if one.pixel_values is not None
+    ]
+    # Without a crop, videos can differ in size.
+    is_one_size = len({pixel_values.shape for pixel_values, _ in good}) == 1
+    rows: list[torch.Tensor] = []
+    with torch.inference_mode():
+        for group in [good] if is_one_size else [[one] for one in good]:
+            pixel_values = torch.stack([one for one, _ in group]).to(model.device, model.dtype)
+            rows += compute(pixel_values, np.stack([ids for _, ids in group])).cpu()
+    remaining = iter(rows)
+    return [None if one.pixel_values is None else next(remaining) for one in items]
 
 
 def each_or_error(
