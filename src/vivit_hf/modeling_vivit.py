@@ -58,8 +58,8 @@ def check_pixel_values(pixel_values: torch.Tensor, config: ViViTConfig, any_size
     if any_size:
         if any(side < patch for side, patch in zip(actual, config.tubelet_size, strict=True)):
             raise ValueError(
-                f"A clip of {actual} (frames, height, width) has no whole patch of {config.tubelet_size}. Use "
-                "a longer or larger clip."
+                f"A clip of {actual} (frames, height, width) has no whole patch of {tuple(config.tubelet_size)}. Use a "
+                "longer or larger clip."
             )
     elif actual != expected:
         raise ValueError(
@@ -75,8 +75,8 @@ def check_values(pixel_values: torch.Tensor, config: ViViTConfig) -> None:
         raise ValueError(f"`pixel_values` must be (batch, frames, channels, height, width), but got {got}.")
     if not pixel_values.is_floating_point():
         raise ValueError(
-            f"`pixel_values` of {pixel_values.dtype} look like raw frames; the model takes floats in [-1, 1], as "
-            "ViViTVideoProcessor returns them."
+            f"`pixel_values` of {pixel_values.dtype} look like raw frames; the model expects floats in [-1, 1]. Use "
+            "ViViTVideoProcessor, which returns them."
         )
     if pixel_values.shape[0] == 0:
         raise ValueError(f"`pixel_values` of shape {tuple(pixel_values.shape)} hold no clip; expected at least one.")
@@ -565,8 +565,8 @@ def proportional_attention_bias(sizes: torch.Tensor, dtype: torch.dtype, impleme
     """
     if implementation not in BIASED_ATTENTION:
         raise ValueError(
-            f"`attn_implementation={implementation!r}` takes no bias of the scores, which merged tokens need. Call "
-            "`model.set_attn_implementation('sdpa')`, or use the model without `merge_tokens`."
+            f"`attn_implementation={implementation!r}` cannot add the bias to the attention scores that merged tokens "
+            "need. Call `model.set_attn_implementation('sdpa')`, or use the model without `merge_tokens`."
         )
     return sizes.to(torch.promote_types(dtype, torch.float32)).log().to(dtype)[:, None, None]
 
@@ -1345,14 +1345,14 @@ class ViViTDecoder(nn.Module):
 
 
 def _encode_visible_spatio_temporal(
-    vivit: ViViTModel, tokens: torch.Tensor, class_token: torch.Tensor | None, **kwargs: Unpack[ViViTKwargs]
+    vivit: ViViTModel, tokens: torch.Tensor, prefix_tokens: torch.Tensor | None, **kwargs: Unpack[ViViTKwargs]
 ) -> torch.Tensor:
     """Model 1: (batch, time, visible, hidden) -> (batch, prefix + time * visible, hidden)."""
-    return vivit.encode_spatio_temporal(tokens, class_token, **kwargs)[0]
+    return vivit.encode_spatio_temporal(tokens, prefix_tokens, **kwargs)[0]
 
 
 def _encode_visible_factorised_encoder(
-    vivit: ViViTModel, tokens: torch.Tensor, class_token: torch.Tensor | None, **kwargs: Unpack[ViViTKwargs]
+    vivit: ViViTModel, tokens: torch.Tensor, prefix_tokens: torch.Tensor | None, **kwargs: Unpack[ViViTKwargs]
 ) -> torch.Tensor:
     """
     Model 2: (batch, time, visible, hidden) -> (batch * time, 1 + visible, hidden).
@@ -1360,7 +1360,7 @@ def _encode_visible_factorised_encoder(
     The first token is the temporal encoder's output for the step, the only connection to the other steps.
     """
     batch, time, visible, _ = tokens.shape
-    frames = vivit.encode_frames(tokens, class_token, **kwargs)  # (batch * time, prefix + visible, hidden)
+    frames = vivit.encode_frames(tokens, prefix_tokens, **kwargs)  # (batch * time, prefix + visible, hidden)
     steps = vivit.pool(frames).unflatten(0, (batch, time))  # (batch, time, hidden)
     steps = vivit.encode_time(steps, **kwargs)[0][:, -time:]  # (batch, time, hidden), without the class token
     return torch.cat([steps.flatten(0, 1).unsqueeze(1), frames[:, -visible:]], dim=1)
@@ -1460,10 +1460,10 @@ class ViViTForPreTraining(ViViTPreTrainedModel):
             )
         visible, masked = split_places(bool_masked_pos)
         # (batch, time, visible, hidden)
-        tokens, class_token = self.vivit.embeddings(pixel_values, interpolate_pos_encoding, visible)
+        tokens, prefix_tokens = self.vivit.embeddings(pixel_values, interpolate_pos_encoding, visible)
         encode_visible = VISIBLE_ENCODERS[self.config.attention_type]
         # (sequences, context + visible tokens, hidden)
-        tokens = encode_visible(self.vivit, tokens, class_token, **kwargs)
+        tokens = encode_visible(self.vivit, tokens, prefix_tokens, **kwargs)
         logits = self.decoder(tokens, visible, masked, time, **kwargs)
         logits = logits.reshape(batch, time, masked.shape[1], -1)  # (batch, time, masked, patch)
 

@@ -428,7 +428,7 @@ def test_raw_frames_lists_and_nothing_are_errors(model):
 
 
 def test_interpolation_does_not_excuse_a_clip_without_a_whole_patch(model):
-    with pytest.raises(ValueError, match=r"clip of \(1, 24, 40\).*no whole patch of \[2, 8, 8\]"):
+    with pytest.raises(ValueError, match=r"clip of \(1, 24, 40\).*no whole patch of \(2, 8, 8\)"):
         model(torch.zeros(2, 1, 3, 24, 40), interpolate_pos_encoding=True)
     with pytest.raises(ValueError, match=r"clip of \(8, 7, 40\)"):
         model(torch.zeros(2, 8, 3, 7, 40), interpolate_pos_encoding=True)
