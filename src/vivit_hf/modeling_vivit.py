@@ -98,16 +98,13 @@ def check_frame_size(frames: torch.Tensor, config: ViViTConfig) -> None:
         )
 
 
-def _check_steps(steps: torch.Tensor, pixel_values: torch.Tensor | None, config: ViViTConfig) -> None:
+def _check_has_steps(config: ViViTConfig) -> None:
+    """Raise ValueError unless the model is Model 2."""
     if config.attention_type != "factorised_encoder":
         raise ValueError(
-            f"`steps` are the tokens between the encoders of Model 2; a model with `attention_type="
-            f"{config.attention_type!r}` takes `pixel_values`."
+            "Steps are the tokens between the two encoders of Model 2 (`attention_type='factorised_encoder'`); a model "
+            f"with `attention_type={config.attention_type!r}` takes `pixel_values`."
         )
-    if pixel_values is not None:
-        raise ValueError("Both `pixel_values` and `steps` were given; expected one of them.")
-    if steps.ndim != 3 or steps.shape[2] != config.hidden_size:
-        raise ValueError(f"`steps` must be (batch, time, {config.hidden_size}), got {tuple(steps.shape)}.")
 
 
 class ViViTKwargs(TransformersKwargs, total=False):  # type: ignore[call-arg]
@@ -131,7 +128,8 @@ def _check_arguments(kwargs: dict[str, Any]) -> None:
         if value is not None and name not in _KNOWN_ARGUMENTS:
             raise TypeError(
                 f"forward() got an unexpected argument {name!r}. A ViViT takes `pixel_values`, "
-                "`interpolate_pos_encoding`, `labels` (with a classifier), and what transformers passes to every model."
+                "`interpolate_pos_encoding`, `labels` and `steps` (with a classifier), `bool_masked_pos` (in "
+                "pretraining), and the arguments that transformers passes to every model."
             )
 
 
@@ -1097,8 +1095,10 @@ class ViViTModel(ViViTPreTrainedModel):
         Steps do not depend on each other, so they can be cached and recombined (`classify_steps`).
 
         Raises:
-            ValueError: if the frames do not have the configured size, or are fewer than one tubelet.
+            ValueError: if the model is not Model 2, or if the frames do not have the configured size or are fewer than
+                one tubelet.
         """
+        _check_has_steps(self.config)
         check_frame_size(pixel_values, self.config)
         return self.encode_space(*self.embeddings(pixel_values, interpolate_pos_encoding=True))
 
@@ -1174,14 +1174,17 @@ class ViViTForVideoClassification(ViViTPreTrainedModel):
             with `steps`).
 
         Raises:
-            ValueError: if `steps` come with `pixel_values`, do not have this shape, or the model is not Model 2.
+            ValueError: if `steps` come with `pixel_values`, have another shape, or the model is not Model 2.
+            TypeError: for an unknown argument.
         """
         kwargs["output_last_hidden_state"] = False
         if steps is None:
             outputs = self.vivit(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
             logits = self.classifier(outputs.pooler_output)
         else:
-            _check_steps(steps, pixel_values, self.config)
+            _check_arguments(kwargs)
+            if pixel_values is not None:
+                raise ValueError("Both `pixel_values` and `steps` were given; expected one of them.")
             outputs, logits = BaseModelOutputWithPooling(), self.classify_steps(steps)
         loss, groups = None, self.config.label_groups
         if labels is not None:
@@ -1194,7 +1197,15 @@ class ViViTForVideoClassification(ViViTPreTrainedModel):
         )
 
     def classify_steps(self, steps: torch.Tensor) -> torch.Tensor:
-        """Model 2: (batch, time, hidden), as `vivit.encode_steps` returns them, -> logits (batch, num_labels)."""
+        """
+        Model 2: (batch, time, hidden), as `vivit.encode_steps` returns them -> logits (batch, num_labels).
+
+        Raises:
+            ValueError: if the model is not Model 2, or `steps` have another shape.
+        """
+        _check_has_steps(self.config)
+        if steps.ndim != 3 or steps.shape[2] != self.config.hidden_size:
+            raise ValueError(f"`steps` must be (batch, time, {self.config.hidden_size}), got {tuple(steps.shape)}.")
         _, pooled = self.vivit.encode_time(steps.to(self.dtype), output_last_hidden_state=False)
         return self.classifier(self.vivit.represent(pooled))
 

@@ -11,7 +11,7 @@ import torch
 from finetune_runs import losses, run, settings_for, write_data
 from moving_shapes import write_moving_shapes
 from safetensors.torch import load_file
-from tiny_models import make_model, tiny_config
+from tiny_models import ATTENTION_TYPES, make_clips, make_model, tiny_config
 from video_files import moving_frames, write_video
 
 from vivit_hf import ViViTVideoProcessor
@@ -396,8 +396,18 @@ def test_classifier_takes_steps_in_place_of_pixels():
         model(clips, steps=steps)
     with pytest.raises(ValueError, match=r"`steps` must be \(batch, time, 32\), got \(4, 32\)"):
         model(steps=steps[0])
-    with pytest.raises(ValueError, match="takes `pixel_values`"):
-        make_model(tiny_config("spatio_temporal"))(steps=steps)
+    with pytest.raises(TypeError, match="unexpected argument 'foo'"):
+        model(steps=steps, foo=1)
+
+
+@pytest.mark.parametrize("attention_type", [one for one in ATTENTION_TYPES if one != "factorised_encoder"])
+def test_steps_of_other_models_are_an_error_at_every_entry(attention_type):
+    model, steps = make_model(tiny_config(attention_type)), torch.randn(2, 4, 32)
+    clips = make_clips(model.config)
+    encode = model.vivit.encode_steps
+    for call in (lambda: model(steps=steps), lambda: model.classify_steps(steps), lambda: encode(clips)):
+        with pytest.raises(ValueError, match=f"Model 2 .* `attention_type='{attention_type}'` takes `pixel_values`"):
+            call()
 
 
 def test_unreadable_views_raise_what_a_damaged_video_raises(files, frozen_model, tmp_path):
