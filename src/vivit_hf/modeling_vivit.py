@@ -1239,10 +1239,13 @@ def random_tube_masks(
         bool (batch, space), True where masked.
 
     Raises:
-        ValueError: if a time step has a single place.
+        ValueError: if a time step has fewer than two places.
     """
     if space < 2:
-        raise ValueError("A time step has a single tubelet, which cannot be masked and visible: use smaller tubelets.")
+        raise ValueError(
+            f"A time step must have at least two tubelets, a masked and a visible one, but got {space}: use smaller "
+            "tubelets or larger frames."
+        )
     num_masked = min(max(int(mask_ratio * space), 1), space - 1)
     return torch.rand(batch, space, generator=generator, device=device).argsort(dim=1) < num_masked
 
@@ -1456,7 +1459,7 @@ class ViViTForPreTraining(ViViTPreTrainedModel):
             TypeError: for an unknown argument.
         """
         _check_arguments(kwargs)
-        check_values(pixel_values, self.config)
+        check_pixel_values(pixel_values, self.config, interpolate_pos_encoding)
         for name in ("output_attentions", "output_hidden_states"):
             kwargs.setdefault(name, getattr(self.config, name))
         batch, frames, _, height, width = pixel_values.shape

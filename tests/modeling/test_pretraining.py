@@ -272,6 +272,14 @@ def test_other_clip_sizes_can_be_pretrained_on():
     assert outputs.logits.shape[:3] == (2, 6, int(0.9 * 16))
 
 
+def test_clips_of_another_size_are_errors_that_name_the_sizes():
+    model = make_model(tiny_config("factorised_encoder"), ViViTForPreTraining)
+    with pytest.raises(ValueError, match=r"expects clips of \(8, 24, 40\) .*, but got \(8, 8, 8\)"):
+        model(make_clips(model.config, image_size=(8, 8)))
+    with pytest.raises(ValueError, match=r"\(8, 7, 40\) .* has no whole patch of \(2, 8, 8\)"):
+        model(make_clips(model.config, image_size=(7, 40)), interpolate_pos_encoding=True)
+
+
 def test_hidden_states_and_attentions_end_with_those_of_the_decoder():
     model = make_model(tiny_config("factorised_encoder"), ViViTForPreTraining)
     outputs = model(
