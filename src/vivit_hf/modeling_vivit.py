@@ -1175,6 +1175,7 @@ class ViViTForVideoClassification(ViViTPreTrainedModel):
 
         Raises:
             ValueError: if `steps` come with `pixel_values`, have another shape, or the model is not Model 2.
+            ValueError: if `labels` do not fit the logits, or the model has no classifier (`num_labels=0`).
             TypeError: for an unknown argument.
         """
         kwargs["output_last_hidden_state"] = False
@@ -1188,6 +1189,8 @@ class ViViTForVideoClassification(ViViTPreTrainedModel):
             outputs, logits = BaseModelOutputWithPooling(), self.classify_steps(steps)
         loss, groups = None, self.config.label_groups
         if labels is not None:
+            if not self.config.num_labels:
+                raise ValueError("`labels` need a classifier, but `num_labels=0`; load the model with `num_labels`.")
             if self.config.problem_type is None:  # kept, as in transformers: pipelines choose the activation by it
                 self.config.problem_type = infer_problem_type(labels, self.config.num_labels, groups is not None)
             sizes = None if groups is None else tuple(groups.values())

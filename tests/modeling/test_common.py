@@ -212,6 +212,8 @@ def test_num_labels_0(config, clips, tmp_path):
     assert again.config.num_labels == 0
     torch.testing.assert_close(again(clips).logits, model(clips).logits)
     assert ViViTForVideoClassification.from_pretrained(tmp_path, num_labels=4)(clips).logits.shape == (2, 4)
+    with pytest.raises(ValueError, match="`labels` need a classifier, but `num_labels=0`"):
+        again(clips, labels=torch.tensor([0, 1]))
 
 
 def test_a_classifier_can_be_taken_off_while_loading(config, clips, tmp_path):
