@@ -17,6 +17,7 @@ from .limits_vivit import (
     check_choice,
     check_clip,
     check_count,
+    check_grouped_labels,
     check_image_size,
     check_label_groups,
     check_labels,
@@ -189,7 +190,8 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
                     f"`num_labels={num_labels}` contradicts a label map of {len(self.id2label)} labels; give one."
                 )
             self.label2id = {label: index for index, label in self.id2label.items()}
-            self.label_groups = groups_in_order(self.label_groups, self.id2label)
+            if self.label_groups is not None:
+                self.label_groups = groups_in_order(self.label_groups, self.id2label)
         elif self.label_groups is not None:
             kwargs.setdefault("num_labels", sum(self.label_groups.values()))
         super().__post_init__(**kwargs)
@@ -285,7 +287,8 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
         """Part of `@strict`: raise ValueError for a combination of values that no model can have."""
         self._fill_in_defaults()
         self._check_sizes()
-        self._check_label_groups()
+        if self.label_groups is not None:
+            check_grouped_labels(self.label_groups, self.id2label, self.problem_type)
         check_limit("parameters", self._num_parameters(), MOST_PARAMETERS)
         self._check_heads()
         if self.is_token_grid and self.pooling == "cls":
@@ -369,21 +372,6 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
             raise ValueError(
                 "`temporal_pooling='cls'` needs a temporal encoder, whose class token it pools, but "
                 "`num_temporal_layers=0`; use 'mean' or another pooling, or add temporal layers."
-            )
-
-    def _check_label_groups(self) -> None:
-        if self.label_groups is None:
-            return
-        total = sum(self.label_groups.values())
-        if self.num_labels != total:
-            raise ValueError(
-                f"`label_groups={self.label_groups}` are {total} labels, but there are {self.num_labels} "
-                "(`num_labels`, or the label map)."
-            )
-        if self.problem_type not in (None, "single_label_classification"):
-            raise ValueError(
-                f"`problem_type={self.problem_type!r}` does not go with `label_groups`: each group is a single-label "
-                "classification."
             )
 
     def _num_parameters(self) -> int:

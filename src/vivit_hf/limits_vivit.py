@@ -215,12 +215,31 @@ def check_label_groups(name: str, value: Any) -> dict[str, int]:
     return value
 
 
-def groups_in_order(groups: dict[str, int] | None, id2label: dict[int, str]) -> dict[str, int] | None:
+def groups_in_order(groups: dict[str, int], id2label: dict[int, str]) -> dict[str, int]:
     """Sort groups by their labels if these are named "group: label": config.json has groups in alphabetical order."""
-    if groups is None:
-        return None
     first = {group: min([i for i in id2label if id2label[i].startswith(f"{group}: ")], default=-1) for group in groups}
     return groups if -1 in first.values() else {group: groups[group] for group in sorted(groups, key=first.__getitem__)}
+
+
+def check_grouped_labels(groups: dict[str, int], id2label: dict[int, str], problem_type: str | None) -> None:
+    """Raise ValueError unless the groups fit the labels and the kind of problem, and keep their order when saved."""
+    total = sum(groups.values())
+    if len(id2label) != total:
+        raise ValueError(
+            f"`label_groups={groups}` are {total} labels, but there are {len(id2label)} (`num_labels`, or the label "
+            "map). Change one of the two."
+        )
+    loaded = groups_in_order(dict(sorted(groups.items())), id2label)
+    if [*loaded] != [*groups]:
+        raise ValueError(
+            f"`label_groups={groups}` would be loaded in the order {[*loaded]}, as config.json sorts by name. Name the "
+            "labels 'group: label' in `id2label`, or give groups and outputs in alphabetical order."
+        )
+    if problem_type not in (None, "single_label_classification"):
+        raise ValueError(
+            f"`problem_type={problem_type!r}` does not go with `label_groups`: each group is a single-label "
+            "classification. Leave `problem_type` out."
+        )
 
 
 # Fields of dataclasses that check their values

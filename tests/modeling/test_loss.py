@@ -318,6 +318,10 @@ def test_a_model_with_groups_trains_and_is_saved_with_them(tmp_path):
         ),
         ({"label_groups": GROUPS, "num_labels": 6}, "are 7 labels, but there are 6"),
         ({"label_groups": GROUPS, "num_labels": 7, "problem_type": "regression"}, "does not go with `label_groups`"),
+        (
+            {"label_groups": {"verb": 3, "noun": 4}, "num_labels": 7},
+            r"loaded in the order \['noun', 'verb'\].*'group: label'",
+        ),
     ],
 )
 def test_groups_that_cannot_be_are_errors(fields, message):
