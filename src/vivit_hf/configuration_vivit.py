@@ -375,11 +375,13 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
             )
 
     def _num_parameters(self) -> int:
-        """Return the number of parameters of a model, biases and LayerNorms aside."""
+        """Return the number of parameters with classifier and decoder, biases and LayerNorms aside."""
         hidden, inner = self.hidden_size, self.intermediate_size
         time, height, width = self.grid_size
         attentions = 2 if self.attention_type == "factorised_self_attention" else 1
         layers = self.num_hidden_layers * hidden * (4 * attentions * hidden + 2 * inner)
+        decoder, decoder_layers, _ = self.decoder_sizes
+        layers += decoder_layers * decoder * (4 * decoder + 2 * inner * decoder // hidden)
         if self.attention_type == "factorised_encoder":
             inner = self.temporal_intermediate_size or inner
             layers += self.num_temporal_layers * hidden * (4 * hidden + 2 * inner)

@@ -99,6 +99,9 @@ def test_too_many_labels_are_refused_at_once(folder):
 def test_sizes_that_are_each_allowed_are_not_allowed_together():
     with pytest.raises(ValueError, match=r"`parameters=[\d,]+` is too large; the limit is 30,000,000,000"):
         ViViTConfig(hidden_size=16_384, num_attention_heads=128, intermediate_size=65_536, num_hidden_layers=200)
+    decoder = {"decoder_hidden_size": 16_384, "decoder_num_hidden_layers": 200, "decoder_num_attention_heads": 128}
+    with pytest.raises(ValueError, match=r"`parameters=[\d,]+` is too large"):
+        ViViTConfig(**decoder)
     with pytest.raises(ValueError, match=r"give a clip of 4096 frames of 1024 x 1024 pixels"):
         ViViTConfig(num_frames=4096, image_size=1024)
 
