@@ -1574,10 +1574,8 @@ def video_classification_loss(
         )
     if num_items_in_batch is None:
         return total / count.clamp(min=1)
-    if isinstance(num_items_in_batch, torch.Tensor):
-        # If no file of a step can be read, all its labels are ignored: the loss is then 0, not 0 / 0.
-        num_items_in_batch = num_items_in_batch.to(total.device).clamp(min=1)
-    return total / num_items_in_batch
+    # If no file of a step can be read, all its labels are ignored: the loss is then 0, not 0 / 0.
+    return total / torch.as_tensor(num_items_in_batch, device=total.device).clamp(min=1)
 
 
 def _fit(labels: torch.Tensor, shape: torch.Size, logits: torch.Tensor, problem_type: str) -> torch.Tensor:

@@ -140,7 +140,10 @@ def test_mixed_labels_are_mixed_losses(logits):
 @pytest.mark.parametrize("kind", ["single", "multi"])
 def test_a_batch_without_a_single_label_has_no_loss_and_no_gradient(logits, kind):
     problem_type, labels = make_labels(kind)
-    loss = video_classification_loss(logits, torch.full_like(labels, -100), problem_type)
+    ignored = torch.full_like(labels, -100)
+    for items in (0, torch.tensor(0)):
+        assert video_classification_loss(logits, ignored, problem_type, num_items_in_batch=items).item() == 0
+    loss = video_classification_loss(logits, ignored, problem_type)
     assert loss.item() == 0
     assert not torch.autograd.grad(loss, logits)[0].any()
 
