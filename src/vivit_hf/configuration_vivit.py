@@ -460,7 +460,7 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
                 "'vivit'). Convert an image model first with `vivit-hf convert vit`."
             )
         # The user chooses the attention implementation, not the author of a file.
-        return {name: value for name, value in config_dict.items() if name != "attn_implementation"}
+        return {name: value for name, value in config_dict.items() if not name.endswith("attn_implementation")}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -118,8 +118,9 @@ def test_parameters_that_no_file_holds_take_no_memory(folder):
     refused_at_once(lambda: ViViTModel.from_pretrained(folder), "parameters that are not in the checkpoint")
 
 
-def test_what_a_file_says_about_the_computation_is_not_followed(folder):
-    edit(folder / "config.json", attn_implementation="stranger/kernel")
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
+def test_what_a_file_says_about_the_computation_is_not_followed(folder, name):
+    edit(folder / "config.json", **{name: "stranger/kernel"})
     assert ViViTForVideoClassification.from_pretrained(folder).config._attn_implementation == "sdpa"
 
 
