@@ -136,10 +136,15 @@ def plain_decode(source) -> np.ndarray:
 
 def set_rotation(path, degrees_clockwise: int) -> Path:
     """Writes a rotation into the track header of an mp4 file."""
-    data = bytearray(Path(path).read_bytes())
     cos, sin = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees_clockwise]
+    return set_matrix(path, cos, sin, -sin, cos)
+
+
+def set_matrix(path, a: int, b: int, c: int, d: int) -> Path:
+    """Writes into the track header of an mp4 file that pixel (x, y) is shown at (a x + c y, b x + d y)."""
+    data = bytearray(Path(path).read_bytes())
     start = data.index(b"tkhd") + 44  # version, times, track, duration, layer, volume come before the matrix
-    matrix = np.array([cos << 16, sin << 16, 0, -sin << 16, cos << 16, 0, 0, 0, 1 << 30], dtype=">i4")
+    matrix = np.array([a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30], dtype=">i4")
     data[start : start + 36] = matrix.tobytes()
     Path(path).write_bytes(data)
     return Path(path)

@@ -4,7 +4,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,12 +35,45 @@ def _decoded_ahead(frames: Iterator[NumberedFrame]) -> Generator[NumberedFrame, 
             yield frame
 
 
+class Orientation(NamedTuple):
+    """How to show a stored picture: swap its axes, then reverse the order of its rows, and that of its columns."""
+
+    swaps_axes: bool
+    reverses_rows: bool
+    reverses_columns: bool
+
+    @classmethod
+    def of(cls, frame: Any) -> "Orientation":
+        """Read the orientation of a decoded frame from its display matrix, by which a file can also mirror it."""
+        try:
+            # Pixel (x, y) of the stored picture is shown at (a x + c y, b x + d y).
+            a, b, _, c, d = np.frombuffer(frame.side_data["DISPLAYMATRIX"], np.int32)[:5].tolist()
+        except (KeyError, ValueError):  # there is none, or PyAV does not know another kind of the frame's side data
+            a, b, c, d = ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))[round(frame.rotation / 90) % 4]
+        return cls(True, b < 0, c < 0) if abs(b) > abs(a) else cls(False, d < 0, a < 0)
+
+    @property
+    def rotation(self) -> int:
+        """The clockwise rotation in degrees: 0, 90, 180 or 270. A mirrored picture is mirrored left to right first."""
+        return 270 - 180 * self.reverses_columns if self.swaps_axes else 180 * self.reverses_rows
+
+    def turned(self, height: int, width: int) -> tuple[int, int]:
+        """Return the (height, width) of the upright picture from that of the stored one, or the reverse."""
+        return (width, height) if self.swaps_axes else (height, width)
+
+    def upright(self, plane: np.ndarray) -> np.ndarray:
+        """Return an upright view of a stored plane (height, width)."""
+        plane = plane.T if self.swaps_axes else plane
+        return plane[:: -1 if self.reverses_rows else 1, :: -1 if self.reverses_columns else 1]
+
+
 class FrameConverter:
     """Converts decoded frames to arrays, with one scaler for all of them; `num_threads` as for `VideoReader`."""
 
     def __init__(self, num_threads: int):
         self._reformatter = VideoReformatter()
         self._num_threads = num_threads
+        self._orientations: dict[int, Orientation] = {}
 
     def to_rgb(
         self,
@@ -50,7 +83,7 @@ class FrameConverter:
         shape: FrameShape,
     ) -> np.ndarray:
         """
-        Scale, convert, rotate and crop frames.
+        Scale, convert, turn upright and crop frames.
 
         Args:
             frames: every row of the result at least once. If a row comes again, the last one counts.
@@ -65,23 +98,29 @@ class FrameConverter:
         is_alone = self._num_threads == 1 or num_frames == 1
         with contextlib.closing(frames if is_alone else _decoded_ahead(frames)) as frames:
             for row, frame in frames:
-                quarter_turns = round(frame.rotation / 90) % 4  # anticlockwise
+                orientation = self._orientation(frame)
                 if planes is None:
                     # A stream whose pictures change size half-way is scaled to the size in its header.
                     stored = (header[0] or frame.height, header[1] or frame.width)
-                    upright = stored[::-1] if quarter_turns % 2 else stored
+                    upright = orientation.turned(*stored)
                     scaled = size(*upright) if size is not None else upright
                     top, left, height, width = window(*scaled) if window is not None else (0, 0, *scaled)
                     planes = np.empty((num_frames, 3, height, width), dtype=np.uint8)
-                rows, columns = scaled[::-1] if quarter_turns % 2 else scaled
+                rows, columns = orientation.turned(*scaled)
                 for channel, plane in enumerate(self._planes(frame, rows, columns)):
-                    pixels = np.rot90(plane, quarter_turns) if quarter_turns else plane
+                    pixels = orientation.upright(plane)
                     planes[row, channel] = pixels[top : top + height, left : left + width]
         return np.moveaxis(planes, 1, -1)
 
     def one_to_rgb(self, frame: Any, header: tuple[int, int], shape: FrameShape) -> np.ndarray:
-        """Scale, convert, rotate and crop one frame to uint8 RGB (height, width, 3)."""
+        """Scale, convert, turn and crop one frame to uint8 RGB (height, width, 3)."""
         return self.to_rgb((row_and_frame for row_and_frame in ((0, frame),)), 1, header, shape)[0]
+
+    def _orientation(self, frame: Any) -> Orientation:
+        # A frame whose side data was read stays in memory until the garbage collector runs: read one of each angle.
+        if frame.rotation not in self._orientations:
+            self._orientations[frame.rotation] = Orientation.of(frame)
+        return self._orientations[frame.rotation]
 
     def _planes(self, frame: Any, height: int, width: int) -> list[np.ndarray]:
         """Return red, green and blue of a frame, uint8 (height, width) each."""

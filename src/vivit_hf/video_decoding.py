@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .frame_conversion import FrameConverter, FrameSize, FrameWindow, NumberedFrame
+from .frame_conversion import FrameConverter, FrameShape, FrameSize, FrameWindow, NumberedFrame, Orientation
 from .frame_decoders import IndexMismatchError, SeekingDecoder, SequentialDecoder, index_packets
 from .limits_vivit import check_choice
 from .video_container import VideoContainer, named_errors
@@ -191,15 +191,15 @@ class VideoReader:
             frame = next(self._container.frames(self._container.packets()), None)
             if frame is None:
                 raise VideoDecodingError.about(self.name, "no frame of it can be decoded", num_recovered=0)
-            quarter_turns = round(frame.rotation / 90) % 4  # anticlockwise
-            height, width = (frame.width, frame.height) if quarter_turns % 2 else (frame.height, frame.width)
+            orientation = Orientation.of(frame)
+            height, width = orientation.turned(frame.height, frame.width)
             return {
                 "container": self._container.format,
                 "codec": self._container.codec,
                 "pixel_format": frame.format.name,
                 "height": height,
                 "width": width,
-                "rotation": -90 * quarter_turns % 360,
+                "rotation": orientation.rotation,
             }
 
     def verify(self) -> DecodingReport:

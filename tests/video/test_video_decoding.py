@@ -23,7 +23,7 @@ from video_files import (
     http_server,
     moving_frames,
     plain_decode,
-    set_rotation,
+    set_matrix,
     write_kind,
     write_video,
 )
@@ -108,13 +108,23 @@ def test_alpha_and_grey_become_rgb(folder):
         assert np.abs(frames - expected).max() <= 2
 
 
-@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
-def test_rotation_is_applied(degrees, folder):
-    frames = moving_frames()
-    path = write_video(folder / f"turned_{degrees}.mp4", frames)
-    upright = plain_decode(path)
-    set_rotation(path, degrees)
-    expected = np.rot90(upright, -degrees // 90, axes=(1, 2))
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        *((1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)),  # turned by 0, 90, 180, 270 degrees
+        *((-1, 0, 0, 1), (0, 1, 1, 0), (1, 0, 0, -1), (0, -1, -1, 0)),  # mirrored, then turned, as front cameras do
+    ],
+)
+def test_frames_are_turned_and_mirrored_by_the_matrix_of_the_file(matrix, folder):
+    path = write_video(folder / "turned.mp4")
+    stored = plain_decode(path)
+    set_matrix(path, *matrix)
+    a, b, c, d = matrix
+    y, x = np.mgrid[: stored.shape[1], : stored.shape[2]]
+    shown_y, shown_x = b * x + d * y, a * x + c * y
+    shown_y, shown_x = shown_y - shown_y.min(), shown_x - shown_x.min()
+    expected = np.empty((30, shown_y.max() + 1, shown_x.max() + 1, 3), np.uint8)
+    expected[:, shown_y, shown_x] = stored
     sizes = []
 
     def halved(height, width):
@@ -124,6 +134,7 @@ def test_rotation_is_applied(degrees, folder):
     with VideoReader(path) as reader:
         assert np.array_equal(reader.frames_at([3, 7]), expected[[3, 7]])
         assert reader.frames_at([3], size=halved).shape == (1, expected.shape[1] // 2, expected.shape[2] // 2, 3)
+        assert (reader.describe()["height"], reader.describe()["width"]) == expected.shape[1:3]
     assert sizes == [expected.shape[1:3]]
 
 
