@@ -275,6 +275,6 @@ def open_source(source: Any, limits: VideoLimits) -> tuple[BinaryIO, bool]:
         )
     if isinstance(source, io.TextIOBase):
         raise TypeError(f"The file {source_name(source)} is open as text: open it in binary mode, open(path, 'rb').")
-    if hasattr(source, "seekable") and not source.seekable():
+    if not (hasattr(source, "seekable") and source.seekable()):
         return _copy_bounded(getattr(source, "read1", source.read), source_name(source), limits), True
     return source, False
