@@ -36,6 +36,8 @@ PATIENCE = 30.0
 
 _CHUNK_BYTES = 1 << 16
 _REDIRECTS = (301, 302, 303, 307, 308)
+# The answers with all of a file. 206 has a part, although none was asked for.
+_WHOLE = (200, 203)
 _COMPRESSIONS = {"br", "compress", "deflate", "gzip", "x-compress", "x-gzip", "zstd"}
 # Characters that a path or query keeps; "%" because they may be quoted already.
 _SAFE = "!#$%&'()*+,/:;=?@[]~"
@@ -179,6 +181,8 @@ def _reasons(origin: str, deadline: _Deadline) -> Iterator[None]:
         if deadline.is_over():
             raise DownloadLimitError(f"it took longer than download_timeout={deadline.seconds} seconds") from None
         raise DownloadError(f"{origin}the server did not answer for {PATIENCE:g} seconds") from error
+    except ssl.SSLEOFError:
+        raise DownloadError(f"{origin}the server broke off the connection") from None
     except ssl.SSLCertVerificationError as error:
         raise DownloadError(f"{origin}the server's certificate is not valid: {error.verify_message}") from error
     except OSError as error:
@@ -229,7 +233,10 @@ def _connected_to(connection: socket.socket, place: Any, target: _Target, deadli
         connection.connect(place)
         if target.scheme == "https":
             connection.settimeout(deadline.patience())
-            return ssl.create_default_context().wrap_socket(connection, server_hostname=target.host)
+            # A connection that is cut off must not look like the end of a body without a length.
+            return ssl.create_default_context().wrap_socket(
+                connection, server_hostname=target.host, suppress_ragged_eofs=False
+            )
         return connection
     except BaseException:
         connection.close()
@@ -286,7 +293,7 @@ def _next_address(address: str, location: str) -> str:
 
 
 def _copy_body(response: http.client.HTTPResponse, file: BinaryIO, max_bytes: int) -> None:
-    if not 200 <= response.status < 300:
+    if response.status not in _WHOLE:
         raise DownloadError(f"the server answers {response.status} ({_printable(response.reason)})")
     encoding = (response.getheader("Content-Encoding") or "").strip().lower()
     if encoding in _COMPRESSIONS:

@@ -156,6 +156,7 @@ def test_a_body_is_not_decompressed():
         (OK + b"A: b\r\n" * 200 + b"\r\n", "does not speak proper HTTP (HTTPException: got more than 100 headers"),
         (OK + b"A: " + b"b" * 70000 + b"\r\n\r\n", "does not speak proper HTTP (LineTooLong"),
         (b"HTTP/1.1 404 \x1b[31mGo\x07ne\r\nContent-Length: 0\r\n\r\n", r"the server answers 404 (\x1b[31mGo\x07ne)"),
+        (b"HTTP/1.1 206 Partial Content\r\nContent-Length: 4\r\n\r\npart", "the server answers 206 (Partial Content)"),
         (b"HTTP/1.1 304 Not Modified\r\n\r\n", "the server answers 304 (Not Modified)"),
         (b"HTTP/1.1 302 Found\r\n\r\n", "the server answers 302 (Found)"),
         (OK + b"Content-Length: \xb2\r\n\r\n", "it is empty"),
@@ -330,3 +331,20 @@ def test_certificates_are_checked_against_the_name_in_the_address(monkeypatch, v
         error = error_of(address.replace("localhost", "127.0.0.1"))
         assert "the server's certificate is not valid: IP address mismatch" in str(error)
     assert names[:2] == ["localhost", "localhost"] and len(server.requests) == 2
+
+
+def test_a_body_without_a_length_is_whole_only_if_tls_says_that_it_ends(monkeypatch, video_bytes):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(CERTIFICATE)
+    monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
+
+    def ended(connection, _):
+        connection.sendall(OK + b"\r\n" + video_bytes)
+        connection.unwrap()
+
+    with Server(ended, wrap=lambda connection: context.wrap_socket(connection, server_side=True)) as server:
+        address = f"https://localhost:{server.port}/video.mp4"
+        with VideoReader(address, limits=limits()) as reader:
+            assert reader.num_frames == 8
+        server.answer = says(OK + b"\r\n" + video_bytes)
+        assert "the server broke off the connection" in str(error_of(address))
