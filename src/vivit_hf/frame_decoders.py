@@ -69,7 +69,7 @@ class PacketIndex:
 class OutputIndex:
     """The frames of a file by what came out of the decoder when it read the whole file."""
 
-    pts: np.ndarray | None  # (frames,), None if timestamps are missing or unusable
+    pts: np.ndarray | None  # (frames,), never decreasing; None if timestamps are missing or unusable
     frame_of_output: np.ndarray  # (outputs,), sorted: the k-th frame out of the decoder is frame frame_of_output[k]
     is_damaged: np.ndarray  # (outputs,), bool
 
@@ -161,12 +161,13 @@ def index_outputs(
     """
     tainted = tainted_timestamps(sent, corrupt)
     is_damaged = np.array([value in tainted for value in pts])
-    output_pts = np.array([-1 if value is None else value for value in pts], dtype=np.int64)
     frames = np.arange(len(pts))
-    if scanned is None or np.any(np.diff(output_pts) <= 0) or not np.isin(output_pts, scanned).all():
+    if None in pts or np.any(np.array(pts[1:]) < np.array(pts[:-1])):
         return OutputIndex(None, frames, is_damaged)
-    if any(packet.is_rejected for packet in sent):
-        # A frame lost to damage keeps its place, unless a plain decode would begin after it.
+    output_pts = np.array(pts, dtype=np.int64)
+    is_rejected = any(packet.is_rejected for packet in sent)
+    if is_rejected and scanned is not None and np.isin(output_pts, scanned).all() and len(set(pts)) == len(pts):
+        # A frame lost to damage keeps its place if it lies between the first and the last decoded frame.
         frames = np.searchsorted(scanned, output_pts)
         output_pts = scanned[frames[0] : frames[-1] + 1]
         frames = frames - frames[0]
@@ -186,7 +187,8 @@ def _timestamps(container: VideoContainer, pts: np.ndarray | None, num_frames: i
     timestamps = (ticks - ticks[0]) * float(container.stream.time_base or 0)
     # No video waits longer than that for its next frame.
     if pts is None or np.any(np.diff(timestamps) > container.limits.max_duration):
-        rate = container.stream.average_rate or container.stream.guessed_rate or 25
+        # FFmpeg calls the average rate of every raw stream 25; the rate that it guesses is the one in the header.
+        rate = container.stream.guessed_rate or container.stream.average_rate or 25
         timestamps = np.arange(num_frames) / float(rate)
     container.check_limit("max_duration", float(timestamps[-1]))
     return timestamps

@@ -61,6 +61,22 @@ def test_timestamps_are_those_of_the_file(folder):
         assert np.abs(reader.timestamps - (pts - pts[0]) / 1000).max() < 1e-3
 
 
+def test_repeated_timestamps_do_not_change_those_of_other_frames(tmp_path):
+    pts = [*range(0, 400, 40), 500, 500, *range(600, 2200, 200)]
+    path = write_video(tmp_path / "video.mkv", num_frames=20, pts=pts, options={"bf": "0"})
+    with VideoReader(path) as reader:
+        assert np.array_equal(reader.frames_at(range(20)), plain_decode(path))
+        assert np.allclose(reader.timestamps, np.array(pts) / 1000)
+
+
+@pytest.mark.parametrize(("codec", "name"), [("libx264", "raw.h264"), ("libx265", "raw.hevc")])
+def test_streams_without_timestamps_are_timed_by_the_rate_in_their_header(codec, name, tmp_path):
+    options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
+    path = write_video(tmp_path / name, codec=codec, options=options, num_frames=20, rate=50)
+    with VideoReader(path) as reader:
+        assert np.allclose(reader.timestamps, np.arange(20) / 50)
+
+
 def test_sparse_frames_are_reached_by_seeking_and_not_by_decoding_through(video, monkeypatch):
     num_decoded = 0
     plain_frames = VideoContainer.frames
