@@ -235,6 +235,8 @@ class VideoReader:
 
     def _sequential_decoder(self) -> SequentialDecoder:
         decoder = SequentialDecoder(self._container, self.report, self._scanned_pts, self._num_packets)
+            if packet.has_sidedata("encryption_info"):  # decoders would make noise of it, some without an error
+                raise VideoDecodingError.about(self.name, "it is encrypted; decrypt it first", num_recovered=0)
         self.report.num_frames = len(decoder.timestamps)
         return decoder
 

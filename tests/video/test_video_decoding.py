@@ -77,6 +77,14 @@ def test_streams_without_timestamps_are_timed_by_the_rate_in_their_header(codec,
         assert np.allclose(reader.timestamps, np.arange(20) / 50)
 
 
+def test_an_encrypted_file_is_refused_by_name(tmp_path):
+    key = "00112233445566778899aabbccddeeff"
+    encryption = {"encryption_scheme": "cenc-aes-ctr", "encryption_key": key, "encryption_kid": key}
+    path = write_video(tmp_path / "video.mp4", container_options=encryption)
+    with pytest.raises(VideoDecodingError, match=r"video\.mp4: it is encrypted; decrypt it first"):
+        VideoReader(path)
+
+
 def test_sparse_frames_are_reached_by_seeking_and_not_by_decoding_through(video, monkeypatch):
     num_decoded = 0
     plain_frames = VideoContainer.frames
