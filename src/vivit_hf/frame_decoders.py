@@ -1,10 +1,10 @@
 """Decode the frames of a file by index, in two ways.
 
-SeekingDecoder      A scan of the packets, without decoding, gives the timestamps and the keyframes. Reading seeks
+SeekingDecoder      A scan of the packets, without decoding, gives the timestamps and the keyframes. A read seeks
                     to the keyframe before a frame, decodes forward, and checks each frame against the scan.
 SequentialDecoder   If timestamps are missing or repeated, packets and frames are not one to one, the file is
                     damaged, or a check failed: one decode of the whole file, past the packets that the decoder
-                    rejects, gives the frames. Reading decodes from the beginning and counts.
+                    rejects, gives the frames. A read decodes from the beginning and counts.
 """
 
 import logging
@@ -27,8 +27,8 @@ except ImportError:
 
 logger = logging.getLogger(__name__)
 
-# Codecs whose every packet gives one frame and whose keyframes stand on their own: not APNG, where every packet is
-# called a keyframe and depends on the one before, nor QuickTime Animation, where a damaged keyframe shows older pixels.
+# Codecs of which each packet gives one frame, and a keyframe needs no other. Not APNG, whose packets are all marked as
+# keyframes although each needs the one before; nor QuickTime Animation, where a damaged keyframe shows older pixels.
 # Files of any other codec are indexed by decoding them.
 # fmt: off
 _ONE_FRAME_PER_PACKET = {
@@ -36,9 +36,9 @@ _ONE_FRAME_PER_PACKET = {
     "vp8", "vp9",
 }
 # fmt: on
-# Containers that store the timestamps by which frames are recognised when the decoder leaves out others between them.
+# Containers that store timestamps. By these a frame is recognised even if the decoder skipped others before it.
 _TIMED_CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts")
-# Decoding a few more frames is cheaper than a seek.
+# Decoding up to this many frames more is cheaper than a seek.
 _SEEK_GAP = 8
 
 
@@ -60,14 +60,14 @@ class PacketIndex:
         return self.keyframes[np.searchsorted(self.keyframes, frames, side="right") - 1]
 
     def num_frames_on_the_way(self, wanted: np.ndarray) -> int:
-        """Return how many frames to decode for `wanted` (sorted, unique): each from its keyframe or the one before."""
+        """Return how many frames to decode for `wanted` (sorted, unique), each from its keyframe or the one before."""
         first = np.maximum(self.keyframe_before(wanted), np.concatenate([[0], wanted[:-1] + 1]))
         return int((wanted - first + 1).sum())
 
 
 @dataclass
 class OutputIndex:
-    """The frames of a file by what came out of the decoder when it read the whole file."""
+    """The frames of a file by what the decoder gave for the whole file."""
 
     pts: np.ndarray | None  # (frames,), never decreasing; None if timestamps are missing or unusable
     frame_of_output: np.ndarray  # (outputs,), sorted: the k-th frame out of the decoder is frame frame_of_output[k]
@@ -119,7 +119,7 @@ def index_packets(packets: Iterable[Any], codec: str, container: str) -> tuple[n
     is_hidden = False
     for position, packet in enumerate(packets):
         is_hidden = codec in ("vp8", "vp9") and _is_hidden(packet, codec)
-        # Reading does not come to a hidden packet before the first frame, or after the last. Good files have none.
+        # A read would never send a hidden packet before the first frame, or after the last. Good files have none there.
         trusted = trusted and not (is_hidden and position == 0)
         if packet.is_discard or is_hidden:
             continue
@@ -185,7 +185,7 @@ def _timestamps(container: VideoContainer, pts: np.ndarray | None, num_frames: i
     """Return the times of the frames in seconds, from 0, float64 (num_frames,); without `pts` by the frame rate."""
     ticks = np.zeros(1) if pts is None else pts.astype(np.float64)  # differences of absurd integers would overflow
     timestamps = (ticks - ticks[0]) * float(container.stream.time_base or 0)
-    # No video waits longer than that for its next frame.
+    # A gap longer than the longest video is a broken timestamp.
     if pts is None or np.any(np.diff(timestamps) > container.limits.max_duration):
         # FFmpeg calls the average rate of every raw stream 25; the rate that it guesses is the one in the header.
         rate = container.stream.guessed_rate or container.stream.average_rate or 25
@@ -195,7 +195,7 @@ def _timestamps(container: VideoContainer, pts: np.ndarray | None, num_frames: i
 
 
 class SeekingDecoder:
-    """Decodes frames by index from the keyframe before each, checking them against the index of the packets."""
+    """Decode frames by index, each from the keyframe before it, and check them against the index of the packets."""
 
     def __init__(self, container: VideoContainer, index: PacketIndex):
         self._container, self._index = container, index
@@ -205,10 +205,10 @@ class SeekingDecoder:
 
     def reset(self) -> None:
         """
-        Forget the present position.
+        Forget the current position, and the iterator that refers back to this object.
 
-        Its iterator refers to this object. The garbage collector would free a decoder in such a cycle at any time,
-        perhaps in a forked process, where FFmpeg waits forever for threads that exist only in the parent.
+        In such a cycle, a decoder would stay until the garbage collector frees it, perhaps in a forked process, where
+        FFmpeg would wait forever for threads that exist only in the parent.
         """
         self._outputs: Iterator[Any] = iter(())
         self._position = -1  # of the last packet sent, -1 before the first seek
@@ -217,11 +217,11 @@ class SeekingDecoder:
         self._is_draining = False
         self._begun_in: int | None = None  # the opening of the container in which the first frame was decoded
         self._wanted_pts: set[int] | None = None
-        self._call: object = None  # the call of `frames` that the position belongs to
+        self._call: object = None  # the call of `frames` that uses the position
 
     def begin(self) -> bool:
         """
-        Decode the first frame and return whether it is the promised one.
+        Decode the first frame, and return whether it is the promised one.
 
         Packets do not tell whether they can be decoded: they may be encrypted, or may not hold a picture. `frames`
         continues from here, so no frame is decoded twice.
@@ -276,7 +276,7 @@ class SeekingDecoder:
         while self._expected <= target:
             frame = next(self._outputs, None)
             found = -1 if frame is None else self._index.frame_of_pts.get(frame.pts, -1)
-            # Pictures that are shown before a keyframe may come after it in the stream.
+            # Pictures shown before a keyframe may come after it in the file.
             if 0 <= found < self._first:
                 continue
             is_next = found == self._expected or (self._can_skip and self._expected < found <= target)
@@ -285,7 +285,7 @@ class SeekingDecoder:
             self._frame, self._expected = frame, found + 1
 
     def _drain(self) -> None:
-        """Take the frames that the decoder still holds: damage in a later frame may show in the ones before it."""
+        """Check the frames that the decoder still holds: damage in a later frame may show in the ones before it."""
         if self._position < 0:
             return
         self._is_draining = True
@@ -307,7 +307,7 @@ class SeekingDecoder:
                 return
 
     def _landed_on(self, keyframe: int) -> Iterator[Any]:
-        """Return the packets from that of `keyframe` on. A seek may land before it, and in some containers after it."""
+        """Return the packets from `keyframe` on. A seek may land before it, and in some containers after it."""
         index, container = self._index, self._container
         pts = int(index.pts[keyframe])
         start = index.position_of_pts[pts]
@@ -333,9 +333,9 @@ class SeekingDecoder:
 
 class SequentialDecoder:
     """
-    Decodes frames by index from the beginning of the file, past damage.
+    Decode frames by index from the beginning of the file, past damage.
 
-    Making one decodes the whole file, and sets the report's figures for all of it.
+    The constructor decodes the whole file, and sets the figures of the report.
 
     Args:
         scanned_pts: the sorted timestamps of the packets, int64 (frames,), if they are known and unique.
@@ -376,7 +376,7 @@ class SequentialDecoder:
         before it if `on_lost` is "repeat_last"; otherwise raise VideoDecodingError.
         """
         index, container = self._index, self._container
-        outputs = np.maximum(np.searchsorted(index.frame_of_output, wanted, side="right") - 1, 0)
+        outputs = np.searchsorted(index.frame_of_output, wanted, side="right") - 1
         self._account_for(wanted[index.frame_of_output[outputs] != wanted], np.unique(outputs), on_lost)
         container.check_pixels(int(outputs[-1]) + 1)
         container.reopen()

@@ -1,10 +1,10 @@
 """Count the index entries that an MP4 or QuickTime file claims, before FFmpeg opens it.
 
-FFmpeg allocates about 36 bytes for each sample that a file claims, and a claim needs no bytes of its own: samples of
-constant size, fragments without sizes, or edit lists that repeat the same samples. In an honest file each sample takes
-at least one byte, so a file never claims more entries than it has bytes.
+FFmpeg allocates about 36 bytes for each sample that a file claims. A file of a few hundred bytes can claim millions: by
+samples of constant size, fragments without sizes, or edit lists that repeat the same samples. An honest file has at
+least one byte for each sample, so it never claims more entries than it has bytes.
 
-FFmpeg reads boxes more freely than the standard allows: it takes tables from almost any box, and headers that are
+FFmpeg reads boxes more freely than the standard allows: it accepts tables inside almost any box, and headers that are
 compressed or disguised as free space. The count below includes all of these.
 """
 
@@ -20,12 +20,12 @@ import numpy as np
 
 # The boxes that decide how much FFmpeg allocates.
 _TABLES = (b"stsz", b"stz2", b"stts", b"stsc", b"stco", b"co64", b"elst", b"hdlr", b"trun", b"keys", b"iloc", b"iinf")
-# Boxes without boxes inside: the media data, and the most frequent others.
+# Boxes that hold no other boxes: the media data, and the most frequent ones.
 _LEAVES = {b"mdat", b"mfhd", b"tfhd", b"tfdt", b"sidx", b"styp", *_TABLES}
 _MAX_DEPTH = 12  # FFmpeg stops at 10
 _MAX_BOXES = 1 << 20
 _MAX_HEADER_BYTES = 1 << 26
-# Sound with samples of one tick is stored in chunks, which FFmpeg splits into entries of at least 160 samples.
+# FFmpeg indexes sound whose samples last one tick by its chunks, split into entries of at least 160 samples.
 _SOUND_SAMPLES_PER_ENTRY = 160
 
 
@@ -74,7 +74,7 @@ def num_claimed_entries(file: Any) -> int:
     """
     Return the number of index entries that FFmpeg would allocate for a seekable binary file, 0 if it is not MP4.
 
-    Reads from the current position and returns to it. Raises BoxLimitError if the boxes cannot be counted.
+    Counts from the current position on, and restores it. Raises BoxLimitError if the boxes are too many or too large.
     """
     start = file.tell()
     try:
@@ -114,14 +114,14 @@ def _boxes(file: Any, start: int, end: int, depth: int = 0) -> Iterator[tuple[by
         if stop < place:
             return
         yield kind, place, stop
-        if kind == b"stsd":  # codec descriptions, whose fields come before the boxes and vary in length
+        if kind == b"stsd":  # codec descriptions: fields of varying length come before the boxes
             for match in re.finditer(b"|".join(_TABLES), _read(file, place, min(stop - place, _MAX_HEADER_BYTES))):
                 yield match.group(), place + match.end(), stop
         elif kind == b"meta":  # FFmpeg skips everything before the handler
             handler = _read(file, place, min(stop - place, _MAX_HEADER_BYTES)).find(b"hdlr")
             if handler >= 4:
                 yield from _boxes(file, place + handler - 4, stop, depth + 1)
-        elif kind.isalnum() and kind not in _LEAVES:  # other names are numbers in the fields of a box without boxes
+        elif kind.isalnum() and kind not in _LEAVES:  # other types are numbers that only look like a box
             yield from _boxes(file, place, stop, depth + 1)
         start = stop
 

@@ -16,14 +16,14 @@ except ImportError:
     av = None  # type: ignore[assignment]
 
 
-# FFmpeg opens a decoder for each stream to learn its properties, which takes memory for a whole picture, and a file can
-# list a thousand streams. The video is among the first; only these get a decoder that works.
+# FFmpeg opens a decoder for each stream to learn its properties. That takes memory for a whole picture, and a file may
+# have a thousand streams. The video is usually among the first, so only these get a working decoder.
 _NUM_PROBED_STREAMS = 4
 # Decoders round the sides of a picture up, to a multiple of at most 64. This is enough for sides of up to 16,384.
 _PADDING_PIXELS = 1 << 21
 # The decoder of a video keeps up to 17 pictures, that of a single picture one.
 _STILL_FACTOR = 8
-# Formats that do not list their streams in a header (MPEG-PS, FLV), and live sources, have few.
+# Formats that do not list their streams in a header (MPEG-PS, FLV), and live sources, have few streams.
 _MAX_UNLISTED_STREAMS = 16
 # FFmpeg keeps about 36 bytes for each sample of each stream. A day of video and sound has 10 million.
 _MAX_INDEX_ENTRIES = 1 << 24
@@ -136,10 +136,10 @@ class SentPacket(NamedTuple):
 
 class VideoContainer:
     """
-    A file as FFmpeg opens it: its first video stream that is not a cover picture, its packets and decoded frames.
+    The packets and decoded frames of a file's first video stream that is not a cover picture.
 
-    `name` is the file's name in messages, `format` FFmpeg's name of the container, `codec` that of the codec,
-    `header_size` the (height, width) in the header, before rotation; (0, 0) if only the pictures tell it.
+    `name` is the file's name in messages, `format` and `codec` are FFmpeg's names of its container and codec, and
+    `header_size` is the stored (height, width) of the header, (0, 0) if only the pictures tell it.
     """
 
     def __init__(self, source: Any, limits: VideoLimits, num_threads: int):
@@ -178,7 +178,7 @@ class VideoContainer:
         self._file.seek(0)
         self._container = open_container(self._file, self.limits)
         streams = [stream for stream in self._container.streams.video if stream.codec_context is not None]
-        # Music files carry their cover as a video stream of one picture.
+        # A music file has its cover as a video stream of one picture.
         streams = [stream for stream in streams if not stream.disposition & Disposition.attached_pic]
         if not streams:
             raise VideoDecodingError.about(self.name, "it has no video stream that can be decoded")
@@ -218,7 +218,7 @@ class VideoContainer:
         return f"{factor}max_pixels={self.limits.max_pixels}"
 
     def begin_call(self) -> None:
-        """Begin to count the decoded pixels of one call from 0."""
+        """Count the decoded pixels of a new call from 0."""
         self._num_pixels = 0
 
     def check_pixels(self, num_frames: int) -> None:
@@ -227,13 +227,13 @@ class VideoContainer:
         self.check_limit("max_decoded_pixels", self._num_pixels + num_frames * height * width)
 
     def _apply_max_pixels(self) -> None:
-        # The decoder checks each picture, since the header need not tell the truth.
+        # The decoder checks the size of each picture, because the header may be wrong.
         self.stream.codec_context.options = {"max_pixels": decoder_max_pixels(self._max_pixels)}
 
     # Packets and frames
 
     def packets(self) -> Iterator[Any]:
-        """Yield the packets of the video stream from the present position, past errors of the demuxer."""
+        """Yield the packets of the video stream from the current position, past errors of the demuxer."""
         num_errors = 0
         while num_errors < _MAX_DEMUX_ERRORS:
             try:
@@ -248,7 +248,7 @@ class VideoContainer:
                 num_errors += 1
 
     def frames(self, packets: Iterator[Any]) -> Iterator[Any]:
-        """Yield each frame that the decoder gives for these packets, past those it rejects; `sent` records them."""
+        """Yield the frames that the decoder gives for these packets, past those it rejects; `sent` records both."""
         self.sent = []
         context = self.stream.codec_context
         for packet in packets:
@@ -258,7 +258,7 @@ class VideoContainer:
             except av.FFmpegError:
                 is_rejected = True
             self.sent.append(SentPacket(packet.pts, packet.is_keyframe, is_rejected))
-            # A packet that yields no frame costs time as well.
+            # A packet that gives no frame costs time as well.
             self._num_pixels += context.height * context.width * max(1, len(frames))
             self.check_limit("max_decoded_pixels", self._num_pixels)
             for frame in frames:

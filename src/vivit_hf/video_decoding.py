@@ -28,8 +28,8 @@ _ON_LOST = ("raise", "repeat_last")
 class VideoReader:
     """Exact random access to the frames of one video file.
 
-    It has a container, and one of two decoders: a seeking one where the packets tell the frames, a sequential one
-    otherwise. When the seeking decoder departs from what the packets promised, the sequential one takes its place.
+    It has a container, and one of two decoders: a seeking one if the packets tell which frames there are, otherwise a
+    sequential one. If the seeking one meets other frames than the packets promised, the sequential one takes over.
 
     Args:
         source: path, `pathlib.Path`, http(s) URL, bytes, binary file (read from its start, left open) or the
@@ -37,19 +37,21 @@ class VideoReader:
         limits: `VideoLimits`.
         num_threads: decoder and scaler threads, 0 = as many as FFmpeg chooses.
 
-    `timestamps`, float64 (num_frames,), are the times in seconds at which the frames are shown, from 0. `report` is a
-    `DecodingReport`. Both can change when damage comes to light (see `frames_at`).
+    `timestamps`, float64 (num_frames,), are the times in seconds at which the frames are shown, from 0. Without usable
+    timestamps in the file they follow from its frame rate, or 25 if it has none. `report` is a `DecodingReport`. Both
+    can change when damage comes to light (see `frames_at`).
 
-    The first video stream that is not a cover picture is read. Rotation stored in the file is applied; non-square
-    pixels are not stretched. Open a reader where it is used (in the worker, not before the fork) and close it: it is a
-    context manager. It does one thing at a time, from any thread.
+    The first video stream that is not a cover picture is read. Rotation and mirroring stored in the file are applied;
+    non-square pixels are not stretched. Open a reader where it is used (in the worker, not before the fork) and close
+    it: it is a context manager. Threads may share it; it serves one call at a time.
 
     ```python
     with VideoReader("video.mp4") as video:
         frames = video.frames_at([0, 10, -1])  # uint8 (3, height, width, 3), RGB
     ```
 
-    Raises `VideoDecodingError` if no frame can be decoded, `VideoLimitError` if the file is over its limits.
+    Raises `VideoDecodingError` if no frame can be decoded, `VideoLimitError` if the file is over its limits, TypeError
+    if `source` is not a video source.
     """
 
     def __init__(self, source: Any, *, limits: VideoLimits | None = None, num_threads: int = 0):
@@ -104,7 +106,7 @@ class VideoReader:
         """Return frames by index, as numpy would index the video: in any order, repeated, or counted from the end.
 
         Args:
-            indices: integers of any shape.
+            indices: integers of any shape, at least one.
             size: from the (height, width) of the upright frame to the wanted one; scaling (bilinear, antialiased) and
                 colour conversion are then one pass. None keeps the size.
             window: from the (height, width) that `size` gives to the (top, left, height, width) to keep of it.
@@ -118,7 +120,9 @@ class VideoReader:
             IndexError: an index is outside the video.
             FramesChangedError: the file is damaged and has other frames than its packets promised. `timestamps` now
                 describe those: choose indices again. This happens at most once.
-            VideoDecodingError: a frame cannot be recovered.
+            VideoDecodingError: a frame is lost, and `on_lost` is "raise"; or the file cannot be read any more.
+            VideoLimitError: more than `max_decoded_pixels` would be decoded.
+            ValueError: `on_lost` is not known, or the reader is closed.
         """
         check_choice("on_lost", on_lost, _ON_LOST)
         with self._lock, named_errors(self.name):
@@ -150,7 +154,7 @@ class VideoReader:
             The seconds at which a frame is shown, and the frame, uint8 RGB (height, width, 3).
 
         Raises:
-            IndexError, FramesChangedError, VideoDecodingError: as `frames_at`.
+            IndexError, FramesChangedError, VideoDecodingError, VideoLimitError, ValueError: as `frames_at`.
             RuntimeError: the reader was closed, or used for something else, before the end.
         """
         check_choice("on_lost", on_lost, _ON_LOST)
@@ -169,9 +173,7 @@ class VideoReader:
                 return
             yield item
 
-    def _streamed(
-        self, indices: Any, shape: tuple[FrameSize | None, FrameWindow | None], on_lost: str
-    ) -> Iterator[tuple[float, np.ndarray]]:
+    def _streamed(self, indices: Any, shape: FrameShape, on_lost: str) -> Iterator[tuple[float, np.ndarray]]:
         indices = self._checked(indices)
         if indices.ndim != 1 or np.any(np.diff(indices) < 0):
             raise IndexError("`indices` must be a list of integers that do not decrease.")
@@ -183,8 +185,8 @@ class VideoReader:
                     yield float(self.timestamps[wanted[row]]), image
 
     def describe(self) -> dict[str, Any]:
-        """Return what the file and its first frame say: `container`, `codec`, `pixel_format`, upright `height` and
-        `width` in pixels, and `rotation` in degrees clockwise (0, 90, 180 or 270)."""
+        """Return the properties of the file and its first frame: `container`, `codec`, `pixel_format`, upright `height`
+        and `width` in pixels, and the stored `rotation` in degrees clockwise (0, 90, 180 or 270)."""
         with self._lock, named_errors(self.name):
             self._begin()
             self._container.reopen()
@@ -203,7 +205,7 @@ class VideoReader:
             }
 
     def verify(self) -> DecodingReport:
-        """Decode every frame and keep none; the report then has all the damage that a decoder can notice."""
+        """Decode every frame, keep none, and return the report, with all damage in the file that a decoder notices."""
         with self._lock, named_errors(self.name):
             self._begin()
             decoder = self._decoder
@@ -231,12 +233,12 @@ class VideoReader:
         for packet in packets:
             self._num_packets += 1
             self._container.check_limit("max_frames", self._num_packets)
+            if packet.has_sidedata("encryption_info"):  # decoders would make noise of it, some without an error
+                raise VideoDecodingError.about(self.name, "it is encrypted; decrypt it first", num_recovered=0)
             yield packet
 
     def _sequential_decoder(self) -> SequentialDecoder:
         decoder = SequentialDecoder(self._container, self.report, self._scanned_pts, self._num_packets)
-            if packet.has_sidedata("encryption_info"):  # decoders would make noise of it, some without an error
-                raise VideoDecodingError.about(self.name, "it is encrypted; decrypt it first", num_recovered=0)
         self.report.num_frames = len(decoder.timestamps)
         return decoder
 
@@ -246,8 +248,8 @@ class VideoReader:
         """
         Yield the frames `wanted` (sorted, unique), each with its place among them.
 
-        If the decoder departs from what the packets promised, the file is indexed by decoding it. Then the frames begin
-        again with the first, or go on after the last one if `resumes`.
+        If the decoder gives other frames than the packets promised, the file is indexed by decoding it. Then the frames
+        begin again with the first, or go on after the last one if `resumes`.
         """
         row = -1
         try:

@@ -5,9 +5,9 @@
 
 Addresses may come from strangers, and so may the servers behind them:
 
-- One deadline holds for everything: looking up names, connecting, TLS, headers, redirects and the body.
-- Connections go to public IP addresses only, unless the caller allows others. A name is looked up once per hop, and the
-  connection goes to the IP address that was checked, so that a second answer of the name server cannot lead elsewhere.
+- One deadline covers everything: name lookups, connecting, TLS, headers, redirects and the body.
+- Connections go to public IP addresses only, unless the caller allows others. A name is looked up once per connection,
+  which then goes to the IP address that was checked, so that a second answer of the name server cannot lead elsewhere.
   Proxies are not used, because they would look names up themselves.
 - Addresses with a user name or password are refused, and `redacted` keeps secrets out of messages.
 """
@@ -49,7 +49,7 @@ IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class DownloadError(RuntimeError):
-    """The reason why an address cannot be downloaded, without the address."""
+    """An address cannot be downloaded; the message is the reason, without the address."""
 
 
 class DownloadLimitError(DownloadError):
@@ -58,7 +58,7 @@ class DownloadLimitError(DownloadError):
 
 def redacted(address: str) -> str:
     """
-    Return an address for messages, results and files: user name, password, query and fragment become "***".
+    Return an address for messages, results and files, with "***" for the user name, password, query and fragment.
 
     Malformed addresses are redacted as well. Text that is not an address is returned unchanged.
     """
@@ -77,7 +77,7 @@ def redacted(address: str) -> str:
 
 
 def is_public(address: IPAddress) -> bool:
-    """Return whether an IP address is public, as well as any IPv4 address it stands for."""
+    """Return whether an IP address is public, and so is the IPv4 address it stands for, if any."""
     if isinstance(address, ipaddress.IPv4Address):
         return address.is_global and not (address.is_multicast or address.is_reserved)
     inner = address.ipv4_mapped or address.sixtofour
@@ -94,11 +94,11 @@ def download(address: str, max_bytes: int, timeout: float, allow_private_address
 
     Args:
         max_bytes: of the body.
-        timeout: seconds for all of it, redirects included.
+        timeout: seconds for the whole download, including redirects.
         allow_private_addresses: also connect to IP addresses that are not public: this machine, the local network.
 
-    Raises DownloadError for an address that cannot be read, DownloadLimitError for a body that is too large or a
-    download that takes too long.
+    Raises DownloadError if the address cannot be downloaded, DownloadLimitError if the body is too large or the
+    download takes too long.
     """
     deadline = _Deadline(timeout)
     file = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)

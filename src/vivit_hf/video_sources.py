@@ -32,9 +32,9 @@ _QUIET_SECONDS = 3.0
 
 
 class VideoDecodingError(RuntimeError):
-    """A video that cannot be read: the message names the file, the reason and what was recovered.
+    """A video that cannot be read: the message names the file and the reason.
 
-    `source` and `reason` hold the first two; `num_recovered` of `num_frames` frames can be read (None: not known).
+    `source` and `reason` hold these two; `num_recovered` of `num_frames` frames can be read (None: not known).
     """
 
     def __init__(
@@ -66,13 +66,13 @@ class FramesChangedError(VideoDecodingError):
 
 @dataclass(frozen=True)
 class VideoLimits:
-    """The most that a file may cost, so that a hostile or broken one cannot exhaust the machine.
+    """Limits on what a file may cost, so that a hostile or broken one cannot exhaust the machine.
 
-    `max_frames`; `max_pixels` of one frame, of which a file of a single picture may have eight times as many;
-    `max_decoded_pixels`, height x width of all frames that one call of a reader decodes, including those on the way
-    to the ones it returns (the default: a million frames of 4096 x 2304); `max_streams`, including sound and subtitles;
-    `max_duration` in seconds; `max_bytes` of a download or of a stream that has to be copied; `download_timeout` in
-    seconds for a whole download with its redirects, or for data from a pipe.
+    `max_frames`; `max_pixels` of one frame (eight times as many in a file of a single picture); `max_decoded_pixels`,
+    height x width of all frames that one call of a reader decodes, including those on the way to the ones it returns
+    (the default: a million frames of 4096 x 2304); `max_streams`, including sound and subtitles; `max_duration` in
+    seconds; `max_bytes` of a download, or of a pipe or other stream that has to be copied; `download_timeout` in
+    seconds, for a whole download with its redirects, or for the whole copy of a stream.
 
     Videos are downloaded from public IP addresses only. `allow_private_addresses` adds those of this machine and of the
     local network. Only the caller can allow them: processor files cannot.
@@ -94,12 +94,12 @@ class VideoLimits:
 
 @dataclass
 class DecodingReport:
-    """Damage found while reading a video. All zeros and None for an intact file.
+    """Damage found while reading a video: zeros and None for an intact file, besides its `num_frames`.
 
-    `num_rejected_packets`: packets that the decoder refused. `num_lost_frames`: frames that are missing as a result.
-    `num_repeated_frames`: lost frames that were asked for and replaced by the frame before. `num_damaged_frames`:
-    frames returned although the decoder marked them as damaged, or lost a frame that they may depend on. `error`: why
-    the video was left out.
+    `num_rejected_packets`: packets that the decoder refused, and errors of the demuxer. `num_lost_frames`: frames that
+    the file lacks as a result. `num_repeated_frames`: lost frames that were asked for and replaced by the frame before.
+    `num_damaged_frames`: frames that were returned, or decoded by `verify`, although the decoder marked them as damaged
+    or lost a frame that they may depend on. `error`: why the video was left out.
     """
 
     source: str
@@ -112,7 +112,7 @@ class DecodingReport:
 
 
 def source_name(source: Any) -> str:
-    """Return a source's name for messages and results: path, address without secrets, or kind of data."""
+    """Return the name of a source for messages and results: its path, its address without secrets, or its kind."""
     if isinstance(source, dict):
         return source_name(source.get("path") or source.get("bytes"))
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -138,7 +138,7 @@ def part_of_video(timestamps: np.ndarray, source: Any) -> tuple[int, int]:
     first, total = 0, len(timestamps)
     start, end = (source.get(name) for name in ("start", "end")) if isinstance(source, dict) else (None, None)
     if start is not None or end is not None:
-        # A frame belongs to the part in which it appears. Containers round times to their clock.
+        # A frame belongs to the part in which it appears. The millisecond is for containers that round times.
         borders = np.array([0.0 if start is None else start, np.inf if end is None else end]) - 1e-3
         first, last = np.searchsorted(timestamps - timestamps[0], borders)
         total = last - first
@@ -178,8 +178,8 @@ def read_stream(file: Any, limits: VideoLimits | None = None) -> bytearray:
     """
     Read a binary file to its end, such as `sys.stdin.buffer`, which can be read only once.
 
-    Raises VideoLimitError for more than `max_bytes` or longer than `download_timeout`, VideoDecodingError for what
-    cannot be read or held in memory.
+    Raises VideoLimitError if it has more than `max_bytes` or takes longer than `download_timeout`, VideoDecodingError
+    if it cannot be read or does not fit into memory.
     """
     name, data = source_name(file), bytearray()
     try:
@@ -212,7 +212,8 @@ def open_pipe(path: str | os.PathLike[str], timeout: float, limit: str) -> io.Bu
     """
     Open a named pipe once there is something to read; a plain `open` waits for a writer without end.
 
-    Raises VideoLimitError after `timeout` seconds without data; `limit` is what the caller calls this number.
+    Raises VideoLimitError after `timeout` seconds without data, where `limit` is the caller's name for this number, and
+    OSError if it cannot be opened.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
@@ -246,8 +247,8 @@ def _download(address: str, limits: VideoLimits) -> BinaryIO:
 def open_source(source: Any, limits: VideoLimits) -> tuple[BinaryIO, bool]:
     """Return a seekable binary file with the encoded video, and whether the caller must close it.
 
-    Raises TypeError if `source` is not a video source, OSError if it cannot be opened, VideoDecodingError if a download
-    breaks off, VideoLimitError if it is over the limits.
+    Raises TypeError if `source` is not a video source, OSError if it cannot be opened, VideoDecodingError if it cannot
+    be downloaded, VideoLimitError if it is over the limits.
     """
     if isinstance(source, dict):
         data, path = source.get("bytes"), source.get("path")
