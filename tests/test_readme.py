@@ -84,6 +84,15 @@ def test_the_snippet_of_the_page_on_streams_counts_steps(capsys):
     assert re.fullmatch(r"[1-9]\d* steps encoded, \d+ reused\n", capsys.readouterr().out)
 
 
+def test_the_snippets_of_the_page_on_probabilities_run(capsys):
+    page = (ROOT / "docs" / "how_sure.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet, "docs/how_sure.md", "exec"), {"__name__": "__main__"})
+        assert capsys.readouterr().out.strip()
+
+
 SMALL = {
     "finetune.py": ["--max_steps", "1", "--use_cpu", "--num_frames", "4", "--num_clips", "1", "--num_crops", "1"],
     "evaluate.py": ["--use_cpu", "--num_workers", "0"],

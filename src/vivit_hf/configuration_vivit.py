@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PretrainedConfig
 from transformers.activations import ACT2FN
 
+from .calibration_vivit import check_calibration, check_calibration_of
 from .frame_sampling import sample_frames_uniformly
 from .limits_vivit import (
     ALIASES,
@@ -30,6 +31,7 @@ from .limits_vivit import (
     check_value,
     groups_in_order,
     setting,
+    settle_labels,
     with_value_errors,
 )
 from .model_files import AutoClassMixin, named_json_errors
@@ -114,6 +116,8 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
             Names and sizes of several classifications that share one output, in the order of the output, such as
             `{"noun": 300, "verb": 97}` for EPIC-Kitchens. `num_labels` is the sum of the sizes; the loss is the mean of
             the groups' losses.
+        calibration (`dict`, *optional*): What `vivit-hf evaluate --calibrate` stores, see `Calibration`. Logits stay
+            plain.
         mask_ratio (`float`, defaults to 0.9): `ViViTForPreTraining` only: share of the places to mask.
         decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads (`int`, *optional*):
             `ViViTForPreTraining` only: width, layers and heads of its decoder. By default it has half of the encoder's
@@ -170,6 +174,7 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
     patch_bias: bool = True
     merge_tokens: int | list[int] | tuple[int, ...] | None = setting(None, check_merge_tokens)
     label_groups: dict[str, int] | None = setting(None, check_label_groups)
+    calibration: dict[str, Any] | None = setting(None, check_calibration)
     problem_type: str | None = setting(None, check_choice, choices=PROBLEM_TYPES)
     mask_ratio: float | int = setting(0.9, check_positive_number, most=0.999)
     decoder_hidden_size: int | None = setting(None, check_count)
@@ -289,6 +294,7 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
         self._check_sizes()
         if self.label_groups is not None:
             check_grouped_labels(self.label_groups, self.id2label, self.problem_type)
+        check_calibration_of(self)
         check_limit("parameters", self._num_parameters(), MOST_PARAMETERS)
         self._check_heads()
         if self.is_token_grid and self.pooling == "cls":
@@ -467,7 +473,7 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
         """As in transformers, but validate overrides together with the other fields instead of setting them later."""
         config_dict = dict(cls.translate(config_dict))
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in CONFIG_FIELDS}
-        _settle_labels(config_dict, overrides)
+        settle_labels(config_dict, overrides)
         try:
             return super().from_dict({**config_dict, **overrides}, **kwargs)
         except (AttributeError, KeyError, TypeError) as error:  # from what transformers does with fields we do not have
@@ -475,15 +481,3 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
 
 
 CONFIG_FIELDS = frozenset({*ViViTConfig.__annotations__, "id2label", "label2id", "num_labels"})
-
-
-def _settle_labels(config_dict: dict[str, Any], overrides: dict[str, Any]) -> None:
-    """Drop all stored labels if there are new ones: a mix of old and new names would mislabel classes."""
-    stored = config_dict.get("id2label")
-    new_maps = overrides.get("id2label") is not None or overrides.get("label2id") is not None
-    new_count = isinstance(stored, (dict, list)) and overrides.get("num_labels") not in (None, len(stored))
-    groups = overrides.get("label_groups")
-    new_groups = groups is not None and groups != config_dict.get("label_groups")
-    if new_maps or new_count or new_groups:
-        for name in ("id2label", "label2id", "label_groups"):
-            config_dict.pop(name, None)

@@ -242,6 +242,21 @@ def check_grouped_labels(groups: dict[str, int], id2label: dict[int, str], probl
         )
 
 
+def settle_labels(config_dict: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """Drop all stored labels if there are new ones, since a mix would mislabel classes; and what was fitted on them."""
+    stored = config_dict.get("id2label")
+    new_maps = overrides.get("id2label") is not None or overrides.get("label2id") is not None
+    new_count = isinstance(stored, (dict, list)) and overrides.get("num_labels") not in (None, len(stored))
+    groups = overrides.get("label_groups")
+    new_groups = groups is not None and groups != config_dict.get("label_groups")
+    if new_maps or new_count or new_groups:
+        for name in ("id2label", "label2id", "label_groups"):
+            config_dict.pop(name, None)
+    new_problem = overrides.get("problem_type") not in (None, config_dict.get("problem_type"))
+    if new_maps or new_count or new_groups or new_problem:
+        config_dict.pop("calibration", None)
+
+
 # Fields of dataclasses that check their values
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
+from .calibration_vivit import drop_stale_calibration
 from .configuration_vivit import CONFIG_FIELDS, ViViTConfig
 from .limits_vivit import MOST_NEW_PARAMETERS
 from .model_files import check_weight_indices, check_weights, named_json_errors, stale_weights_removed, upload
@@ -129,7 +130,9 @@ class CheckpointMixin(_Base):
 
         Every Auto class loads the folder with `trust_remote_code=True` where this package is not installed. Weights and
         adapters of an earlier save, which `from_pretrained` might load instead or in addition, are removed at the end.
+        A calibration of other weights is left out with a warning.
         """
+        drop_stale_calibration(self, args[0] if args else kwargs.get("state_dict"))
         if hasattr(self.config, "auto_map"):
             del self.config.auto_map  # it came with the checkpoint and may name another class
         if self._auto_class is not None and type(self).__module__.rpartition(".")[2] == "modeling_vivit":

@@ -52,6 +52,7 @@ def classify(
     processor.on_error = "repeat_last" if on_error == "warn" else "raise"
     label_map = LabelMap.from_config(classifier.config)
     views = options.views_of(processor, num_clips, num_crops)
+    options.say_other_views(classifier.config, views)
     found = predict_each(classifier, processor, sources, **views, batch_size=batch_size, num_workers=workers)
     rows: list[dict[str, Any]] = []
     begin = time.perf_counter()

@@ -31,6 +31,17 @@ Missing = Annotated[Literal["error", "skip"], _about_videos("What to do with mis
 Averaging = Annotated[
     Literal["probabilities", "logits"], typer.Option(help="What to average over the views of a video.")
 ]
+Calibrate = Annotated[
+    bool,
+    typer.Option(
+        "--calibrate",
+        help="Fit a temperature to these videos, which the model must not have been trained on, and store it in the "
+        "model's config.json.",
+    ),
+]
+GroupColumn = Annotated[
+    str | None, _about_videos("Column of videos that belong together, such as those of a patient, for --calibrate.")
+]
 
 
 def evaluate(
@@ -44,11 +55,13 @@ def evaluate(
     label_separator: Separator = None,
     split_column: SplitColumn = "auto",
     split: Split = None,
+    group_column: GroupColumn = None,
     missing_videos: Missing = "error",
     allow_private_addresses: options.PrivateAddresses = False,
     num_clips: options.Clips = None,
     num_crops: options.Crops = None,
     averaging: Averaging = "probabilities",
+    calibrate: Calibrate = False,
     batch_size: options.BatchSize = 16,
     num_workers: options.Workers = None,
     dtype: options.Dtype = "float32",
@@ -60,6 +73,8 @@ def evaluate(
     The output folder gets results.json with the scores and their views, predictions.parquet with every probability,
     and for one label per video per_class.csv and confusion_matrix.png. Names may have underscores: --num_clips.
     Started with `torchrun --nproc_per_node 8 -m vivit_hf evaluate ...`, any number of processes gives the same scores.
+    With --calibrate, and for a model that was calibrated, there is also reliability.png: how often answers are right by
+    their probability.
     Exit code 0, or 2 for wrong usage, data or models, and if no video can be read.
 
     Example: vivit-hf evaluate --model my_vivit --data videos/test --output-dir scores
@@ -80,7 +95,9 @@ def evaluate(
             label_separator=label_separator,
             missing_videos=missing_videos,
             split_column=split_column,
+            group_column=group_column,
         )
+        _check_calibration(calibrate, model, videos)
         state = process_group(use_cpu)
     except (OSError, ValueError) as error:
         fail(str(error), code=2)
@@ -93,10 +110,34 @@ def evaluate(
     except ValueError as error:
         fail(str(error), code=2)
     if found is not None:
-        save_evaluation(found, output_dir, model=model, dtype=dtype)
-        _print_evaluation(found)
+        report = _calibrate(found, model, settings) if calibrate else None
+        results = save_evaluation(found, output_dir, report, model=model, dtype=dtype)
+        _print_results(found, report, results)
     state.wait_for_everyone()
     state.destroy_process_group()
+
+
+def _check_calibration(calibrate: bool, model: str, videos: Any) -> None:
+    """Raise ValueError before anything is computed if the result could not be fitted or stored."""
+    if not calibrate:
+        return
+    from ..data.labels import units_of
+    from ..inference.calibration import check_enough
+    from ..inference.calibration_files import check_folder
+
+    check_folder(model)
+    check_enough(len(videos), len(units_of(videos)))
+
+
+def _calibrate(found: Any, model: str, settings: dict[str, Any]) -> Any:
+    from ..inference.calibration import calibrate
+    from ..inference.calibration_files import stored_fingerprint
+
+    views = [settings[name] for name in ("num_clips", "num_crops", "averaging")]
+    try:
+        return calibrate(found, *views, stored_fingerprint(model))
+    except ValueError as error:  # too many of the videos could not be read
+        fail(str(error), code=2)
 
 
 def _print_evaluation(found: Any) -> None:
@@ -116,3 +157,16 @@ def _print_evaluation(found: Any) -> None:
     for one, video in zip(found.predictions, found.videos, strict=True):
         if one.error is not None:
             echo(f"left out: {video.where}: {one.error}")
+
+
+def _print_results(found: Any, report: Any, results: dict[str, Any]) -> None:
+    """Print an evaluation; store and print a new calibration, or print the error of the stored one."""
+    from ..inference.calibration_files import store_calibration
+
+    _print_evaluation(found)
+    if report is not None:
+        store_calibration(results["model"], report.calibration)
+        for line in (*report.lines, f"stored in {Path(results['model'], 'config.json')}"):
+            echo(line)
+    for name, errors in results.get("calibration_error", {}).items():
+        echo(f"calibration error, {name}: " + ", ".join(f"{error:.4f} {of}" for of, error in errors.items()))

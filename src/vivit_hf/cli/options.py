@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ..data.escaping import counted
 from .output import fail, quiet_libraries, say, video_errors
 
 
@@ -97,6 +98,16 @@ def views_of(processor: Any, num_clips: int | None, num_crops: int | None) -> di
     if num_crops is None:
         num_crops = 3 if processor.do_center_crop else 1
     return {"num_clips": num_clips, "num_crops": num_crops}
+
+
+def say_other_views(config: Any, views: dict[str, int]) -> None:
+    """Print that probabilities were calibrated on other views than these, if they were."""
+    from ..calibration_vivit import Calibration
+
+    stored = Calibration.of(config)
+    if stored is not None and views != {"num_clips": stored.num_clips, "num_crops": stored.num_crops}:
+        clips, crops = counted(stored.num_clips, "clip"), counted(stored.num_crops, "crop")
+        say(f"The model was calibrated on {clips} x {crops}: with other views, probabilities fit less well.")
 
 
 def find_model(name: str) -> dict[str, Any]:

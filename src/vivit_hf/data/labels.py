@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..calibration_vivit import Calibration
 from .annotation_rows import AnnotationError, json_errors, read_text
 from .annotations import ONE_GROUP, LabelledVideo
 from .stratification import choose_units
@@ -36,12 +37,14 @@ class LabelMap:
     `is_regression`: True if the outputs are values rather than class scores.
     `has_positions`: True if labels may also be given as indices into their group, as in EPIC-Kitchens. This does not
     apply to groups with a number among the names, and is False for names collected from videos.
+    `temperatures`: what to divide the logits of each group by before they become probabilities; empty for 1.
     """
 
     groups: Mapping[str, Sequence[str]]
     has_several: bool = False
     is_regression: bool = False
     has_positions: bool = True
+    temperatures: Sequence[float] = ()
 
     @classmethod
     def of(
@@ -69,15 +72,17 @@ class LabelMap:
         if not config.num_labels:
             raise ValueError("The model has no classifier (num_labels is 0): choose one that was trained on labels.")
         names = [str(config.id2label[index]) for index in range(config.num_labels)]
+        calibration = Calibration.of(config)
+        temperatures = () if calibration is None else calibration.temperatures
         if getattr(config, "label_groups", None) is None:  # only our configurations have them
             problem = config.problem_type or ("regression" if len(names) == 1 else None)  # as transformers infers it
             has_several, is_regression = problem == "multi_label_classification", problem == "regression"
-            return cls({ONE_GROUP: tuple(names)}, has_several, is_regression)
+            return cls({ONE_GROUP: tuple(names)}, has_several, is_regression, temperatures=temperatures)
         groups, start = {}, 0
         for group, size in config.label_groups.items():
             groups[group] = tuple(name.removeprefix(f"{group}: ") for name in names[start : start + size])
             start += size
-        return cls(groups)
+        return cls(groups, temperatures=temperatures)
 
     @classmethod
     def from_file(cls, path: str | os.PathLike, has_several: bool = False) -> LabelMap:
@@ -191,14 +196,18 @@ class LabelMap:
 def to_probabilities(logits: torch.Tensor, label_map: LabelMap) -> torch.Tensor:
     """Return probabilities (..., num_labels): the softmax within each label group, or the sigmoid with several labels.
 
-    The outputs of a regression are returned as they are.
+    Logits are divided by the model's temperature first, if it was calibrated. The outputs of a regression are returned
+    as they are.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if label_map.is_regression:
         return logits
+    parts = logits.split(label_map.sizes, dim=-1)
+    if label_map.temperatures:
+        parts = [part / temperature for part, temperature in zip(parts, label_map.temperatures, strict=True)]
     if label_map.has_several:
-        return logits.sigmoid()
-    return torch.cat([part.softmax(dim=-1) for part in logits.split(label_map.sizes, dim=-1)], dim=-1)
+        return parts[0].sigmoid()
+    return torch.cat([part.softmax(dim=-1) for part in parts], dim=-1)
 
 
 def read_label_groups(path: str | os.PathLike) -> dict[str, tuple[str, ...]]:

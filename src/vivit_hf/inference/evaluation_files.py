@@ -4,25 +4,38 @@ import csv
 import json
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ..data.annotations import LabelledVideo
+from ..data.labels import to_probabilities
 from ..data.whole_files import as_utf8, written_whole
 from ..video_sources import source_name
+from .calibration import CalibrationReport, Reliability, reliabilities
+from .calibration_files import draw_reliability
 from .evaluation import Evaluation
 from .metrics import class_accuracies
 
 
-def save_evaluation(evaluation: Evaluation, folder: Path, **settings: Any) -> None:
+def save_evaluation(
+    evaluation: Evaluation, folder: Path, report: CalibrationReport | None = None, **settings: Any
+) -> dict[str, Any]:
     """
     Write results.json and predictions.parquet, and for one label per video per_class.csv and confusion_matrix.png.
 
+    With a report, or if the model was calibrated, also reliability.png.
+
     Args:
+        report: what these videos were just used for; its numbers go to results.json.
         folder: is created if it does not exist.
         settings: further fields of results.json, such as the name of the model.
+
+    Returns:
+        The contents of results.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
     results = {
@@ -33,11 +46,35 @@ def save_evaluation(evaluation: Evaluation, folder: Path, **settings: Any) -> No
         "split": evaluation.videos[0].split,
         "num_processes": evaluation.num_processes,
     }
+    drawn = _reliability(evaluation, report)
+    if report is not None:
+        results["calibration"] = report.results
+    elif drawn:
+        results["calibration_error"] = {
+            name: {group or "labels": one.error for group, one in groups.items()} for name, groups in drawn.items()
+        }
+    if drawn:
+        draw_reliability(drawn, folder / "reliability.png", evaluation.protocol)
     with written_whole(folder / "results.json") as unfinished:
         unfinished.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     _write_predictions(folder / "predictions.parquet", evaluation)
     if evaluation.confusion_matrix is not None:
         _write_classes(folder, evaluation, evaluation.confusion_matrix)
+    return results
+
+
+def _reliability(evaluation: Evaluation, report: CalibrationReport | None) -> dict[str, dict[str, Reliability]]:
+    """Return the reliability before and after a calibration, or without and with the stored one; none without it."""
+    if report is not None:
+        return {"before": report.before, "after": report.after}
+    label_map = evaluation.label_map
+    if not label_map.temperatures:
+        return {}
+    logits, targets = torch.from_numpy(evaluation.logits), evaluation.targets[evaluation.is_readable]
+    return {
+        name: reliabilities(to_probabilities(logits, one).numpy(), targets, label_map)
+        for name, one in (("plain", replace(label_map, temperatures=())), ("calibrated", label_map))
+    }
 
 
 def _write_classes(folder: Path, evaluation: Evaluation, matrix: np.ndarray) -> None:

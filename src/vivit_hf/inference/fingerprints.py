@@ -11,7 +11,7 @@ from transformers.utils.hub import extract_commit_hash
 
 
 _CHUNK_BYTES = 1 << 22
-_NAMES_AND_VERSIONS = ("_name_or_path", "transformers_version")
+_NAMES_AND_VERSIONS = ("_name_or_path", "transformers_version", "calibration")
 
 
 def hub_commit(model: str | os.PathLike[str]) -> str | None:

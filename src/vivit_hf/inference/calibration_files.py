@@ -1,0 +1,107 @@
+"""Store a calibration in the config.json of a model's folder, and draw how reliable its probabilities are."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers.utils import CONFIG_NAME
+
+from ..calibration_vivit import Calibration, answer_fingerprint
+from ..configuration_vivit import ViViTConfig
+from ..data.labels import LabelMap
+from ..data.whole_files import written_whole
+from ..model_files import named_json_errors
+from ..modeling_vivit import ViViTForVideoClassification
+from .calibration import NUM_BINS, Reliability
+
+
+def check_folder(model: str) -> None:
+    """Raise ValueError unless `model` is a folder with a classifier whose config.json can be written."""
+    if not os.path.isdir(model):
+        raise ValueError(
+            f"--calibrate writes to the model's {CONFIG_NAME}, and {model} is not a folder: download it first, for "
+            f"example with `hf download {model} --local-dir my_model`, and give --model my_model."
+        )
+    stored = _read(Path(model))
+    if stored.get("model_type") != ViViTConfig.model_type:
+        raise ValueError(
+            f"--calibrate writes to the configuration of a {ViViTConfig.model_type}, and that of {model} is for "
+            f"{stored.get('model_type')!r}: convert it first with `vivit-hf convert transformers`."
+        )
+    if LabelMap.from_config(ViViTConfig.from_dict(stored)).is_regression:
+        raise ValueError("The model is a regression: it has no probabilities to calibrate.")
+    try:
+        with tempfile.TemporaryFile(dir=model):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--calibrate writes to {Path(model, CONFIG_NAME)}, and the folder cannot be written: "
+            f"{error.strerror or error}. Copy it to another place and give that as --model."
+        ) from None
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {CONFIG_NAME} to write to; merge an adapter into its model first.")
+    with named_json_errors(folder, CONFIG_NAME):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def stored_fingerprint(folder: str) -> str | None:
+    """Return the `answer_fingerprint` of the weights in a folder, whatever a loaded model has made of them."""
+    return answer_fingerprint(ViViTForVideoClassification.from_pretrained(folder, dtype="auto"))
+
+
+def store_calibration(folder: str | os.PathLike[str], calibration: Calibration) -> None:
+    """Write `calibration` into the config.json of a folder; everything else in it stays."""
+    stored = {**_read(Path(folder)), "calibration": calibration.to_dict()}
+    with written_whole(Path(folder, CONFIG_NAME)) as unfinished:
+        unfinished.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def draw_reliability(columns: dict[str, dict[str, Reliability]], path: Path, title: str) -> None:
+    """
+    Save a reliability diagram. Needs matplotlib.
+
+    A row per group of labels; in each column, the share of right answers over their probability, as bars, the diagonal
+    where both are equal, and below it how many answers there are.
+
+    Args:
+        columns: by what to write over each column, such as "before", the reliability of each group.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    groups = list(next(iter(columns.values())))
+    figure = Figure(figsize=(4.2 * len(columns), 4.6 * len(groups)), layout="constrained", dpi=100)
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=9)
+    # Two rows per group: the diagram, and a low one with the counts.
+    grid: Any = figure.subplots(
+        2 * len(groups), len(columns), squeeze=False, sharex=True, gridspec_kw={"height_ratios": [4, 1] * len(groups)}
+    )
+    edges = np.linspace(0, 1, NUM_BINS + 1)
+    for row, group in enumerate(groups):
+        for column, (name, of_groups) in enumerate(columns.items()):
+            one = of_groups[group]
+            counts, confidence, share = one.bins
+            above, below = grid[2 * row][column], grid[2 * row + 1][column]
+            bars = {"width": 1 / NUM_BINS, "align": "edge", "edgecolor": "white"}
+            above.bar(edges[:-1], share, color="#4f46e5", label="right answers", **bars)
+            gap = np.where(counts > 0, confidence - share, 0)
+            above.bar(edges[:-1], gap, bottom=share, color="#d97706", alpha=0.55, label="difference", **bars)
+            above.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1)
+            above.set(xlim=(0, 1), ylim=(0, 1))
+            above.set_title(f"{f'{group}, ' if group else ''}{name}: error {one.error:.3f}", fontsize=10)
+            below.bar(edges[:-1], counts, color="grey", **bars)
+            below.set_xlabel("probability")
+            if column == 0:
+                above.set_ylabel("share of right answers")
+                below.set_ylabel("answers")
+    grid[0][0].legend(loc="upper left", fontsize=8)
+    with written_whole(path) as unfinished:
+        figure.savefig(unfinished, format="png")

@@ -1,0 +1,260 @@
+"""`vivit-hf evaluate --calibrate`: the demo model on moving shapes, from files to probabilities."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+from command_line import check_refusal, invoke, rows
+from labelled_videos import TORCHRUN, start
+from moving_shapes import MOTIONS, write_moving_shapes
+from PIL import Image
+from tiny_models import make_model
+from transformers import pipeline
+
+from vivit_hf import (
+    ViViTConfig,
+    ViViTForVideoClassification,
+    ViViTVideoProcessor,
+    demo_model_path,
+)
+from vivit_hf.inference.timeline import video_timeline
+
+
+pytestmark = pytest.mark.slow
+
+VIEWS = ("--num-clips", 2, "--num-crops", 1)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """24 files in a table with their scene, which six of the classes share, and noisy labels."""
+    folder = tmp_path_factory.mktemp("videos")
+    write_moving_shapes(folder, clips_per_class=1, test_clips_per_class=6, seed=3)
+    files = sorted((folder / "test").rglob("*.mp4"))
+    lines = [f"{file},{file.parent.name},{file.stem}" for file in files]
+    lines[0] = lines[0].replace(f",{files[0].parent.name},", ",up_right,")  # one wrong label
+    (folder / "table.csv").write_text("\n".join(["path,label,scene", *lines]))
+    return folder
+
+
+def copy_of_demo(folder):
+    folder.mkdir()
+    for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
+        shutil.copyfile(demo_model_path() / name, folder / name)
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("calibration", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def options(videos, model, output):
+    given = ("--model", model, "--data", videos / "table.csv", "--group-column", "scene", "--output-dir", output)
+    return [*given, *VIEWS, "--use-cpu", "--num-workers", 0]
+
+
+@pytest.fixture(scope="module")
+def calibrated(videos, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calibrated")
+    model = copy_of_demo(folder / "model")
+    before = json.loads((model / "config.json").read_text())
+    result = invoke("evaluate", *options(videos, model, folder / "scores"), "--calibrate")
+    assert result.exit_code == 0, result.output
+    return folder, before, result.stdout
+
+
+def stored(folder):
+    return json.loads((folder / "model" / "config.json").read_text())
+
+
+def predicted(folder):
+    return pyarrow.parquet.read_table(folder / "predictions.parquet").to_pydict()
+
+
+def test_the_temperature_is_stored_and_nothing_else_changes(calibrated):
+    folder, before, printed = calibrated
+    after = stored(folder)
+    found = after.pop("calibration")
+    assert after == before
+    assert (found["num_files"], found["num_clips"], found["num_crops"]) == (24, 2, 1)
+    assert f"temperature {found['temperatures'][0]:.3f}" in printed and "files that it was not fitted on" in printed
+    results = json.loads((folder / "scores" / "results.json").read_text())["calibration"]
+    assert results["temperature"] == found["temperatures"][0] and (results["files"], results["units"]) == (24, 6)
+    least, most = results["temperature_range"]
+    assert least <= results["temperature"] <= most
+
+
+def test_the_temperature_is_the_best_one_for_the_files(calibrated, videos):
+    """The loss of the files' plain probabilities, with labels that count as in Platt scaling, is least there."""
+    folder, _, _ = calibrated
+    found = predicted(folder / "scores")
+    logits = torch.tensor(found["probabilities"]).double().log()
+    names = sorted(MOTIONS)
+    targets = torch.tensor([names.index(label) for (label,) in found["labels"]])
+    sure = 25 / 26
+    wanted = torch.full((24, 4), (1 - sure) / 3, dtype=torch.double)
+    wanted[torch.arange(24), targets] = sure
+
+    def loss(temperature):
+        return float(torch.nn.functional.cross_entropy(logits / temperature, wanted))
+
+    temperatures = np.geomspace(0.05, 20, 400)
+    best = temperatures[np.argmin([loss(one) for one in temperatures])]
+    assert stored(folder)["calibration"]["temperatures"][0] == pytest.approx(best, rel=0.02)
+
+
+def test_the_picture_shows_before_and_after(calibrated):
+    with Image.open(calibrated[0] / "scores" / "reliability.png") as picture:
+        assert picture.width > 700 and picture.height > 400
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_again_gives_the_same(calibrated, videos, tmp_path):
+    folder, _, _ = calibrated
+    first = stored(folder)
+    result = invoke("evaluate", *options(videos, folder / "model", tmp_path), "--calibrate")
+    assert result.exit_code == 0 and stored(folder) == first
+
+
+def test_two_processes_give_the_same(calibrated, videos, tmp_path):
+    model = copy_of_demo(tmp_path / "model")
+    command = [*TORCHRUN, "-m", "vivit_hf", "evaluate", *options(videos, model, tmp_path / "scores"), "--calibrate"]
+    process = start(command)
+    assert process.returncode == 0, process.stderr[-3000:]
+    found, expected = stored(tmp_path)["calibration"], stored(calibrated[0])["calibration"]
+    assert found.pop("temperatures") == pytest.approx(expected["temperatures"], rel=1e-4)
+    assert found == {name: value for name, value in expected.items() if name != "temperatures"}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_gives_nearly_the_same(calibrated, videos, tmp_path, dtype):
+    model = copy_of_demo(tmp_path / "model")
+    result = invoke("evaluate", *options(videos, model, tmp_path / "scores"), "--calibrate", "--dtype", dtype)
+    assert result.exit_code == 0, result.output
+    found, expected = stored(tmp_path)["calibration"], stored(calibrated[0])["calibration"]
+    assert found["temperatures"] == pytest.approx(expected["temperatures"], rel=0.1)
+    assert found["weights"] == expected["weights"]
+
+
+def test_probabilities_of_every_entry_point_are_calibrated(calibrated, videos):
+    folder, _, _ = calibrated
+    (temperature,) = stored(folder)["calibration"]["temperatures"]
+    model = ViViTForVideoClassification.from_pretrained(folder / "model").eval()
+    processor = ViViTVideoProcessor.from_pretrained(folder / "model")
+    file = videos / "test" / "down_left" / "003.mp4"
+    with torch.no_grad():
+        rows_of_views = model(**processor(file, num_clips=2, num_crops=1)).logits.log_softmax(-1)
+        one = (model(**processor(file)).logits[0] / temperature).softmax(-1)
+    expected = ((rows_of_views.logsumexp(0) - np.log(2)) / temperature).softmax(-1)
+
+    (row,) = rows(invoke("classify", file, "--model", folder / "model", *VIEWS, "--json").stdout)
+    scores = {one["label"]: one["score"] for one in row["predictions"]}
+    assert [scores[name] for name in sorted(MOTIONS)] == pytest.approx(expected.tolist(), abs=1e-4)
+
+    found = {one["label"]: one["score"] for one in pipeline("video-classification", model=str(folder / "model"))(file)}
+    assert [found[name] for name in sorted(MOTIONS)] == pytest.approx(one.tolist(), abs=1e-5)
+
+    segments = video_timeline(model, processor, file, min_duration=0)
+    (line, *_) = rows(invoke("timeline", file, "--model", folder / "model", "--min-duration", 0, "--json").stdout)
+    assert line["score"] == pytest.approx(segments[0].score, abs=1e-4)
+    model.config.calibration = None
+    plain = video_timeline(model, processor, file, min_duration=0)
+    assert abs(plain[0].score - segments[0].score) > 1e-3
+
+
+def test_other_views_are_named(calibrated, videos):
+    file = videos / "test" / "down_left" / "003.mp4"
+    arguments = (file, "--model", calibrated[0] / "model", "--num-crops", 1)
+    assert "calibrated on 2 clips x 1 crop" in invoke("classify", *arguments, "--num-clips", 3).stderr
+    assert "calibrated" not in invoke("classify", *arguments, "--num-clips", 2).stderr
+
+
+def test_a_calibrated_model_is_scored_with_its_calibration(calibrated, videos, tmp_path):
+    folder, _, _ = calibrated
+    result = invoke("evaluate", *options(videos, folder / "model", tmp_path))
+    assert result.exit_code == 0 and "calibration error, calibrated: " in result.stdout
+    errors = json.loads((tmp_path / "results.json").read_text())["calibration_error"]
+    first = json.loads((folder / "scores" / "results.json").read_text())["calibration"]
+    assert errors["plain"]["labels"] == pytest.approx(first["error_before"], abs=1e-6)
+    assert (tmp_path / "reliability.png").exists()
+    assert np.abs(np.array(predicted(tmp_path)["probabilities"])).sum() == pytest.approx(24)
+
+
+def test_finetuning_leaves_the_calibration_out(calibrated, videos, tmp_path):
+    arguments = ("--train_dir", videos / "train", "--model_name_or_path", calibrated[0] / "model", "--use_cpu")
+    small = (
+        "--max_steps",
+        1,
+        "--dataloader_num_workers",
+        0,
+        "--validation_dir",
+        videos / "test",
+        "--num_clips",
+        1,
+        "--num_crops",
+        1,
+    )
+    process = start([sys.executable, "-m", "vivit_hf", "finetune", *arguments, *small, "--output_dir", tmp_path])
+    assert process.returncode == 0, process.stderr[-2000:]
+    assert "its calibration is left out" in process.stdout + process.stderr
+    assert ViViTConfig.from_pretrained(tmp_path).calibration is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("hub", "someone/model is not a folder: download it first"),
+        ("vivit", "is for 'vivit': convert it first with `vivit-hf convert transformers`"),
+        ("regression", "The model is a regression: it has no probabilities to calibrate"),
+        ("adapter", "has no config.json to write to; merge an adapter"),
+    ],
+)
+def test_models_that_cannot_hold_a_calibration_are_named(kind, message, videos, tmp_path):
+    model = "someone/model" if kind == "hub" else copy_of_demo(tmp_path / "model")
+    if kind == "vivit":
+        (model / "config.json").write_text('{"model_type": "vivit"}')
+    if kind == "regression":
+        make_model(ViViTConfig.from_preset("vivit-tiny", num_labels=1)).save_pretrained(model)
+    if kind == "adapter":
+        (model / "config.json").unlink()
+    check_refusal(["evaluate", *options(videos, model, tmp_path / "out"), "--calibrate"], 2, message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_files_are_named_before_the_model_is_loaded(videos, tmp_path):
+    lines = (videos / "table.csv").read_text().splitlines()
+    (tmp_path / "few.csv").write_text("\n".join(lines[:12]))
+    arguments = [*options(videos, copy_of_demo(tmp_path / "model"), tmp_path / "out"), "--data", tmp_path / "few.csv"]
+    check_refusal(["evaluate", *arguments, "--calibrate"], 2, "needs at least 20 files that can be read")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named_first(videos, tmp_path):
+    """In a process without the rights of root, which can write everywhere."""
+    model = copy_of_demo(tmp_path / "model")
+    model.chmod(0o555)
+    program = (
+        "import os, sys\n"
+        "from vivit_hf.inference.calibration_files import check_folder\n"
+        "os.geteuid() or os.seteuid(65534)\n"
+        "try:\n    check_folder(sys.argv[1])\nexcept ValueError as error:\n    print(error)\n"
+    )
+    for folder in (model, *model.parents):
+        if os.stat(folder).st_uid == os.geteuid() and folder != folder.parent:
+            folder.chmod(folder.stat().st_mode | 0o055)
+    process = subprocess.run(
+        [sys.executable, "-c", program, str(model)], capture_output=True, text=True, timeout=120, cwd="/"
+    )
+    assert "the folder cannot be written: Permission denied" in process.stdout, process.stderr[-2000:]
+
+
+def test_the_table_has_scenes_of_several_files(videos):
+    with (videos / "table.csv").open() as file:
+        scenes = [row["scene"] for row in csv.DictReader(file)]
+    assert sorted(set(scenes)) == [f"{number:03d}" for number in range(6)] and len(scenes) == 24
