@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from .limits_vivit import check_choice, check_positive_integer, check_positive_number, check_value
+from .limits_vivit import check_choice, check_positive_integer, check_positive_number, check_value, is_number
 
 
 logger = logging.get_logger(__name__)
 
 # Beyond these, a temperature would only say that the files were too few, or no better than chance.
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.02, 50.0
+COVERAGES = (0.8, 0.85, 0.9, 0.95, 0.98, 0.99)
 AVERAGINGS = ("probabilities", "logits")
 
 
@@ -29,29 +30,48 @@ class Calibration:
     The fields of `ViViTConfig.calibration`.
 
     `temperatures`: one per group of labels (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017).
-    `num_files`: the number of files that these values come from.
+    `num_files`, `num_units`: the number of files that these values come from, and of groups of files among them.
     `num_clips`, `num_crops`, `averaging`: the views per file and how they were averaged.
     `weights`: the `answer_fingerprint` of the model; None if it is stored in float16.
+    `sets`: one label per file: by coverage, such as "0.9", the plain probability from which on a label belongs to the
+        label set, one per group of labels.
+    `thresholds`: several labels per file: the calibrated probability from which on a label is given, one per label.
 
     Raises ValueError for values that no calibration can have.
     """
 
     temperatures: tuple[float, ...]
     num_files: int
+    num_units: int
     num_clips: int
     num_crops: int
     averaging: str
     weights: str | None = None
+    sets: dict[str, list[float]] | None = None
+    thresholds: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_list("calibration.temperatures", self.temperatures)
         for value in self.temperatures:
             check_positive_number("calibration.temperatures", value, LEAST_TEMPERATURE, MOST_TEMPERATURE)
-        for name in ("num_files", "num_clips", "num_crops"):
+        for name in ("num_files", "num_units", "num_clips", "num_crops"):
             check_positive_integer(f"calibration.{name}", getattr(self, name))
         check_choice("calibration.averaging", self.averaging, AVERAGINGS)
         is_text = self.weights is None or isinstance(self.weights, str)
         check_value("calibration.weights", self.weights, is_text, "a fingerprint, as text")
+        self._check_sets()
+        if self.thresholds is not None:
+            _check_probabilities("calibration.thresholds", self.thresholds)
+
+    def _check_sets(self) -> None:
+        if self.sets is None:
+            return
+        check_value("calibration.sets", self.sets, isinstance(self.sets, Mapping), "lists of probabilities by coverage")
+        for coverage, values in self.sets.items():
+            is_known = coverage in [f"{one:g}" for one in COVERAGES]
+            check_value("calibration.sets", coverage, is_known, f"for a coverage of {', '.join(map(str, COVERAGES))}")
+            _check_probabilities(f"calibration.sets[{coverage!r}]", values)
+            check_value("calibration.sets", values, len(values) == len(self.temperatures), "one number per group")
 
     @classmethod
     def of(cls, config: Any) -> "Calibration | None":
@@ -70,6 +90,12 @@ class Calibration:
 
 def _check_list(name: str, value: Any) -> None:
     check_value(name, value, isinstance(value, (list, tuple)) and len(value) > 0, "a list of numbers")
+
+
+def _check_probabilities(name: str, values: Any) -> None:
+    _check_list(name, values)
+    for value in values:
+        check_value(name, value, is_number(value) and 0 <= value <= 1, "probabilities")
 
 
 def check_calibration(name: str, value: Any) -> dict[str, Any]:
@@ -95,6 +121,14 @@ def check_calibration_of(config: Any) -> None:
         raise ValueError(
             f"`calibration` has {len(calibration.temperatures)} temperatures, but there are {config.num_labels} labels "
             f"in {groups} groups: set `calibration=None`, or run `vivit-hf evaluate --calibrate` again."
+        )
+    num_thresholds = None if calibration.thresholds is None else len(calibration.thresholds)
+    is_multi_label = config.problem_type == "multi_label_classification"
+    if num_thresholds not in (None, config.num_labels) or (is_multi_label and calibration.sets is not None):
+        raise ValueError(
+            f"`calibration` has {num_thresholds} thresholds and {'no' if calibration.sets is None else 'some'} sets, "
+            f"which do not fit the {config.num_labels} labels of problem_type={config.problem_type!r}: set "
+            "`calibration=None`, or run `vivit-hf evaluate --calibrate` again."
         )
 
 

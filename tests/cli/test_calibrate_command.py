@@ -168,6 +168,71 @@ def test_probabilities_of_every_entry_point_are_calibrated(calibrated, videos):
     assert abs(plain[0].score - segments[0].score) > 1e-3
 
 
+def test_sets_hold_the_labels_above_the_stored_probability(calibrated, videos):
+    folder, _, printed = calibrated
+    found = stored(folder)["calibration"]
+    assert list(found["sets"]) == ["0.8", "0.85"] and found["num_units"] == 6  # 0.9 needs nine groups
+    assert "labels per set (classify --sets) by coverage: 0.8: " in printed
+    files = [videos / "test" / name / "002.mp4" for name in sorted(MOTIONS)]
+    arguments = ("classify", *files, "--model", folder / "model", *VIEWS, "--sets", "--coverage", 0.8)
+    of_sets = rows(invoke(*arguments, "--json").stdout)
+    scores = predicted(folder / "scores")
+    plain = dict(zip(scores["video"], scores["probabilities"], strict=True))
+    for row in of_sets:
+        expected = {
+            one for one, value in zip(sorted(MOTIONS), plain[row["file"]], strict=True) if value >= least(found)
+        }
+        expected.add(sorted(MOTIONS)[int(np.argmax(plain[row["file"]]))])
+        assert {one["label"] for one in row["predictions"]} == expected and row["coverage"] == 0.8
+    assert invoke(*arguments).exit_code == 0
+
+
+def least(calibration):
+    return calibration["sets"]["0.8"][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sets"], "needs at least 9 labelled files or groups of files, got 6"),
+        (["--sets", "--coverage", 0.99], "needs at least 99"),
+        (["--sets", "--coverage", 7], "is not stored; the model has 0.8"),
+        (["--coverage", 0.9], "add --sets, whose coverage it is"),
+        (["--sets", "--coverage", 0.8, "--num-clips", 4], "take the same views, or calibrate with these"),
+    ],
+)
+def test_sets_that_cannot_be_given_are_named(calibrated, videos, arguments, message):
+    file = videos / "test" / "down_left" / "003.mp4"
+    check_refusal(["classify", file, "--model", calibrated[0] / "model", *VIEWS, *arguments], 2, message)
+
+
+def test_sets_of_the_plain_model_are_refused(videos, tmp_path):
+    file, model = videos / "test" / "down_left" / "003.mp4", copy_of_demo(tmp_path / "model")
+    check_refusal(["classify", file, "--model", model, "--sets"], 2, "Label sets need a calibrated model")
+
+
+def test_a_multi_label_model_gives_the_labels_that_reach_their_thresholds(videos, tmp_path):
+    model = copy_of_demo(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "problem_type": "multi_label_classification"}))
+    result = invoke("evaluate", *options(videos, model, tmp_path / "scores"), "--calibrate")
+    assert result.exit_code == 0 and "macro F1" in result.stdout, result.output
+    found = stored(tmp_path)["calibration"]
+    assert "sets" not in found and len(found["thresholds"]) == 4
+    file = videos / "test" / "down_left" / "003.mp4"
+    arguments = ("classify", file, "--model", model, *VIEWS)
+    (row,) = rows(invoke(*arguments, "--json").stdout)
+    thresholds = dict(zip(sorted(MOTIONS), found["thresholds"], strict=True))
+    assert row["predictions"] and all(one["score"] >= thresholds[one["label"]] for one in row["predictions"])
+    assert len(row["predictions"]) < 4
+    config = json.loads((model / "config.json").read_text())
+    config["calibration"]["thresholds"] = [1.0] * 4
+    (model / "config.json").write_text(json.dumps(config))
+    assert rows(invoke(*arguments, "--json").stdout)[0]["predictions"] == []
+    assert "no label reaches its threshold" in invoke(*arguments).stdout
+    check_refusal([*arguments, "--sets"], 2, "a multi-label model, which has thresholds instead")
+
+
 def test_other_views_are_named(calibrated, videos):
     file = videos / "test" / "down_left" / "003.mp4"
     arguments = (file, "--model", calibrated[0] / "model", "--num-crops", 1)

@@ -15,7 +15,14 @@ from vivit_hf.data import LabelMap
 from vivit_hf.data.labels import to_probabilities
 
 
-FIELDS = {"temperatures": [2.0], "num_files": 40, "num_clips": 4, "num_crops": 3, "averaging": "probabilities"}
+FIELDS = {
+    "temperatures": [2.0],
+    "num_files": 40,
+    "num_units": 40,
+    "num_clips": 4,
+    "num_crops": 3,
+    "averaging": "probabilities",
+}
 
 
 def calibrated(attention_type="factorised_encoder", **overrides):
@@ -76,7 +83,7 @@ def test_wrong_values_are_named(fields, message):
 
 def test_a_calibration_without_a_field_is_incomplete():
     with pytest.raises(ValueError, match=r"`calibration` is incomplete: .*'averaging'"):
-        tiny_config("spatio_temporal", calibration={"temperatures": [1.0], "num_files": 1})
+        tiny_config("spatio_temporal", calibration={"temperatures": [1.0], "num_files": 1, "num_units": 1})
 
 
 @pytest.mark.parametrize(

@@ -100,14 +100,17 @@ def views_of(processor: Any, num_clips: int | None, num_crops: int | None) -> di
     return {"num_clips": num_clips, "num_crops": num_crops}
 
 
-def say_other_views(config: Any, views: dict[str, int]) -> None:
-    """Print that probabilities were calibrated on other views than these, if they were."""
-    from ..calibration_vivit import Calibration
+def averaging_of(config: Any, views: dict[str, int]) -> str:
+    """Return how to average these views: as when the model was calibrated; print if it was on other views."""
+    from ..calibration_vivit import AVERAGINGS, Calibration
 
     stored = Calibration.of(config)
-    if stored is not None and views != {"num_clips": stored.num_clips, "num_crops": stored.num_crops}:
+    if stored is None:
+        return AVERAGINGS[0]
+    if views != {"num_clips": stored.num_clips, "num_crops": stored.num_crops}:
         clips, crops = counted(stored.num_clips, "clip"), counted(stored.num_crops, "crop")
         say(f"The model was calibrated on {clips} x {crops}: with other views, probabilities fit less well.")
+    return stored.averaging
 
 
 def find_model(name: str) -> dict[str, Any]:

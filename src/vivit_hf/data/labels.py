@@ -38,6 +38,7 @@ class LabelMap:
     `has_positions`: True if labels may also be given as indices into their group, as in EPIC-Kitchens. This does not
     apply to groups with a number among the names, and is False for names collected from videos.
     `temperatures`: what to divide the logits of each group by before they become probabilities; empty for 1.
+    `thresholds`: with several labels per video, the probability from which on each is given; empty without thresholds.
     """
 
     groups: Mapping[str, Sequence[str]]
@@ -45,6 +46,7 @@ class LabelMap:
     is_regression: bool = False
     has_positions: bool = True
     temperatures: Sequence[float] = ()
+    thresholds: Sequence[float] = ()
 
     @classmethod
     def of(
@@ -74,10 +76,12 @@ class LabelMap:
         names = [str(config.id2label[index]) for index in range(config.num_labels)]
         calibration = Calibration.of(config)
         temperatures = () if calibration is None else calibration.temperatures
+        thresholds = () if calibration is None else calibration.thresholds or ()
         if getattr(config, "label_groups", None) is None:  # only our configurations have them
             problem = config.problem_type or ("regression" if len(names) == 1 else None)  # as transformers infers it
             has_several, is_regression = problem == "multi_label_classification", problem == "regression"
-            return cls({ONE_GROUP: tuple(names)}, has_several, is_regression, temperatures=temperatures)
+            kinds = {"has_several": has_several, "is_regression": is_regression}
+            return cls({ONE_GROUP: tuple(names)}, **kinds, temperatures=temperatures, thresholds=thresholds)
         groups, start = {}, 0
         for group, size in config.label_groups.items():
             groups[group] = tuple(name.removeprefix(f"{group}: ") for name in names[start : start + size])
@@ -152,12 +156,19 @@ class LabelMap:
         return torch.tensor([IGNORED] * len(self.groups) if self.is_grouped else IGNORED)
 
     def ranked(self, probabilities: np.ndarray, top_k: int = 1) -> list[tuple[str, str, float]]:
-        """Return group, name and probability of the `top_k` likeliest labels of each group."""
+        """
+        Return group, name and probability of the `top_k` likeliest labels of each group.
+
+        With `thresholds`, these are only the labels that reach theirs, and there may be none.
+        """
         start, found = 0, []
         for group, names in self.groups.items():
             part = probabilities[start : start + len(names)]
             start += len(names)
-            found += [(group, names[index], float(part[index])) for index in np.argsort(-part, kind="stable")[:top_k]]
+            order = np.argsort(-part, kind="stable")[:top_k]
+            if self.thresholds:
+                order = [index for index in order if part[index] >= self.thresholds[index]]
+            found += [(group, names[index], float(part[index])) for index in order]
         return found
 
     def best(self, probabilities: np.ndarray | None, top_k: int = 1, *, with_scores: bool = False) -> Any:

@@ -9,7 +9,7 @@ Source: Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ import torch
 from ..calibration_vivit import LEAST_TEMPERATURE, MOST_TEMPERATURE, Calibration
 from ..data.labels import LabelMap, to_probabilities, units_of
 from .evaluation import Evaluation
+from .label_sets import fit_sets, in_sets, plain_parts
+from .label_thresholds import best_thresholds, macro_f1, unseen
 
 
 FOLDS = 5
@@ -68,14 +70,18 @@ class CalibrationReport:
 
     `before`, `after`: by the name of the group, see `Reliability`.
     `ranges`: the least and the largest temperature of the folds, by the name of the group.
-    `num_units`: files and groups of files that were kept together.
+    `set_sizes`: by coverage, the mean number of labels in the sets of these files, one per group.
+    `scores`: with several labels per file, the macro F1 score at 0.5 and at thresholds that come from other files.
+    `unseen`: labels without a file, whose threshold is 0.5.
     """
 
     calibration: Calibration
     before: dict[str, Reliability]
     after: dict[str, Reliability]
     ranges: dict[str, tuple[float, float]]
-    num_units: int
+    set_sizes: dict[str, list[float]]
+    scores: dict[str, float]
+    unseen: list[str]
 
     @property
     def results(self) -> dict[str, Any]:
@@ -91,7 +97,8 @@ class CalibrationReport:
             for group, temperature in zip(self.before, self.calibration.temperatures, strict=True)
         }
         of_groups = groups[""] if list(groups) == [""] else {"groups": groups}
-        return {**of_groups, "files": self.calibration.num_files, "units": self.num_units, "folds": FOLDS}
+        counts = {"files": self.calibration.num_files, "units": self.calibration.num_units, "folds": FOLDS}
+        return {**of_groups, **counts, "set_sizes": self.set_sizes, **self.scores}
 
     @property
     def lines(self) -> list[str]:
@@ -106,10 +113,26 @@ class CalibrationReport:
             )
             if temperature in (LEAST_TEMPERATURE, MOST_TEMPERATURE):
                 found.append(f"  {temperature} is the limit of temperatures: the answers are no better than chance.")
+        found += self._lines_of_labels()
         if self.calibration.num_files < FEW_FILES:
             found.append(
                 f"Only {self.calibration.num_files} files: use at least {FEW_FILES} for temperatures to rely on."
             )
+        return found
+
+    def _lines_of_labels(self) -> list[str]:
+        found = []
+        if self.set_sizes:
+            sizes = [f"{one}: {', '.join(f'{size:.2f}' for size in sizes)}" for one, sizes in self.set_sizes.items()]
+            found.append(f"labels per set (classify --sets) by coverage: {'; '.join(sizes)}")
+        if self.scores:
+            found.append(
+                f"macro F1 {self.scores['f1_at_half']:.4f} at 0.5, {self.scores['f1_at_thresholds']:.4f} at thresholds "
+                "from other files"
+            )
+        if self.unseen:
+            shown = ", ".join(self.unseen[:5]) + ", ..." * (len(self.unseen) > 5)
+            found.append(f"{len(self.unseen)} labels have no file and the threshold 0.5: {shown}")
         return found
 
 
@@ -133,18 +156,37 @@ def calibrate(
     plain = LabelMap(found.label_map.groups, found.label_map.has_several)
     logits, targets = found.logits.astype(np.float64), found.targets[places]
     temperatures = fit_temperatures(logits, targets, plain)
-    after, of_folds = np.empty_like(logits), []
+    after, of_folds, is_given = np.empty_like(logits), [], np.zeros(logits.shape, dtype=bool)
     for part in divide(units, FOLDS):
         rest = np.setdiff1d(np.arange(len(logits)), part)
         of_folds.append(fit_temperatures(logits[rest], targets[rest], plain))
         after[part] = _probabilities(logits[part], plain, of_folds[-1])
+        if plain.has_several:
+            of_rest = _probabilities(logits[rest], plain, of_folds[-1])
+            is_given[part] = after[part] >= best_thresholds(of_rest, targets[rest])
+    stored = Calibration(temperatures, len(places), len(units), num_clips, num_crops, averaging, weights)
+    sizes, scores = {}, {}
+    if plain.has_several:
+        thresholds = best_thresholds(_probabilities(logits, plain, temperatures), targets)
+        stored = replace(stored, thresholds=tuple(thresholds.tolist()))
+        scores = {"f1_at_half": macro_f1(after >= 0.5, targets), "f1_at_thresholds": macro_f1(is_given, targets)}
+    else:
+        stored = replace(stored, sets=fit_sets(logits, targets, units, plain))
+        sizes = {one: _set_sizes(logits, plain, least) for one, least in (stored.sets or {}).items()}
     return CalibrationReport(
-        Calibration(temperatures, len(places), num_clips, num_crops, averaging, weights),
+        stored,
         reliabilities(_probabilities(logits, plain, ()), targets, plain),
         reliabilities(after, targets, plain),
         dict(zip(plain.groups, [(min(one), max(one)) for one in zip(*of_folds, strict=True)], strict=True)),
-        len(units),
+        sizes,
+        scores,
+        unseen(targets, plain.names) if plain.has_several else [],
     )
+
+
+def _set_sizes(logits: np.ndarray, label_map: LabelMap, least: Sequence[float]) -> list[float]:
+    parts = zip(plain_parts(logits, label_map), least, strict=True)
+    return [float(in_sets(part, probability).sum(axis=1).mean()) for part, probability in parts]
 
 
 def check_enough(num_files: int, num_units: int) -> None:

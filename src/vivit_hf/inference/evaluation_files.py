@@ -122,16 +122,20 @@ def draw_confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: Path, 
 
 
 def _write_predictions(path: Path, evaluation: Evaluation) -> None:
-    """Write a row per video: its file, its labels, the best label of each group, every probability, and the error."""
+    """
+    Write a row per video: its file, its labels, every probability, the error, and the best label of each group, or all
+    labels that reach their thresholds.
+    """
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     label_map, predictions = evaluation.label_map, evaluation.predictions
+    top_k = len(label_map.names) if label_map.thresholds else 1
     columns: dict[str, list[Any]] = {
         "video": [as_utf8(_shown(one)) for one in evaluation.videos],
         "labels": [[as_utf8(label) for label in one.labels] for one in evaluation.videos],
         "predicted": [
-            None if one.error is not None else [as_utf8(label) for label in label_map.best(one.probabilities)]
+            None if one.error is not None else [as_utf8(label) for label in label_map.best(one.probabilities, top_k)]
             for one in predictions
         ],
         "probabilities": [None if one.probabilities is None else one.probabilities.tolist() for one in predictions],
