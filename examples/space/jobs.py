@@ -31,6 +31,7 @@ from vivit_hf.inference import (
 )
 from vivit_hf.inference.finite_outputs import check_finite
 from vivit_hf.inference.optimization import optimized
+from vivit_hf.inference.unknown import UNKNOWN, UnknownRule, classifier_inputs
 from vivit_hf.video_sources import VideoDecodingError, VideoLimitError, VideoLimits
 
 
@@ -140,7 +141,8 @@ def classify(model: Any, processor: ViViTVideoProcessor, path: Path) -> Answer:
     views = features["pixel_values"].to(model.device, model.dtype)  # (clips, frames, channels, height, width)
     ids = None if features.frame_ids is None else np.asarray(features.frame_ids)[None]
     label_map = LabelMap.from_config(model.config)
-    with torch.inference_mode():
+    rule = UnknownRule.of(model)
+    with torch.inference_mode(), classifier_inputs(model) as seen:
         logits = predict_views(model, views[None], frame_ids=ids)
         check_finite(logits, model, views)
         probabilities = to_probabilities(average_views(logits, label_map)[0].cpu(), label_map)
@@ -150,6 +152,8 @@ def classify(model: Any, processor: ViViTVideoProcessor, path: Path) -> Answer:
     best = int(probabilities[:first_group].argmax())
     place = int(of_clips[:, best].argmax())
     labels = sorted(zip(names, probabilities.tolist(), strict=True), key=lambda one: -one[1])[:TOP_K]
+    if rule is not None and rule.is_unknown(float(rule.scores(logits, torch.cat(seen)[None])), logits.shape[1]):
+        labels = [(UNKNOWN, 1.0)]
     return Answer(
         dict(labels), names[best], best, views[place : place + 1].clone(), place, float(of_clips[place, best])
     )
@@ -200,6 +204,8 @@ def answer(job: Job) -> Iterator[dict[str, Any]]:
     if own != found.label and not LabelMap.from_config(network.config).is_grouped:
         caption += f" On its own, this clip would be labelled {own!r}."
     status = f"{clip.summary}. The labels are from {describe_views(processor, total, num_crops=1)}."
+    if UNKNOWN in found.labels:
+        status += f" The video is unlike those that the model was trained on; its nearest label is {found.label!r}."
     if job.model == DEMO:
         status += f" {DEMO_NOTE}"
     yield {"pictures": pictures, "caption": caption, "status": status}

@@ -6,14 +6,26 @@ commands, pipelines and `vivit_hf.data.labels.to_probabilities`. `vivit-hf evalu
 """
 
 import hashlib
+import math
+import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import logging
+from safetensors import SafetensorError, safe_open
+from transformers.utils import cached_file, logging
 
-from .limits_vivit import check_choice, check_positive_integer, check_positive_number, check_value, is_number
+from .limits_vivit import (
+    check_choice,
+    check_positive_integer,
+    check_positive_number,
+    check_probability,
+    check_value,
+    is_number,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -21,6 +33,9 @@ logger = logging.get_logger(__name__)
 # Beyond these, a temperature would only say that the files were too few, or no better than chance.
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.02, 50.0
 COVERAGES = (0.8, 0.85, 0.9, 0.95, 0.98, 0.99)
+UNKNOWN_SCORES = ("energy", "neighbours")
+KNOWN_FEATURES = "known_features.safetensors"  # beside the weights
+MOST_KNOWN = 100_000
 AVERAGINGS = ("probabilities", "logits")
 
 
@@ -36,6 +51,9 @@ class Calibration:
     `sets`: one label per file: by coverage, such as "0.9", the plain probability from which on a label belongs to the
         label set, one per group of labels.
     `thresholds`: several labels per file: the calibrated probability from which on a label is given, one per label.
+    `unknown`: when to answer "none of these": the "score" ("energy" or "neighbours"), and from where on, so that a
+        share of "false_alarms" of files that show one of the labels is called so: the "threshold" for all views of a
+        file and the "window_threshold" for a single one. See `vivit_hf.inference.unknown`.
 
     Raises ValueError for values that no calibration can have.
     """
@@ -49,6 +67,7 @@ class Calibration:
     weights: str | None = None
     sets: dict[str, list[float]] | None = None
     thresholds: tuple[float, ...] | None = None
+    unknown: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         _check_list("calibration.temperatures", self.temperatures)
@@ -60,6 +79,7 @@ class Calibration:
         is_text = self.weights is None or isinstance(self.weights, str)
         check_value("calibration.weights", self.weights, is_text, "a fingerprint, as text")
         self._check_sets()
+        self._check_unknown()
         if self.thresholds is not None:
             _check_probabilities("calibration.thresholds", self.thresholds)
 
@@ -72,6 +92,19 @@ class Calibration:
             check_value("calibration.sets", coverage, is_known, f"for a coverage of {', '.join(map(str, COVERAGES))}")
             _check_probabilities(f"calibration.sets[{coverage!r}]", values)
             check_value("calibration.sets", values, len(values) == len(self.temperatures), "one number per group")
+
+    def _check_unknown(self) -> None:
+        if self.unknown is None:
+            return
+        names = ["false_alarms", "score", "threshold", "window_threshold"]
+        is_good = isinstance(self.unknown, Mapping) and sorted(map(str, self.unknown)) == names
+        check_value("calibration.unknown", self.unknown, is_good, f"an object with the fields {', '.join(names)}")
+        check_choice("calibration.unknown.score", self.unknown["score"], UNKNOWN_SCORES)
+        for name in ("threshold", "window_threshold"):
+            value = self.unknown[name]
+            is_good = is_number(value) and math.isfinite(value)
+            check_value(f"calibration.unknown.{name}", value, is_good, "a finite number")
+        check_probability("calibration.unknown.false_alarms", self.unknown["false_alarms"])
 
     @classmethod
     def of(cls, config: Any) -> "Calibration | None":
@@ -165,3 +198,73 @@ def drop_stale_calibration(model: Any, state_dict: Mapping[str, Any] | None = No
             "--calibrate` again.",
             *(calibration.weights, found),
         )
+
+
+# Known features
+
+
+def find_known_features(model: Any) -> Path | None:
+    """Return the file with the known features beside the weights that a model comes from, None if there is none."""
+    source = model.name_or_path or ""
+    if os.path.isdir(source):
+        path = Path(source, KNOWN_FEATURES)
+        return path if path.is_file() else None
+    if not source:
+        return None
+    try:
+        found = cached_file(
+            source,
+            KNOWN_FEATURES,
+            revision=getattr(model.config, "_commit_hash", None),
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, ValueError):
+        return None
+    return None if found is None else Path(found)
+
+
+def read_known_features(path: Path, calibration: Calibration, hidden: int) -> torch.Tensor:
+    """
+    Read the known features, floats (videos, hidden).
+
+    Raises:
+        ValueError: if the file is damaged, belongs to other weights, or has features of another size.
+    """
+    again = "Write it again with `vivit-hf evaluate --calibrate`."
+    try:
+        with safe_open(path, framework="pt") as file:
+            weights = (file.metadata() or {}).get("weights")
+            shape = file.get_slice("features").get_shape()
+            is_good = len(shape) == 2 and shape[1] == hidden and 0 < shape[0] <= MOST_KNOWN
+            check_value(str(path), list(shape), is_good, f"at most {MOST_KNOWN:,} features of {hidden} numbers")
+            features = file.get_tensor("features")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged: {error}. {again}") from error
+    if weights != (calibration.weights or "float16"):
+        raise ValueError(f"{path} belongs to other weights than the calibration in config.json. {again}")
+    if not (features.is_floating_point() and features.isfinite().all()):
+        raise ValueError(f"{path} contains features that are not finite numbers. {again}")
+    return features
+
+
+def carried_features(model: Any) -> Path | None:
+    """Return the known features to save with a model; if they are lost, leave out the unknown answer with a warning."""
+    calibration = Calibration.of(model.config)
+    if calibration is None or calibration.unknown is None or calibration.unknown["score"] != "neighbours":
+        return None
+    if (found := find_known_features(model)) is None:
+        model.config.calibration = {name: value for name, value in calibration.to_dict().items() if name != "unknown"}
+        logger.warning(
+            "Left out the unknown answer: %s is not beside the weights of %r any more.",
+            KNOWN_FEATURES,
+            model.name_or_path,
+        )
+    return found
+
+
+def copy_features(source: Path | None, folder: str | os.PathLike[str]) -> None:
+    """Copy known features into the folder of a saved model."""
+    target = Path(folder, KNOWN_FEATURES)
+    if source is not None and not (target.exists() and target.samefile(source)):
+        shutil.copyfile(source, target)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, cached_file, logging
 
-from .calibration_vivit import drop_stale_calibration
+from .calibration_vivit import carried_features, copy_features, drop_stale_calibration
 from .configuration_vivit import CONFIG_FIELDS, ViViTConfig
 from .limits_vivit import MOST_NEW_PARAMETERS
 from .model_files import check_weight_indices, check_weights, named_json_errors, stale_weights_removed, upload
@@ -130,15 +130,18 @@ class CheckpointMixin(_Base):
 
         Every Auto class loads the folder with `trust_remote_code=True` where this package is not installed. Weights and
         adapters of an earlier save, which `from_pretrained` might load instead or in addition, are removed at the end.
-        A calibration of other weights is left out with a warning.
+        A calibration of other weights is left out with a warning. Known features are copied.
         """
         drop_stale_calibration(self, args[0] if args else kwargs.get("state_dict"))
         if hasattr(self.config, "auto_map"):
             del self.config.auto_map  # it came with the checkpoint and may name another class
         if self._auto_class is not None and type(self).__module__.rpartition(".")[2] == "modeling_vivit":
             self.config.auto_map = dict(AUTO_MAP)
+        features = carried_features(self)
         with stale_weights_removed(Path(save_directory)) if is_main_process else nullcontext():
             super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+            if is_main_process:
+                copy_features(features, save_directory)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> CommitInfo:
         """

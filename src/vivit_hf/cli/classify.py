@@ -45,7 +45,8 @@ def classify(
     ends the command. Exit code 0: every video has labels; 1: at least one has none; 2: wrong usage.
 
     With --json, print one line per video, in order: {"file", "predictions": [{"label", "score"}]} or {"file", "error"}.
-    For a model with several groups of labels, predictions also have a "group"; with --sets there is also "coverage".
+    For a model with several groups of labels, predictions also have a "group"; with --sets there is also "coverage",
+    and for a model that knows when a video shows none of its labels, "unknown": true or false.
     "file" is the argument without the secrets of an address: user name, password and query.
 
     Example: vivit-hf classify holiday.mp4 clips/ --model google/vivit-b-16x2-kinetics400
@@ -129,10 +130,16 @@ def _checked(predictions: Iterator[Any]) -> Iterator[Any]:
 
 
 def _print_predictions(rows: list[dict[str, Any]]) -> None:
+    from ..inference.unknown import UNKNOWN
+
     table = Table("file", "label", Column("score", justify="right"))
     for row in rows:
         if "error" in row:
             table.add_row(as_cell(row["file"]), as_cell("no label: ", "red") + as_cell(str(row["error"])), "")
+        if row.get("unknown"):
+            nearest = f" (otherwise {row['predictions'][0]['label']})" if row["predictions"] else ""
+            table.add_row(as_cell(row["file"]), as_cell(UNKNOWN + nearest), "", end_section=True)
+            continue
         if row.get("predictions") == []:
             table.add_row(as_cell(row["file"]), as_cell("no label reaches its threshold"), "", end_section=True)
         for place, one in enumerate(row.get("predictions", ())):

@@ -1,5 +1,6 @@
 """`vivit-hf evaluate`: the scores of a model on labelled videos."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,6 +40,27 @@ Calibrate = Annotated[
         "model's config.json.",
     ),
 ]
+
+
+def _about_unknown(help: str, **settings: Any) -> Any:
+    return typer.Option(help=help, rich_help_panel="The answer 'none of these', with --calibrate", **settings)
+
+
+Unknown = Annotated[
+    Literal["auto", "energy", "neighbours"] | None,
+    _about_unknown(
+        "Let the model answer 'none of these' by its energy, by the nearest training videos, or the better."
+    ),
+]
+KnownData = Annotated[
+    str | None, _about_unknown("Training videos, a folder of class folders or a file, for neighbours and auto.")
+]
+UnknownData = Annotated[
+    str | None, _about_unknown("Videos that show none of the labels, a folder or a file, to choose and measure by.")
+]
+FalseAlarms = Annotated[
+    float, _about_unknown("Share of videos of the labels that may be called 'none of these'.", min=0.001, max=0.5)
+]
 GroupColumn = Annotated[
     str | None, _about_videos("Column of videos that belong together, such as those of a patient, for --calibrate.")
 ]
@@ -62,6 +84,10 @@ def evaluate(
     num_crops: options.Crops = None,
     averaging: Averaging = "probabilities",
     calibrate: Calibrate = False,
+    unknown: Unknown = None,
+    known_data: KnownData = None,
+    unknown_data: UnknownData = None,
+    false_alarms: FalseAlarms = 0.05,
     batch_size: options.BatchSize = 16,
     num_workers: options.Workers = None,
     dtype: options.Dtype = "float32",
@@ -84,37 +110,79 @@ def evaluate(
     from ..inference.evaluation_files import save_evaluation
     from ..inference.processes import process_group
 
+    reading: dict[str, Any] = {"video_root": video_root, "annotation_format": annotation_format}
+    reading |= {"video_column": video_column_name, "label_separator": label_separator}
+    reading |= {"label_columns": label_column_name.split(",") if label_column_name else None}
+    reading |= {"missing_videos": missing_videos}
     try:
-        videos = read_split(
-            data,
-            split,
-            video_root=video_root,
-            annotation_format=annotation_format,
-            video_column=video_column_name,
-            label_columns=label_column_name.split(",") if label_column_name else None,
-            label_separator=label_separator,
-            missing_videos=missing_videos,
-            split_column=split_column,
-            group_column=group_column,
-        )
+        videos = read_split(data, split, split_column=split_column, group_column=group_column, **reading)
         _check_calibration(calibrate, model, videos)
+        others = _other_videos(calibrate, unknown, known_data, unknown_data, reading)
         state = process_group(use_cpu)
     except (OSError, ValueError) as error:
         fail(str(error), code=2)
     device = str(state.device)
     classifier, processor = options.load(model, device, dtype, allow_private_addresses=allow_private_addresses)
-    settings: dict[str, Any] = {**options.views_of(processor, num_clips, num_crops), "averaging": averaging}
-    settings |= {"batch_size": batch_size, "num_workers": options.workers_of(num_workers)}
+    settings: dict[str, Any] = {"batch_size": batch_size, "num_workers": options.workers_of(num_workers)}
+    settings |= {**options.views_of(processor, num_clips, num_crops), "averaging": averaging}
     try:
-        found = evaluate_videos(classifier, processor, videos, **settings)
+        found = evaluate_videos(classifier, processor, videos, with_outputs=unknown is not None, **settings)
+        choice = _choose(found, classifier, processor, others, unknown, false_alarms, settings)
+        report = _calibrate(found, model, settings) if calibrate and found is not None else None
     except ValueError as error:
         fail(str(error), code=2)
     if found is not None:
-        report = _calibrate(found, model, settings) if calibrate else None
-        results = save_evaluation(found, output_dir, report, model=model, dtype=dtype)
-        _print_results(found, report, results)
+        results = save_evaluation(found, output_dir, report, choice, model=model, dtype=dtype)
+        _print_results(found, report, choice, results)
     state.wait_for_everyone()
     state.destroy_process_group()
+
+
+def _other_videos(
+    calibrate: bool, unknown: str | None, known_data: str | None, unknown_data: str | None, reading: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the known and the unknown videos; ValueError for options that do not go together."""
+    from ..data.annotations import read_videos
+    from ..inference.unknown_choice import choose_known
+
+    if unknown is not None and not calibrate:
+        raise ValueError("--unknown goes with --calibrate.")
+    if unknown is None and (known_data or unknown_data):
+        raise ValueError("--known-data and --unknown-data go with --unknown auto, energy or neighbours.")
+    if unknown in ("auto", "neighbours") and known_data is None:
+        raise ValueError(f"--unknown {unknown} needs training videos: give --known-data.")
+    others: dict[str, Any] = {}
+    if known_data is not None:
+        others["known"] = choose_known(read_videos(known_data, split_column="none", **reading).videos)
+    if unknown_data is not None:
+        found = read_videos(unknown_data, needs_labels=False, missing_videos=reading["missing_videos"])
+        others["unknown"] = found.videos
+    return others
+
+
+def _choose(
+    found: Any,
+    classifier: Any,
+    processor: Any,
+    others: dict[str, Any],
+    unknown: str | None,
+    false_alarms: float,
+    settings: dict[str, Any],
+) -> Any:
+    """Return the rule for unknown videos, None without one and in other processes than the main one."""
+    from ..data.labels import LabelMap
+    from ..inference.evaluation import predict_together
+    from ..inference.unknown_choice import choose_rule
+
+    if unknown is None:
+        return None
+    label_map = LabelMap.from_config(classifier.config)
+    labels = [next(iter(label_map.numbers(one)), -1) for one in others.get("known", ())]
+    outputs = {
+        name: predict_together(classifier, processor, [one.video for one in videos], with_outputs=True, **settings)
+        for name, videos in others.items()
+    }
+    return None if found is None else choose_rule(found, unknown, false_alarms, known_labels=labels, **outputs)
 
 
 def _check_calibration(calibrate: bool, model: str, videos: Any) -> None:
@@ -134,10 +202,7 @@ def _calibrate(found: Any, model: str, settings: dict[str, Any]) -> Any:
     from ..inference.calibration_files import stored_fingerprint
 
     views = [settings[name] for name in ("num_clips", "num_crops", "averaging")]
-    try:
-        return calibrate(found, *views, stored_fingerprint(model))
-    except ValueError as error:  # too many of the videos could not be read
-        fail(str(error), code=2)
+    return calibrate(found, *views, stored_fingerprint(model))
 
 
 def _print_evaluation(found: Any) -> None:
@@ -159,14 +224,18 @@ def _print_evaluation(found: Any) -> None:
             echo(f"left out: {video.where}: {one.error}")
 
 
-def _print_results(found: Any, report: Any, results: dict[str, Any]) -> None:
+def _print_results(found: Any, report: Any, choice: Any, results: dict[str, Any]) -> None:
     """Print an evaluation; store and print a new calibration, or print the error of the stored one."""
     from ..inference.calibration_files import store_calibration
 
     _print_evaluation(found)
     if report is not None:
-        store_calibration(results["model"], report.calibration)
-        for line in (*report.lines, f"stored in {Path(results['model'], 'config.json')}"):
+        rule, known = (None, None) if choice is None else (choice.rule, choice.known)
+        store_calibration(results["model"], replace(report.calibration, unknown=rule), known)
+        stored = Path(results["model"], "config.json")
+        for line in (*report.lines, *(choice.lines if choice is not None else ()), f"stored in {stored}"):
             echo(line)
     for name, errors in results.get("calibration_error", {}).items():
         echo(f"calibration error, {name}: " + ", ".join(f"{error:.4f} {of}" for of, error in errors.items()))
+    if "unknown" in results and report is None:
+        echo(f"called 'none of these': {results['unknown']['called']:.4f} of these videos")

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import save_file
 from transformers.utils import CONFIG_NAME
 
-from ..calibration_vivit import Calibration, answer_fingerprint
+from ..calibration_vivit import KNOWN_FEATURES, Calibration, answer_fingerprint
 from ..configuration_vivit import ViViTConfig
 from ..data.labels import LabelMap
 from ..data.whole_files import written_whole
@@ -56,8 +58,13 @@ def stored_fingerprint(folder: str) -> str | None:
     return answer_fingerprint(ViViTForVideoClassification.from_pretrained(folder, dtype="auto"))
 
 
-def store_calibration(folder: str | os.PathLike[str], calibration: Calibration) -> None:
-    """Write `calibration` into the config.json of a folder; everything else in it stays."""
+def store_calibration(
+    folder: str | os.PathLike[str], calibration: Calibration, known: torch.Tensor | None = None
+) -> None:
+    """Write `calibration` into the config.json of a folder, where all else stays, and known features beside it."""
+    if known is not None:
+        with written_whole(Path(folder, KNOWN_FEATURES)) as unfinished:
+            save_file({"features": known}, unfinished, {"weights": calibration.weights or "float16"})
     stored = {**_read(Path(folder)), "calibration": calibration.to_dict()}
     with written_whole(Path(folder, CONFIG_NAME)) as unfinished:
         unfinished.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -102,6 +102,7 @@ def evaluate_videos(
     averaging: str = "probabilities",
     batch_size: int = 16,
     num_workers: int = 0,
+    with_outputs: bool = False,
 ) -> Evaluation | None:
     """
     Classify labelled videos and compare the predictions with their labels.
@@ -110,7 +111,8 @@ def evaluate_videos(
     evaluation of all videos, and the others return None.
 
     Args:
-        model, processor, num_clips, num_crops, averaging, batch_size, num_workers: see `predict_videos`.
+        model, processor, num_clips, num_crops, averaging, batch_size, num_workers, with_outputs: see
+            `predict_videos`.
 
     Raises:
         AnnotationError: if the model is a regression or does not know a label.
@@ -120,22 +122,37 @@ def evaluate_videos(
     if label_map.is_regression:
         raise AnnotationError("The model is a regression: its outputs cannot be compared with labels.")
     targets = torch.stack([label_map.encode(one) for one in videos]).numpy()
-    state = PartialState()
-    # Every n-th video, so that long videos and the classes of a sorted list are spread evenly.
-    share = range(state.process_index, len(videos), state.num_processes)
-    found = predict_videos(
+    predictions = predict_together(
         model,
         processor,
-        [videos[index].video for index in share],
+        [one.video for one in videos],
         num_clips=num_clips,
         num_crops=num_crops,
         averaging=averaging,
         batch_size=batch_size,
         num_workers=num_workers,
+        with_outputs=with_outputs,
     )
+    if predictions is None:
+        return None
+    protocol = describe_views(processor, num_clips, num_crops, averaging)
+    return Evaluation(videos, label_map, targets, predictions, protocol, PartialState().num_processes)
+
+
+def predict_together(
+    model: Any, processor: ViViTVideoProcessor, videos: Sequence[Any], **settings: Any
+) -> list[VideoPrediction] | None:
+    """
+    Classify videos on all processes of the group; the main process returns the predictions, the others None.
+
+    Args:
+        model, processor, videos, settings: see `predict_videos`.
+    """
+    state = PartialState()
+    # Every n-th video, so that long videos and the classes of a sorted list are spread evenly.
+    share = range(state.process_index, len(videos), state.num_processes)
+    found = predict_videos(model, processor, [videos[index] for index in share], **settings)
     gathered = gather_object([(share[one.index], one) for one in found])
     if not state.is_main_process:
         return None
-    predictions = [one for _, one in sorted(gathered, key=lambda pair: pair[0])]
-    protocol = describe_views(processor, num_clips, num_crops, averaging)
-    return Evaluation(videos, label_map, targets, predictions, protocol, state.num_processes)
+    return [one for _, one in sorted(gathered, key=lambda pair: pair[0])]

@@ -19,10 +19,15 @@ from .calibration import CalibrationReport, Reliability, reliabilities
 from .calibration_files import draw_reliability
 from .evaluation import Evaluation
 from .metrics import class_accuracies
+from .unknown_choice import UnknownChoice
 
 
 def save_evaluation(
-    evaluation: Evaluation, folder: Path, report: CalibrationReport | None = None, **settings: Any
+    evaluation: Evaluation,
+    folder: Path,
+    report: CalibrationReport | None = None,
+    choice: UnknownChoice | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """
     Write results.json and predictions.parquet, and for one label per video per_class.csv and confusion_matrix.png.
@@ -30,7 +35,7 @@ def save_evaluation(
     With a report, or if the model was calibrated, also reliability.png.
 
     Args:
-        report: what these videos were just used for; its numbers go to results.json.
+        report, choice: what these videos were just used for; their numbers go to results.json.
         folder: is created if it does not exist.
         settings: further fields of results.json, such as the name of the model.
 
@@ -53,6 +58,11 @@ def save_evaluation(
         results["calibration_error"] = {
             name: {group or "labels": one.error for group, one in groups.items()} for name, groups in drawn.items()
         }
+    called = [one.unknown for one in evaluation.predictions if one.unknown is not None]
+    if choice is not None:
+        results["unknown"] = choice.results
+    elif called:
+        results["unknown"] = {"called": float(np.mean(called))}
     if drawn:
         draw_reliability(drawn, folder / "reliability.png", evaluation.protocol)
     with written_whole(folder / "results.json") as unfinished:

@@ -9,6 +9,8 @@ from typing import Any
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
+from ..calibration_vivit import KNOWN_FEATURES
+
 
 _CHUNK_BYTES = 1 << 22
 _NAMES_AND_VERSIONS = ("_name_or_path", "transformers_version", "calibration")
@@ -47,7 +49,7 @@ def _weights(folder: Path) -> str:
     weights = [
         name
         for name in names
-        if name.endswith((".safetensors", ".safetensors.index.json"))
+        if (name.endswith((".safetensors", ".safetensors.index.json")) and name != KNOWN_FEATURES)
         or (name.startswith(("pytorch_model", "adapter_model")) and name.endswith((".bin", ".bin.index.json")))
     ]
     digest = hashlib.sha256()

@@ -1,7 +1,9 @@
 """The "video-classification" pipeline of transformers, with frames as `ViViTVideoProcessor` samples them."""
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.pipelines.video_classification import VideoClassificationPipeline
 
@@ -9,7 +11,13 @@ from ..configuration_vivit import ViViTConfig
 from ..data.labels import LabelMap, to_probabilities
 from ..video_processing_vivit import ViViTVideoProcessor
 from .finite_outputs import check_finite
+from .unknown import UNKNOWN, UnknownRule, classifier_inputs
 from .views import average_views
+
+
+@dataclass
+class _Output(ImageClassifierOutput):
+    unknown_score: torch.Tensor | None = None  # (1,)
 
 
 class ViViTVideoClassificationPipeline(VideoClassificationPipeline):
@@ -19,7 +27,8 @@ class ViViTVideoClassificationPipeline(VideoClassificationPipeline):
     A `ViViTVideoProcessor` decodes and samples the video, whether it comes from the model's folder, as
     `video_processor` or as `image_processor` (with which transformers would only use the first frames of the file).
     `num_frames` and `frame_sampling_rate` set the processor's `num_frames` and `frame_stride`. The scores are those of
-    `predict_videos`: averaged over the processor's views, and with `label_groups` probabilities within each group.
+    `predict_videos`: averaged over the processor's views, and with `label_groups` probabilities within each group. A
+    video that is unknown to the model has the single label "none of these".
 
     Raises:
         NonFiniteError: if the scores of a ViViT are NaN or infinite.
@@ -29,6 +38,7 @@ class ViViTVideoClassificationPipeline(VideoClassificationPipeline):
         if video_processor is None and isinstance(image_processor, ViViTVideoProcessor):
             video_processor = image_processor
         super().__init__(*args, image_processor=image_processor, video_processor=video_processor, **kwargs)
+        self._rule: Any = UnknownRule.of(self.model)
 
     def preprocess(self, video: Any, num_frames: int | None = None, frame_sampling_rate: int | None = None) -> Any:
         """
@@ -53,14 +63,24 @@ class ViViTVideoClassificationPipeline(VideoClassificationPipeline):
         if not isinstance(self.video_processor, ViViTVideoProcessor):
             return super()._forward(model_inputs)
         clips = model_inputs["pixel_values"].flatten(0, 1)  # (batch * views, frames, channels, height, width)
-        logits = self.model(pixel_values=clips).logits
-        return ImageClassifierOutput(logits=logits.unflatten(0, model_inputs["pixel_values"].shape[:2]))
+        if self._rule is None:
+            logits = self.model(pixel_values=clips).logits
+            return ImageClassifierOutput(logits=logits.unflatten(0, model_inputs["pixel_values"].shape[:2]))
+        with classifier_inputs(self.model) as seen:
+            logits = self.model(pixel_values=clips).logits
+        logits, features = (
+            one.unflatten(0, model_inputs["pixel_values"].shape[:2]) for one in (logits, torch.cat(seen))
+        )
+        return _Output(logits=logits, unknown_score=self._rule.scores(logits, features))
 
     def postprocess(self, model_outputs: Any, **settings: Any) -> Any:
         config, logits = self.model.config, model_outputs.logits  # (1, [views,] num_labels)
         if isinstance(config, ViViTConfig) or logits.ndim == 3:
             check_finite(logits, self.model)
             label_map = LabelMap.from_config(config)
+            score = getattr(model_outputs, "unknown_score", None)
+            if score is not None and self._rule.is_unknown(float(score), num_views=logits.shape[1]):
+                return [{"label": UNKNOWN, "score": 1.0}]
             logits = average_views(logits.reshape(1, -1, config.num_labels), label_map)  # (1, num_labels)
             if settings.setdefault("function_to_apply", None) is None:
                 logits, settings["function_to_apply"] = to_probabilities(logits, label_map), "none"

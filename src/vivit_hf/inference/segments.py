@@ -19,6 +19,7 @@ import numpy as np
 
 from ..data.labels import LabelMap, to_probabilities
 from .streaming import WindowPrediction
+from .unknown import UNKNOWN
 
 
 # A window cannot resolve what is much shorter than itself: shorter segments go to their neighbours, and a cut this near
@@ -37,12 +38,24 @@ class Segment:
 
 
 def window_segments(windows: Iterable[WindowPrediction], config: Any) -> Iterator[Segment]:
-    """Turn every window into a segment with its most likely label (of the first group, with `label_groups`)."""
+    """
+    Turn every window into a segment with its most likely label (of the first group, with `label_groups`).
+
+    A window that is unknown has the label "none of these" and the score 1.
+    """
     label_map = LabelMap.from_config(config)
     names = next(iter(label_map.groups.values()))
     for window in windows:
-        score, index = to_probabilities(window.logits, label_map)[: len(names)].max(dim=0)
-        yield Segment(window.start, window.end, names[int(index)], float(score))
+        scores = _scores(window, label_map, len(names))
+        index = int(scores.argmax())
+        yield Segment(window.start, window.end, [*names, UNKNOWN][index], float(scores[index]))
+
+
+def _scores(window: WindowPrediction, label_map: LabelMap, num_labels: int) -> np.ndarray:
+    """Return the probabilities of the labels of the first group, and of the unknown answer, which is 0 or 1."""
+    is_unknown = float(bool(window.unknown))
+    probabilities = to_probabilities(window.logits, label_map)[:num_labels].numpy()
+    return np.append(probabilities * (1 - is_unknown), np.float32(is_unknown))
 
 
 def merge_windows(
@@ -53,7 +66,8 @@ def merge_windows(
 
     A segment lasts as long as one label is the most likely. Windows that overlap two actions may predict a third one,
     so a segment shorter than `min_duration` is divided between its neighbours. A cut near the boundary between two
-    labels becomes the boundary.
+    labels becomes the boundary. A window that is unknown counts for the label "none of these" alone, so the score of
+    such a segment is the share of windows that are.
 
     Args:
         windows: the predictions for a sliding window, in order.
@@ -67,7 +81,7 @@ def merge_windows(
     """
     label_map = LabelMap.from_config(config)
     names = next(iter(label_map.groups.values()))
-    runs = _runs(_cells(windows, label_map, len(names)), names)
+    runs = _runs(_cells(windows, label_map, len(names)), [*names, UNKNOWN])
     return (segment for segment in _without_short(runs, min_duration) if segment.score >= min_score)
 
 
@@ -178,7 +192,7 @@ def _cells(windows: Iterable[WindowPrediction], label_map: LabelMap, num_labels:
     for window in windows:
         oldest = window.start - 2 * (window.end - window.start)
         cuts = tuple(sorted({cut for cut in (*cuts, window.cut) if cut is not None and cut >= oldest}))
-        probabilities = to_probabilities(window.logits, label_map)[:num_labels].numpy()
+        probabilities = _scores(window, label_map, num_labels)
         if overlapping:
             # All windows that overlap the time before this one's start have started by now.
             yield cell(overlapping[-1][0], window.start)

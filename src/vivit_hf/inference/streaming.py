@@ -36,6 +36,7 @@ from .cuts import find_cut, frame_change
 from .finite_outputs import check_finite
 from .optimization import optimize_if_plain
 from .unchanged_steps import StepReuse, check_threshold, level_size, step_change
+from .unknown import UnknownRule, classifier_inputs
 
 
 @dataclass
@@ -47,6 +48,7 @@ class WindowPrediction:
     `first_frame`: the index of its first frame among the sampled frames of the stream.
     `logits`: float32 (num_labels,).
     `cut`: the time of the first frame after a cut, the strongest one if there are several; None without a cut.
+    `unknown`: whether the answer is "none of these", None for a model without a rule for that.
     """
 
     start: float
@@ -54,6 +56,7 @@ class WindowPrediction:
     first_frame: int
     logits: torch.Tensor
     cut: float | None = None
+    unknown: bool | None = None
 
 
 class _Sampled(NamedTuple):
@@ -198,6 +201,7 @@ class StreamingClassifier:
                 "the whole window: leave the threshold at 0."
             )
         self._label_map = LabelMap.from_config(config)
+        self._rule = UnknownRule.of(model)
         optimize_if_plain(model)
         self.reset()
 
@@ -207,7 +211,7 @@ class StreamingClassifier:
         self.reuse = StepReuse(self._threshold)
         self._level = level_size(self.processor, self.model.config.num_channels)
         self._reference: _Reference | None = None
-        self._last_window: tuple[tuple[int, ...], torch.Tensor] | None = None  # sources of its steps, logits
+        self._last_window: tuple[tuple[int, ...], torch.Tensor] | None = None  # sources of its steps, answer
         self._sampler = _Sampler(self.processor)
         self._frames: deque[_Sampled] = deque()
         self._steps: dict[int, _Step] = {}  # by the index of the step's first sampled frame
@@ -314,8 +318,8 @@ class StreamingClassifier:
         policy = self.processor.short_video_policy
         places = apply_short_video_policy(np.arange(self._num_frames), frames, policy)
         with torch.inference_mode():
-            logits = self.model(self._pixels(start, frames)[None, places], return_dict=True).logits[0]
-        return [self._prediction(start, logits.float().cpu())]
+            (answer,) = self._answers(pixel_values=self._pixels(start, frames)[None, places])
+        return [self._prediction(start, answer)]
 
     def _complete(self) -> list[WindowPrediction]:
         """Return the windows whose frames have all arrived."""
@@ -332,13 +336,24 @@ class StreamingClassifier:
         self._forget()
         return found
 
-    def _prediction(self, start: int, logits: torch.Tensor) -> WindowPrediction:
+    def _answers(self, **inputs: torch.Tensor) -> list[torch.Tensor]:
+        """Return the logits of windows and their unknown score, (num_labels + 1,) each."""
+        with classifier_inputs(self.model) as seen:
+            logits = self.model(**inputs, return_dict=True).logits
+        scores = torch.zeros(len(logits), device=logits.device)
+        if self._rule is not None:
+            scores = self._rule.scores(logits[:, None], torch.cat(seen)[:, None])
+        return list(torch.cat([logits.float(), scores[:, None]], dim=1).cpu())
+
+    def _prediction(self, start: int, answer: torch.Tensor) -> WindowPrediction:
+        logits = answer[:-1]
         check_finite(logits, self.model)
         offset = start - self._frames[0].number
         frames = list(islice(self._frames, offset, offset + self._num_frames))
         place = find_cut([frame.change for frame in frames[1:]])
         cut = None if place is None else frames[1 + place].seconds
-        return WindowPrediction(frames[0].seconds, frames[-1].seconds, start, logits, cut)
+        unknown = None if self._rule is None else self._rule.is_unknown(float(answer[-1]), num_views=1)
+        return WindowPrediction(frames[0].seconds, frames[-1].seconds, start, logits, cut, unknown)
 
     def _frames_from(self, start: int, count: int) -> torch.Tensor:
         """Return sampled frames as the processor made them, (count, channels, height, width)."""
@@ -349,23 +364,21 @@ class StreamingClassifier:
         return self._frames_from(start, count).to(self.model.device, self.model.dtype)
 
     def _classify_frames(self, starts: Sequence[int]) -> list[torch.Tensor]:
-        """Return the logits of windows, each by the whole model."""
-        clips = torch.stack([self._pixels(start, self._num_frames) for start in starts])
-        return list(self.model(clips, return_dict=True).logits.float().cpu())
+        """Return the `_answers` of windows, each by the whole model."""
+        return self._answers(pixel_values=torch.stack([self._pixels(start, self._num_frames) for start in starts]))
 
     def _classify_steps(self, starts: Sequence[int]) -> list[torch.Tensor]:
-        """Return the logits of windows from the tokens of their steps. Windows with the same tokens share them."""
+        """Return the `_answers` of windows from the tokens of their steps. Windows with the same tokens share them."""
         steps = [[self._steps[start + place] for place in self._places] for start in starts]
         sources = [tuple(step.source for step in window) for window in steps]
         known = dict([self._last_window] if self._last_window is not None else [])
         new = {key: window for key, window in zip(sources, steps, strict=True) if key not in known}
         if new:
             tokens = torch.stack([torch.stack([step.token for step in window]) for window in new.values()])
-            logits = self.model.classify_steps(tokens)  # tokens (windows, time, hidden)
-            known.update(zip(new, logits.float().cpu(), strict=True))
+            known.update(zip(new, self._answers(steps=tokens), strict=True))  # tokens (windows, time, hidden)
         found = [known[key] for key in sources]
-        for start, window, logits in zip(starts, steps, found, strict=True):
-            self._check_reuse(start, window, logits)
+        for start, window, answer in zip(starts, steps, found, strict=True):
+            self._check_reuse(start, window, answer[:-1])
         self._last_window = (sources[-1], found[-1])
         return found
 
