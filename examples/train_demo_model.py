@@ -7,8 +7,8 @@ The weights are reproducible with the same library versions on the same kind of 
 if the new model reaches `REQUIRED_ACCURACY` on held-out videos.
 
 The model is then calibrated on the held-out videos, as `vivit-hf evaluate --calibrate --unknown auto` does, with the
-features of the first `KNOWN_PER_CLASS` training videos of each class, and with pans over random textures as videos that
-show none of its labels. Videos of one scene stay together.
+features of `KNOWN_PER_CLASS` training videos of each class, and with pans over random textures as videos that show none
+of its labels. Videos of one scene stay together.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from moving_shapes import MOTIONS, Scene, write_moving_shapes, write_video
 from transformers import set_seed
 
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor, demo_model_path
-from vivit_hf.data import read_videos
+from vivit_hf.data import LabelledVideo, read_videos
 from vivit_hf.inference.calibration import calibrate
 from vivit_hf.inference.calibration_files import store_calibration, stored_fingerprint
 from vivit_hf.inference.evaluation import evaluate_videos
@@ -34,7 +34,7 @@ from vivit_hf.inference.unknown_choice import choose_rule
 
 
 CLIPS_PER_CLASS, TEST_CLIPS_PER_CLASS, EPOCHS, REQUIRED_ACCURACY = 400, 100, 15, 0.98
-KNOWN_PER_CLASS, NUM_OTHER = 100, 100
+KNOWN_PER_CLASS, HELD_OUT_PER_CLASS, NUM_OTHER = 100, 50, 100  # for the calibration
 VIEWS = {"num_clips": 4, "num_crops": 3}  # those of `vivit-hf classify`
 
 
@@ -70,11 +70,13 @@ def calibrate_demo(folder: Path, videos: Path) -> None:
     model = ViViTForVideoClassification.from_pretrained(folder).eval()
     processor = ViViTVideoProcessor.from_pretrained(folder)
     settings = {**VIEWS, "with_outputs": True}
-    held_out = [
-        replace(one, keep_together=(f"scene={Path(one.video).stem}",)) for one in read_videos(videos / "test").videos
-    ]
+
+    def first(split: str, count: int) -> list[LabelledVideo]:
+        found = [one for one in read_videos(videos / split).videos if int(Path(one.video).stem) < count]
+        return [replace(one, keep_together=(f"scene={Path(one.video).stem}",)) for one in found]
+
+    held_out, known = first("test", HELD_OUT_PER_CLASS), first("train", KNOWN_PER_CLASS)
     found = evaluate_videos(model, processor, held_out, **settings)
-    known = [one for one in read_videos(videos / "train").videos if int(Path(one.video).stem) < KNOWN_PER_CLASS]
     labels = [model.config.label2id[one.labels[0]] for one in known]
     of_known = list(predict_videos(model, processor, [one.video for one in known], **settings))
     others = sorted((videos / "other").glob("*.mp4"))
@@ -99,7 +101,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         videos, trained = Path(temporary, "videos"), Path(temporary, "model")
         clips_per_class = KNOWN_PER_CLASS if arguments.calibrate_only else arguments.clips_per_class
-        counts = {"clips_per_class": clips_per_class, "test_clips_per_class": TEST_CLIPS_PER_CLASS}
+        test_clips_per_class = HELD_OUT_PER_CLASS if arguments.calibrate_only else TEST_CLIPS_PER_CLASS
+        counts = {"clips_per_class": clips_per_class, "test_clips_per_class": test_clips_per_class}
         write_moving_shapes(videos, **counts, seed=arguments.seed + 1000)  # the demo and the tests use seed 0
         write_other_videos(videos / "other")
         if arguments.calibrate_only:

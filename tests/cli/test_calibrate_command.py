@@ -13,7 +13,7 @@ import pytest
 import torch
 from command_line import check_refusal, invoke, rows
 from labelled_videos import TORCHRUN, start
-from moving_shapes import MOTIONS, write_moving_shapes
+from moving_shapes import MOTIONS, write_moving_shapes, write_video
 from PIL import Image
 from tiny_models import make_model
 from transformers import pipeline
@@ -231,6 +231,79 @@ def test_a_multi_label_model_gives_the_labels_that_reach_their_thresholds(videos
     assert rows(invoke(*arguments, "--json").stdout)[0]["predictions"] == []
     assert "no label reaches its threshold" in invoke(*arguments).stdout
     check_refusal([*arguments, "--sets"], 2, "a multi-label model, which has thresholds instead")
+
+
+@pytest.fixture(scope="module")
+def strange(tmp_path_factory):
+    """Videos of noise, which no shape is in."""
+    folder = tmp_path_factory.mktemp("strange")
+    for number in range(6):
+        write_video(folder / f"{number}.mp4", np.random.default_rng(number).integers(0, 256, (24, 80, 96, 3), np.uint8))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def knowing(videos, strange, tmp_path_factory):
+    """The demo model with a rule for unknown videos. No groups: 19 files are needed for 5 % of false alarms."""
+    folder = tmp_path_factory.mktemp("knowing")
+    arguments = [*options(videos, copy_of_demo(folder / "model"), folder / "scores"), "--calibrate"]
+    arguments.remove("--group-column")
+    arguments.remove("scene")
+    data = ("--known-data", videos / "train", "--unknown-data", strange)
+    result = invoke("evaluate", *arguments, "--unknown", "neighbours", *data)
+    assert result.exit_code == 0, result.output
+    return folder, result.stdout
+
+
+def test_a_rule_for_unknown_videos_is_stored_and_measured(knowing):
+    folder, printed = knowing
+    rule = stored(folder)["calibration"]["unknown"]
+    assert rule["score"] == "neighbours" and rule["false_alarms"] == 0.05
+    assert (folder / "model" / "known_features.safetensors").stat().st_size < 4 * 96 * 2 + 500
+    results = json.loads((folder / "scores" / "results.json").read_text())["unknown"]
+    assert results["known_videos"] == 4 and results["aurocs"]["neighbours"] == 1.0
+    assert results["unknown_videos_called"] == 1.0
+    assert "unknown answer: by neighbours, to the nearest of 4 training videos, at 5.0% false alarms" in printed
+
+
+def test_every_entry_point_says_none_of_these(knowing, videos, strange):
+    model, file = knowing[0] / "model", strange / "0.mp4"
+    known = videos / "test" / "up_left" / "001.mp4"
+    found = rows(invoke("classify", known, file, "--model", model, *VIEWS, "--json").stdout)
+    assert [row["unknown"] for row in found] == [False, True] and len(found[1]["predictions"]) == 4
+    table = invoke("classify", file, "--model", model, *VIEWS).stdout
+    assert f"none of these (otherwise {found[1]['predictions'][0]['label']})" in table
+    segments = rows(invoke("timeline", file, "--model", model, "--json").stdout)
+    assert [(one["label"], one["score"]) for one in segments] == [("none of these", 1.0)]
+    classify = pipeline("video-classification", model=str(model))
+    assert classify(str(file)) == [{"label": "none of these", "score": 1.0}]
+    assert classify(str(known))[0]["label"] in MOTIONS
+
+
+def test_a_model_without_its_known_features_goes_on(knowing, strange, tmp_path):
+    shutil.copytree(knowing[0] / "model", tmp_path / "model")
+    (tmp_path / "model" / "known_features.safetensors").unlink()
+    process = start(
+        [sys.executable, "-m", "vivit_hf", "classify", strange / "0.mp4", "--model", tmp_path / "model", *VIEWS]
+    )
+    assert process.returncode == 0 and "known_features.safetensors is not beside the weights" in process.stderr
+    assert "none of these (" not in process.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--unknown", "energy"], "--unknown goes with --calibrate"),
+        (["--calibrate", "--known-data", "{videos}/train"], "go with --unknown auto, energy or neighbours"),
+        (["--calibrate", "--unknown", "auto"], "--unknown auto needs training videos: give --known-data"),
+        (["--calibrate", "--unknown", "energy"], "needs at least 19 labelled files or groups of files, got 6"),
+    ],
+)
+def test_rules_that_cannot_be_chosen_are_named(videos, tmp_path, arguments, message):
+    arguments = [one.replace("{videos}", str(videos)) for one in arguments]
+    given = options(videos, copy_of_demo(tmp_path / "model"), tmp_path / "out")
+    check_refusal(["evaluate", *given, *arguments], 2, message)
+    assert "calibration" not in stored(tmp_path)
 
 
 def test_other_views_are_named(calibrated, videos):
