@@ -20,6 +20,7 @@ the tokens of the window before takes its logits: what stands still costs no mor
 import math
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
@@ -338,7 +339,7 @@ class StreamingClassifier:
 
     def _answers(self, **inputs: torch.Tensor) -> list[torch.Tensor]:
         """Return the logits of windows and their unknown score, (num_labels + 1,) each."""
-        with classifier_inputs(self.model) as seen:
+        with classifier_inputs(self.model) if self._rule is not None else nullcontext([]) as seen:
             logits = self.model(**inputs, return_dict=True).logits
         scores = torch.zeros(len(logits), device=logits.device)
         if self._rule is not None:
