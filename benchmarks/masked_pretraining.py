@@ -44,7 +44,7 @@ from vivit_hf.cli import finetune, pretrain  # noqa: E402
 
 
 EPOCHS = (0, 25, 100)  # of pretraining; 0: random weights
-LABELS: dict[int | None, int] = {5: 500, 20: 800, None: 2000}  # labelled clips a class (None: all) -> steps
+LABELS: dict[int | None, int] = {5: 1000, 20: 1500, None: 2500}  # labelled clips a class (None: all) -> steps
 LEARNING_RATES = (5e-4, 1e-3, 2e-3)
 MODEL = {"model_name_or_path": "vivit-tiny", "tubelet_size": "2,8,8", "num_frames": 8, "image_size": 56}
 RUN = {
