@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,7 @@ def store_calibration(
     if known is not None:
         with written_whole(Path(folder, KNOWN_FEATURES)) as unfinished:
             save_file({"features": known}, unfinished, {"weights": calibration.weights or "float16"})
+            shutil.copymode(Path(folder, CONFIG_NAME), unfinished)  # safetensors allows the owner alone
     stored = {**_read(Path(folder)), "calibration": calibration.to_dict()}
     with written_whole(Path(folder, CONFIG_NAME)) as unfinished:
         unfinished.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")

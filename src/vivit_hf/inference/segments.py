@@ -53,7 +53,8 @@ def window_segments(windows: Iterable[WindowPrediction], config: Any) -> Iterato
 
 def _scores(window: WindowPrediction, label_map: LabelMap, num_labels: int) -> np.ndarray:
     """Return the probabilities of the labels of the first group, and of the unknown answer, which is 0 or 1."""
-    is_unknown = float(bool(window.unknown))
+    # Training clips have no cuts, so a window across one is strange even if both of its sides are known.
+    is_unknown = float(bool(window.unknown) and window.cut is None)
     probabilities = to_probabilities(window.logits, label_map)[:num_labels].numpy()
     return np.append(probabilities * (1 - is_unknown), np.float32(is_unknown))
 
