@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 import threading
 from contextlib import contextmanager
 from fractions import Fraction
@@ -164,6 +165,14 @@ def damage_packet(path, number: int) -> int:
     data[position : position + size] = bytes(size)
     Path(path).write_bytes(data)
     return pts
+
+
+def large_gif(num_frames: int, height: int, width: int) -> bytes:
+    """A canvas of which each frame changes one pixel."""
+    frame = b"\x21\xf9\x04\x00\x04\x00\x00\x00" + b"\x2c" + struct.pack("<4HB", 0, 0, 1, 1, 0)
+    frame += b"\x02\x02\x44\x01\x00"
+    header = b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + bytes(3) + b"\xff" * 3
+    return header + frame * num_frames + b"\x3b"
 
 
 class _QuietHandler(SimpleHTTPRequestHandler):

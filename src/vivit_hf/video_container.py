@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -150,10 +151,11 @@ class VideoContainer:
         self.num_demux_errors = self.num_openings = 0
         self.sent: list[SentPacket] = []  # what the decoder was given since `frames` began
         self._num_threads = num_threads
-        self._num_pixels = 0
+        self._num_pixels, self._deadline = 0, 0.0
         self._max_pixels = limits.max_pixels
         self._container: Any = None
         self._file, self._owns_file = open_source(source, limits)
+        self.begin_call()
         try:
             self.reopen()
         except BaseException:
@@ -218,8 +220,15 @@ class VideoContainer:
         return f"{factor}max_pixels={self.limits.max_pixels}"
 
     def begin_call(self) -> None:
-        """Count the decoded pixels of a new call from 0."""
+        """Count the decoded pixels and the seconds of a new call from 0."""
         self._num_pixels = 0
+        self._deadline = time.monotonic() + self.limits.decoding_timeout
+
+    def _check_time(self) -> None:
+        """Raise VideoLimitError if the call takes too long; called for every packet, since FFmpeg cannot be stopped."""
+        if time.monotonic() > self._deadline:
+            timeout = self.limits.decoding_timeout
+            raise VideoLimitError.about(self.name, f"it took longer than decoding_timeout={timeout:g} seconds")
 
     def check_pixels(self, num_frames: int) -> None:
         """Raise VideoLimitError if decoding this many frames more, of the size in the header, would take too long."""
@@ -238,6 +247,7 @@ class VideoContainer:
         while num_errors < _MAX_DEMUX_ERRORS:
             try:
                 for packet in demuxed(self._container, self.stream):
+                    self._check_time()
                     # An empty packet would tell the decoder that the video ends here.
                     if packet.size > 0:
                         num_errors = 0
@@ -252,6 +262,7 @@ class VideoContainer:
         self.sent = []
         context = self.stream.codec_context
         for packet in packets:
+            self._check_time()  # the packets may be a list
             is_rejected, frames = False, []
             try:
                 frames = packet.decode()

@@ -72,7 +72,8 @@ class VideoLimits:
     height x width of all frames that one call of a reader decodes, including those on the way to the ones it returns
     (the default: a million frames of 4096 x 2304); `max_streams`, including sound and subtitles; `max_duration` in
     seconds; `max_bytes` of a download, or of a pipe or other stream that has to be copied; `download_timeout` in
-    seconds, for a whole download with its redirects, or for the whole copy of a stream.
+    seconds, for a whole download with its redirects, or for the whole copy of a stream; `decoding_timeout` in seconds,
+    for opening a file, and again for each call of a reader.
 
     Videos are downloaded from public IP addresses only. `allow_private_addresses` adds those of this machine and of the
     local network. Only the caller can allow them: processor files cannot.
@@ -85,6 +86,7 @@ class VideoLimits:
     max_duration: float = 24 * 3600.0
     max_bytes: int = 4 << 30
     download_timeout: float = 300.0
+    decoding_timeout: float = 24 * 3600.0
     allow_private_addresses: bool = False
 
     def __post_init__(self) -> None:

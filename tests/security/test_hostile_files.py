@@ -3,7 +3,6 @@
 import io
 import os
 import signal
-import struct
 import threading
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ import av
 import numpy as np
 import PIL.Image
 import pytest
-from video_files import plain_decode, write_kind, write_video
+from video_files import large_gif, plain_decode, write_kind, write_video
 
 from vivit_hf import ViViTVideoProcessor
 from vivit_hf.inference.live_video import LiveVideo
@@ -104,12 +103,17 @@ def test_streams_that_appear_late_break_nothing(tmp_path):
 # Time: many large pictures in few bytes
 
 
-def large_gif(num_frames: int, height: int, width: int) -> bytes:
-    """A canvas of which each frame changes one pixel."""
-    frame = b"\x21\xf9\x04\x00\x04\x00\x00\x00" + b"\x2c" + struct.pack("<4HB", 0, 0, 1, 1, 0)
-    frame += b"\x02\x02\x44\x01\x00"
-    header = b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + bytes(3) + b"\xff" * 3
-    return header + frame * num_frames + b"\x3b"
+@pytest.mark.parametrize("kind", ["h264_b_frames", "gif", "mpeg4_avi"])
+def test_a_reader_stops_when_its_time_is_over(kind, tmp_path):
+    path = write_kind(tmp_path, kind)
+    with pytest.raises(VideoLimitError, match="it took longer than decoding_timeout=1e-06 seconds"):
+        VideoReader(path, limits=VideoLimits(decoding_timeout=1e-6))
+
+
+def test_each_call_of_a_reader_has_its_time(video):
+    with VideoReader(video, limits=VideoLimits(decoding_timeout=0.5)) as reader:
+        time.sleep(0.6)
+        assert len(reader.frames_at([0, 30])) == 2
 
 
 def test_pixels_times_frames_are_refused_before_they_are_decoded():
