@@ -362,6 +362,14 @@ def test_push_uploads_the_result(folder, convert, monkeypatch, private):
     assert "me/mine" in (output / "README.md").read_text()
 
 
+def test_an_endpoint_is_uploaded_with_the_model(folder, convert, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(ViViTForVideoClassification, "push_to_hub", lambda self, *args, **card: pushed.append(card))
+    monkeypatch.setattr(ViViTVideoProcessor, "push_to_hub", lambda *args, **options: None)
+    code, _, errors, _ = convert(folder, "--push-to-hub", "me/mine", "--endpoint")
+    assert code == 0 and pushed[0]["endpoint"] is True, errors
+
+
 def test_a_failed_push_keeps_the_folder(folder, convert, monkeypatch):
     def push(self, repository, **options):
         raise ConnectionError("no network")

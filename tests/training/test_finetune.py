@@ -465,7 +465,7 @@ def test_one_batch_can_be_learnt_by_heart(data, tmp_path, capsys):
 
 def test_the_model_is_pushed_with_its_scores(data, tmp_path):
     settings = settings_for(
-        data, tmp_path / "out", push_to_hub=True, hub_model_id="tester/moves", hub_private_repo=True
+        data, tmp_path / "out", push_to_hub=True, hub_model_id="tester/moves", hub_private_repo=True, hub_endpoint=True
     )
     with HubServer() as hub:
         environment = {**hub.environment(tmp_path / "home", "hf_writer"), "HF_HUB_OFFLINE": "0"}
@@ -475,6 +475,7 @@ def test_the_model_is_pushed_with_its_scores(data, tmp_path):
         repository = hub.repositories["tester/moves"]
     assert repository.private
     assert {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"} <= set(repository.files)
+    assert b"class EndpointHandler" in repository.files["handler.py"] and "requirements.txt" in repository.files
     card = repository.files["README.md"].decode()
     assert "| top1 |" in card and "1 clip x 1 crop of 4 frames" in card and "model-index" in card
 

@@ -26,9 +26,12 @@ def main(command: str, argv: Sequence[str] | None = None, prog: str | None = Non
     if command != "export":
         output.add_argument("--push-to-hub", metavar="REPO", help="also upload the result to this Hub repository")
         output.add_argument("--private", action="store_true", help="make the repository private if it is created")
+        output.add_argument("--endpoint", action="store_true", help="with --push-to-hub: also for Inference Endpoints")
         output.add_argument("--skip-parity", action="store_true", help="do not compare outputs of source and result")
     add_arguments(parser)
     args = parser.parse_args(argv)
+    if vars(args).get("endpoint") and not args.push_to_hub:
+        parser.error("--endpoint uploads a handler for Inference Endpoints: give --push-to-hub as well")
 
     from .results import run
 

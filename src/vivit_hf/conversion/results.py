@@ -51,7 +51,7 @@ def run(module: str, args: argparse.Namespace) -> int:
         result = importlib.import_module(f".{module}", __package__).convert(args)
         result.print()
         if repository := vars(args).get("push_to_hub"):
-            _push(args.output, repository, args.private, result.card)
+            _push(args.output, repository, args.private, args.endpoint, result.card)
     except _EXPECTED_ERRORS as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
@@ -103,13 +103,14 @@ def read_processor(source: str) -> ViViTVideoProcessor | None:
     return None
 
 
-def _push(folder: str, repository: str, is_private: bool, card: Mapping[str, Any]) -> None:
+def _push(folder: str, repository: str, is_private: bool, endpoint: bool, card: Mapping[str, Any]) -> None:
     """Upload the model and processor in a finished folder with their own `push_to_hub`."""
     config = read_json(Path(folder) / "config.json")
     package = vivit_hf if config["model_type"] == ViViTConfig.model_type else transformers
     model = getattr(package, config["architectures"][0]).from_pretrained(folder)
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     private = is_private or None  # None leaves a new repository to the Hub's default, which may be private
+    card = {**card, "endpoint": True} if endpoint else card
     try:
         model.push_to_hub(repository, private=private, **card)
         processor.push_to_hub(repository, private=private)

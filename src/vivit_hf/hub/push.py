@@ -11,6 +11,7 @@ from huggingface_hub import CommitInfo, HfApi, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
 from ..model_files import upload
+from .endpoint import check_endpoint, write_endpoint
 from .model_card import Report, is_repo_id, read_distillation, read_initialisation, write_model_card
 
 
@@ -38,6 +39,7 @@ def push_to_hub(
     results: Mapping[str, float] | None = None,
     protocol: str | None = None,
     distillation: str | None = None,
+    endpoint: bool = False,
 ) -> CommitInfo:
     """
     Upload a model and its model card to a repository on the Hub, which is created if it does not exist.
@@ -56,14 +58,19 @@ def push_to_hub(
         tags, base_model, license, datasets, metrics, report, results, protocol, distillation: for the model card,
             see `write_model_card`. Without `base_model` and `report`, those in the card of the folder or repository
             that the model was loaded from are used; without `distillation`, that of the folder.
+        endpoint: also upload `handler.py` and `requirements.txt`, with which Hugging Face's Inference Endpoints label
+            videos (see docs/serving.md).
 
     Returns:
         The commit: `str(...)` is its address, `.repo_url.repo_id` the full name of the repository.
 
     Raises:
-        ValueError: with `private=True`, if the repository exists and is public.
+        ValueError: with `private=True`, if the repository exists and is public; with `endpoint=True`, for a model
+            without a classifier.
         huggingface_hub.errors.HfHubHTTPError: if the Hub refuses a token, a name or write permission.
     """
+    if endpoint:
+        check_endpoint(model)
     api = HfApi(token=token)
     repo_id = _create_repo(api, repo_id, private)
     if revision is not None and not revision.startswith("refs/pr") and not create_pr:
@@ -94,15 +101,10 @@ def push_to_hub(
             protocol=protocol,
             distillation=distillation,
         )
-        return upload(
-            api,
-            repo_id,
-            sorted(folder.iterdir()),
-            commit_message=commit_message or "Upload model",
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-        )
+        if endpoint:
+            write_endpoint(folder)
+        about = {"commit_message": commit_message or "Upload model", "commit_description": commit_description}
+        return upload(api, repo_id, sorted(folder.iterdir()), **about, revision=revision, create_pr=create_pr)
 
 
 def _create_repo(api: HfApi, name: str, private: bool | None) -> str:

@@ -118,6 +118,7 @@ class FineTuning(TrainingRun):
         dataset = self.arguments.data.dataset_name
         self.publish(
             damaged,
+            endpoint=self.arguments.training.hub_endpoint,
             report=self.start.report,
             datasets=dataset if is_repo_id(dataset) else None,
             metrics=["accuracy"],
@@ -140,6 +141,8 @@ def prepare(arguments: Arguments, echo: Say = print) -> FineTuning:
     own_labels = None if training.do_train else labels_to_score(model_arguments.model_name_or_path)
     splits = load_splits(data, training.seed, say, own_labels)
     check_fit(training, splits)
+    if training.hub_endpoint and not training.push_to_hub:
+        raise ValueError("--hub_endpoint uploads a handler with the model: give --push_to_hub as well.")
     push = check_repository(training)
     set_seed(training.seed)
     checkpoint = find_checkpoint(training, say)

@@ -288,6 +288,9 @@ class OurTrainingArguments(VideoDefaults):
     overfit_one_batch: bool = argument(False, "only test whether the model can learn one batch by heart")
     overfit_steps: int = argument(200, "maximum number of steps of that test")
     save_batch_picture: str | None = argument(None, "save a picture of the first training batch to FILE")
+    hub_endpoint: bool = argument(
+        False, "with --push_to_hub, also upload a handler for Hugging Face's Inference Endpoints"
+    )
     eval_strategy: str = argument("epoch", "no, steps or epoch")
     save_strategy: str = argument("epoch", "no, steps, epoch or best")
 

@@ -67,8 +67,12 @@ class TrainingRun:
         self.trainer.log_metrics(split, metrics)
         self.trainer.save_metrics(split, metrics)
 
-    def publish(self, damaged: dict[str, dict[str, str]], **card: Any) -> None:
-        """Write the list of damaged files and the model card (see `write_model_card`); push the model if asked to."""
+    def publish(self, damaged: dict[str, dict[str, str]], endpoint: bool = False, **card: Any) -> None:
+        """
+        Write the list of damaged files and the model card (see `write_model_card`); push the model if asked to.
+
+        `endpoint`: see `push_to_hub`.
+        """
         path = self.folder / "damaged_files.json"
         path.write_text(json.dumps(damaged, indent=2) + "\n", encoding="utf-8")
         if any(damaged.values()):
@@ -83,7 +87,7 @@ class TrainingRun:
         repository = repository_of(training)
         settings = {"private": bool(training.hub_private_repo), "token": training.hub_token}
         try:
-            model.push_to_hub(repository, **settings, **card)
+            model.push_to_hub(repository, **settings, **card, endpoint=endpoint)
             self.start.processor.push_to_hub(repository, **settings)
         except Exception as error:
             raise SystemExit(
