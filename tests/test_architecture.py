@@ -18,8 +18,9 @@ ALLOWED = {
     "conversion": FOUNDATION,
     "inference": FOUNDATION,
     "explain": {"inference", *FOUNDATION},
+    "serving": {"inference", *FOUNDATION},
     "training": {"inference", "explain", "conversion", *FOUNDATION},
-    "cli": {"training", "inference", "explain", "conversion", *FOUNDATION},
+    "cli": {"training", "inference", "explain", "serving", "conversion", *FOUNDATION},
 }
 MOST_ROOMS = 30
 MOST_FILE_LINES = 500

@@ -158,7 +158,7 @@ def test_the_sdist_holds_what_it_takes_to_test_and_use_the_repository(archives):
     assert {"src", "tests", "examples", "conversion"} <= {name.split("/")[0] for name in expected}
     files = {path.name for path in ROOT.glob("*.*") if path.is_file() and not path.name.startswith(".")}
     assert {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "pyproject.toml"} <= files
-    assert expected | files | {"LICENSE", "NOTICE", "Makefile"} <= names
+    assert expected | files | {"LICENSE", "NOTICE", "Makefile", "Dockerfile"} <= names
     assert not [name for name in names if re.search(r"__pycache__|\.pyc$|(^|/)\.venv|\.egg-info", name)]
 
 
@@ -188,7 +188,7 @@ def test_the_metadata_names_the_package(metadata):
     assert (metadata["Name"], metadata["Version"]) == ("vivit-hf", vivit_hf.__version__)
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
-    assert {"conversion", "training", "export", "search", "probe", "app", "test", "dev", "all"} == set(
+    assert {"conversion", "training", "export", "search", "probe", "serve", "app", "test", "dev", "all"} == set(
         metadata.get_all("Provides-Extra")
     )
     assert f"version: {vivit_hf.__version__}\n" in (ROOT / "CITATION.cff").read_text()
@@ -198,7 +198,7 @@ def test_the_oldest_versions_that_are_tested_are_the_oldest_that_are_promised(me
     pins = requirements(ROOT / "constraints-oldest.txt")
     promised = {
         normalised(requirement): floor(requirement)
-        for requirement in required(metadata, "conversion", "export", "training", "search", "probe", "app")
+        for requirement in required(metadata, "conversion", "export", "training", "search", "probe", "serve", "app")
     }
     torch_floor = promised.pop("torch")  # named in the file, where the reason is given, but not pinned
     (oldest_torch,) = re.findall(r"OLDEST_TORCH=([\d.]+)", (ROOT / "constraints-oldest.txt").read_text())
@@ -210,7 +210,9 @@ def test_the_oldest_versions_that_are_tested_are_the_oldest_that_are_promised(me
 
 def test_the_versions_that_are_tested_are_supported_and_pinned(metadata):
     pins = requirements(ROOT / "constraints.txt")
-    for requirement in required(metadata, "conversion", "training", "export", "search", "probe", "app", "test", "dev"):
+    for requirement in required(
+        metadata, "conversion", "training", "export", "search", "probe", "serve", "app", "test", "dev"
+    ):
         assert pins[normalised(requirement)] in requirement.specifier, requirement
 
 

@@ -56,6 +56,10 @@ class DownloadLimitError(DownloadError):
     """A download that is too large or takes too long."""
 
 
+class PrivateAddressError(DownloadError):
+    """An address that leads to an IP address which is not public; the reason names that one."""
+
+
 def redacted(address: str) -> str:
     """
     Return an address for messages, results and files, with "***" for the user name, password, query and fragment.
@@ -215,7 +219,7 @@ def _connected(target: _Target, deadline: _Deadline, allow_private_addresses: bo
     for family, kind, protocol, _, place in _look_up(target, deadline):
         ip = ipaddress.ip_address(place[0])
         if not allow_private_addresses and not is_public(ip):
-            failure = failure or DownloadError(
+            failure = failure or PrivateAddressError(
                 f"{ip} is not a public address; if you trust it, allow it (`VideoLimits.allow_private_addresses`, "
                 "on the command line --allow-private-addresses)"
             )

@@ -91,7 +91,9 @@ def predict_videos(
         yield answers.prediction(views, row)
 
 
-def predict_decoded(model: Any, items: Sequence[Views], batch_size: int = 8) -> list[VideoPrediction]:
+def predict_decoded(
+    model: Any, items: Sequence[Views], batch_size: int = 8, averaging: str = AVERAGINGS[0]
+) -> list[VideoPrediction]:
     """
     Classify videos whose views are decoded, together, as `predict_videos` does. The model is optimised already.
 
@@ -99,7 +101,7 @@ def predict_decoded(model: Any, items: Sequence[Views], batch_size: int = 8) -> 
         ValueError: if the model does not accept the clips.
         NonFiniteError: if scores are NaN or infinite.
     """
-    answers = _Answers.of(model, AVERAGINGS[0], batch_size)
+    answers = _Answers.of(model, averaging, batch_size)
     rows = compute_on_views(model, items, answers.compute)
     return [answers.prediction(views, row) for views, row in zip(items, rows, strict=True)]
 
