@@ -187,6 +187,16 @@ def test_a_step_of_fine_tuning_is_measured_against_one_by_hand(tmp_path):
     assert re.search(r"CPU seconds per step: finetune.py \d\.\d{3}, by hand \d\.\d{3}", process.stdout)
 
 
+def test_a_server_is_measured_against_classify(tmp_path):
+    process = start("serving.py", "--smoke", "--clients", 4, "--json", tmp_path / "rows.json")
+    assert process.returncode == 0, process.stderr[-3000:]
+    values = {row["name"]: row["value"] for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert values["serve: files per second"] > 0 and values["4 clients for 3 s: answers"] >= 4
+    assert (
+        values["4 clients for 3 s: requests without labels"] == values["4 clients for 3 s: answers of other files"] == 0
+    )
+
+
 def test_compiled_models_are_measured_against_the_eager_ones(tmp_path):
     process = start("run.py", "--smoke", "--no-download", "--only", "compiled", "--output", tmp_path)
     assert process.returncode == 0, process.stderr[-3000:]
