@@ -201,8 +201,8 @@ def _calibrate(found: Any, model: str, settings: dict[str, Any]) -> Any:
     from ..inference.calibration import calibrate
     from ..inference.calibration_files import stored_fingerprint
 
-    views = [settings[name] for name in ("num_clips", "num_crops", "averaging")]
-    return calibrate(found, *views, stored_fingerprint(model))
+    views = {name: settings[name] for name in ("num_clips", "num_crops", "averaging")}
+    return calibrate(found, **views, weights=stored_fingerprint(model))
 
 
 def _print_evaluation(found: Any) -> None:

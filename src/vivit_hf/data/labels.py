@@ -165,7 +165,7 @@ class LabelMap:
         for group, names in self.groups.items():
             part = probabilities[start : start + len(names)]
             start += len(names)
-            order = np.argsort(-part, kind="stable")[:top_k]
+            order = np.argsort(-part, kind="stable")[:top_k].tolist()
             if self.thresholds:
                 order = [index for index in order if part[index] >= self.thresholds[index]]
             found += [(group, names[index], float(part[index])) for index in order]

@@ -45,9 +45,11 @@ class Reliability:
     def bins(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Answers, mean probability and share of right answers, (`NUM_BINS`,) each; an empty bin has 0."""
         place = np.minimum((self.confidence * NUM_BINS).astype(int), NUM_BINS - 1)
-        sums = [np.bincount(place, values, NUM_BINS) for values in (self.confidence, self.is_right)]
         counts = np.bincount(place, minlength=NUM_BINS)
-        return counts, *(total / np.maximum(counts, 1) for total in sums)
+        confidence, is_right = (
+            np.bincount(place, values, NUM_BINS) / np.maximum(counts, 1) for values in (self.confidence, self.is_right)
+        )
+        return counts, confidence, is_right
 
     @property
     def error(self) -> float:
@@ -151,7 +153,7 @@ def calibrate(
         ValueError: if there are fewer than `LEAST_FILES` files that can be read, or fewer than `FOLDS` groups of them.
     """
     places = np.flatnonzero(found.is_readable)
-    units = units_of([found.videos[place] for place in places])
+    units = units_of([found.videos[place] for place in places.tolist()])
     check_enough(len(places), len(units))
     plain = LabelMap(found.label_map.groups, found.label_map.has_several)
     logits, targets = found.logits.astype(np.float64), found.targets[places]

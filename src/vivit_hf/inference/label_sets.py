@@ -81,7 +81,7 @@ def fit_sets(
         units: files that belong together; one of each counts.
     """
     rng = np.random.default_rng(seed)
-    chosen = [unit[rng.integers(len(unit))] for unit in units]
+    chosen = [unit[int(rng.integers(len(unit)))] for unit in units]
     columns = targets.reshape(len(targets), -1)[chosen].T
     parts = [
         np.take_along_axis(part[chosen], column[:, None], axis=1)[:, 0]

@@ -48,4 +48,5 @@ def macro_f1(is_given: np.ndarray, targets: np.ndarray) -> float:
 
 def unseen(targets: np.ndarray, names: Sequence[str]) -> list[str]:
     """Return the labels that no file has."""
-    return [name for name, occurs in zip(names, (targets > 0.5).any(axis=0), strict=True) if not occurs]
+    occurs = (targets > 0.5).any(axis=0)
+    return [names[index] for index in np.flatnonzero(~occurs).tolist()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,7 +149,8 @@ class _Answers:
     def compute(self, pixel_values: torch.Tensor, frame_ids: np.ndarray) -> torch.Tensor:
         """Return a row per video, for `compute_on_views`."""
         needs_features = self.rule is not None or self.middle is not None
-        with classifier_inputs(self.model) if needs_features else nullcontext([]) as seen:
+        nothing: AbstractContextManager[list[torch.Tensor]] = nullcontext([])
+        with classifier_inputs(self.model) if needs_features else nothing as seen:
             logits = predict_views(self.model, pixel_values, self.batch_size, frame_ids)
         check_finite(logits, self.model, pixel_values)
         rows = average_views(logits, self.label_map, self.averaging)

@@ -20,7 +20,7 @@ the tokens of the window before takes its logits: what stands still costs no mor
 import math
 from collections import deque
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from typing import Any, NamedTuple
@@ -339,7 +339,8 @@ class StreamingClassifier:
 
     def _answers(self, **inputs: torch.Tensor) -> list[torch.Tensor]:
         """Return the logits of windows and their unknown score, (num_labels + 1,) each."""
-        with classifier_inputs(self.model) if self._rule is not None else nullcontext([]) as seen:
+        nothing: AbstractContextManager[list[torch.Tensor]] = nullcontext([])
+        with classifier_inputs(self.model) if self._rule is not None else nothing as seen:
             logits = self.model(**inputs, return_dict=True).logits
         scores = torch.zeros(len(logits), device=logits.device)
         if self._rule is not None:
