@@ -47,6 +47,20 @@ POOLINGS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+def pool_tokens(tokens: torch.Tensor, pooling: str, visible: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    Pool the visible tokens: (batch, tokens, hidden), visible, bool (batch, tokens) or None for all -> (batch, hidden).
+
+    "concatenate" keeps the places of the others, as zeros: (batch, tokens * hidden).
+    """
+    if visible is not None and pooling != "cls":
+        tokens = tokens.masked_fill(~visible.unsqueeze(-1), -math.inf if pooling == "max" else 0)
+        if pooling == "mean":
+            number = visible.sum(dim=1, keepdim=True, dtype=torch.promote_types(tokens.dtype, torch.float32))
+            return tokens.mean(dim=1) * (visible.shape[1] / number).to(tokens.dtype)
+    return POOLINGS[pooling](tokens)
+
+
 # Inputs
 
 
@@ -98,6 +112,145 @@ def check_frame_size(frames: torch.Tensor, config: ViViTConfig) -> None:
         )
 
 
+def becomes_graph() -> bool:
+    """Return whether the call is compiled, exported or traced; a graph has no branches that depend on values."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def mask_frames(
+    pixel_values: torch.Tensor, frame_mask: torch.Tensor, config: ViViTConfig
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Turn a mask of frames into a mask of time steps, and let masked frames show visible ones.
+
+    A step with a visible frame is visible. Its masked frames show the nearest earlier visible frame of the clip or, if
+    there is none, the next. So do the frames of masked steps, which no result depends on. With tubelets of 2 frames:
+
+        frames        a b   c d   e f   g h
+        frame_mask    0 1   1 0   0 1   0 0      True (1) where visible
+        shown         b b   c c   c f   f f
+        steps          1     1     1     0
+
+    Uniform frame sampling samples first, so that the steps are the sampled frames:
+
+        frames        a b c d e f g h
+        sampled           c d   f g
+        frame_mask    1 1 1 1 1 0 0 0
+        steps             1 1   0 0
+
+    Frames that the model leaves out (the last ones if they do not fill a tubelet) make no step visible.
+
+    Args:
+        pixel_values: (batch, frames, channels, height, width).
+        frame_mask: bool (batch, frames), True where visible.
+
+    Returns:
+        The clips that the model sees, in the shape given, and the visible steps, bool (batch, time); None if all are
+        visible. In a graph (see `becomes_graph`) they are never None, and a clip with nothing visible is NaN.
+
+    Raises:
+        ValueError: for a mask of another kind or shape, and for clips without a visible step.
+    """
+    batch, frames = pixel_values.shape[:2]
+    _check_frame_mask(frame_mask, batch, frames)
+    frame_mask = frame_mask.to(pixel_values.device)
+    taken = frame_mask
+    if config.embedding_type == "uniform_frame_sampling":
+        taken = taken[:, _sampled_frames(len(taken.unbind(1)), config.num_sampled_frames)]
+    patch_frames = config.tubelet_size[0]
+    time = taken.shape[1] // patch_frames
+    steps = taken[:, : time * patch_frames].unflatten(1, (time, patch_frames)).any(dim=2)  # (batch, time)
+    clips = torch.arange(batch, device=frame_mask.device)[:, None]
+    pixel_values = pixel_values[clips, nearest_visible_frames(frame_mask)]
+    is_empty = ~steps.any(dim=1)
+    if becomes_graph():
+        return pixel_values.masked_fill(is_empty[:, None, None, None, None], math.nan), steps
+    if is_empty.any():
+        numbers = is_empty.nonzero().flatten().tolist()
+        raise ValueError(
+            f"`frame_mask` leaves no visible time step in the clips {numbers} of {batch}; expected at least one "
+            "visible frame among those that the model takes. Leave these clips out."
+        )
+    return pixel_values, None if steps.all() else steps
+
+
+def nearest_visible_frames(frame_mask: torch.Tensor) -> torch.Tensor:
+    """
+    Return the frame to show in the place of each: itself if it is visible, else the nearest earlier visible one, else
+    the next.
+
+    bool (batch, frames) -> int64 (batch, frames).
+    """
+    numbers = torch.arange(frame_mask.shape[1], device=frame_mask.device)
+    # (batch, frames, frames) -> (batch, frames); -1 if neither the frame nor an earlier one is visible
+    earlier = torch.where(frame_mask[:, None] & (numbers <= numbers[:, None]), numbers, -1).amax(dim=2)
+    return torch.where(earlier < 0, frame_mask.long().argmax(dim=1, keepdim=True), earlier)
+
+
+def _check_frame_mask(frame_mask: Any, batch: int, frames: int) -> None:
+    is_tensor = isinstance(frame_mask, torch.Tensor)
+    if not is_tensor or frame_mask.dtype != torch.bool or tuple(frame_mask.shape) != (batch, frames):
+        got = f"{frame_mask.dtype} {tuple(frame_mask.shape)}" if is_tensor else type(frame_mask).__name__
+        raise ValueError(
+            f"`frame_mask` must be a bool tensor (batch, frames) = {(batch, frames)}, True where a frame is visible, "
+            f"but got {got}."
+        )
+
+
+def mask_tokens(attention_mask: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:
+    """
+    Check a mask over the tokens (batch, tokens, hidden) of Model 1, as transformers' Vivit takes it.
+
+    Args:
+        attention_mask: (batch, tokens), 1 or True where a token is visible, 0 or False elsewhere; or, for each query,
+            (batch, 1, tokens, tokens), bool like the other, or floats that are added to the scores.
+
+    Returns:
+        bool (batch, tokens), None if all are visible; a mask per query unchanged.
+
+    Raises:
+        ValueError: for a mask of another shape, and for clips without a visible token.
+    """
+    batch, number = tokens.shape[:2]
+    shapes = (batch, number), (batch, 1, number, number)
+    shape = tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
+    if shape not in shapes:
+        raise ValueError(
+            f"`attention_mask` must be a tensor (batch, tokens) = {shapes[0]} or (batch, 1, tokens, tokens) = "
+            f"{shapes[1]}, but got {shape}. The tokens are the class token, register tokens and the grid."
+        )
+    attention_mask = attention_mask.to(tokens.device)
+    if attention_mask.ndim == 4:
+        return attention_mask
+    visible = attention_mask.bool()
+    if becomes_graph():
+        return visible
+    if not visible.any(dim=1).all():
+        raise ValueError("`attention_mask` masks all tokens of a clip; expected at least one visible token.")
+    return None if visible.all() else visible
+
+
+def spread_mask(visible: torch.Tensor | None, tokens: torch.Tensor, space: int = 1) -> torch.Tensor | None:
+    """
+    Return the visible tokens among the tokens (batch, prefix + time * space, hidden) of visible steps, bool (batch,
+    time): bool (batch, prefix + time * space), where prefix tokens are visible. None stays None.
+    """
+    if visible is None:
+        return None
+    visible = visible.repeat_interleave(space, dim=1)  # (batch, time * space)
+    return nn.functional.pad(visible, (tokens.shape[1] - visible.shape[1], 0), value=True)
+
+
+def _check_takes_attention_mask(config: ViViTConfig, has_frame_mask: bool) -> None:
+    """Raise ValueError unless the model is Model 1, without another mask."""
+    if has_frame_mask or config.attention_type != "spatio_temporal":
+        raise ValueError(
+            "`attention_mask` masks tokens of Model 1 (`attention_type='spatio_temporal'`), without a `frame_mask`, "
+            f"but got `attention_type={config.attention_type!r}` and {'a' if has_frame_mask else 'no'} `frame_mask`. "
+            "Use `frame_mask` alone."
+        )
+
+
 def _check_has_steps(config: ViViTConfig) -> None:
     """Raise ValueError unless the model is Model 2."""
     if config.attention_type != "factorised_encoder":
@@ -127,9 +280,9 @@ def _check_arguments(kwargs: dict[str, Any]) -> None:
     for name, value in kwargs.items():
         if value is not None and name not in _KNOWN_ARGUMENTS:
             raise TypeError(
-                f"forward() got an unexpected argument {name!r}. A ViViT takes `pixel_values`, "
-                "`interpolate_pos_encoding`, `labels` and `steps` (with a classifier), `bool_masked_pos` (in "
-                "pretraining), and the arguments that transformers passes to every model."
+                f"forward() got an unexpected argument {name!r}. A ViViT takes `pixel_values`, `frame_mask`, "
+                "`interpolate_pos_encoding`, `attention_mask` (Model 1), `labels` and `steps` (with a classifier), "
+                "`bool_masked_pos` (in pretraining), and the arguments that transformers passes to every model."
             )
 
 
@@ -418,6 +571,47 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
+# Attention implementations that add a bias to the scores; "blockwise" comes from `vivit_hf.inference.optimize`.
+BIASED_ATTENTION = ("eager", "sdpa", "flex_attention", "blockwise")
+
+
+def attention_bias(
+    query: torch.Tensor, sizes: torch.Tensor | None, attention_mask: torch.Tensor | None, implementation: str
+) -> torch.Tensor | None:
+    """
+    Return the bias that weighs keys by their sizes or masks them; None without both.
+
+    Args:
+        query: (batch, queries, heads, head_dim); the bias has its dtype.
+        sizes: see `proportional_attention_bias`; never with a mask.
+        attention_mask: see `ViViTDotProductAttention.forward`.
+
+    Returns:
+        (batch, 1, 1 or queries, tokens).
+
+    Raises:
+        ValueError: for an attention implementation that adds no bias to the scores.
+    """
+    if sizes is not None:
+        bias = proportional_attention_bias(sizes, query.dtype)
+    elif attention_mask is not None:
+        bias = attention_mask[:, None, None] if attention_mask.ndim == 2 else attention_mask
+        if not bias.is_floating_point():
+            lowest = torch.finfo(query.dtype).min  # not -inf, which is NaN in a row without any visible key
+            bias = query.new_zeros(bias.shape).masked_fill(~bias.bool(), lowest)
+        bias = bias.to(query.dtype)
+    else:
+        return None
+    if implementation not in BIASED_ATTENTION:
+        raise ValueError(
+            f"`attn_implementation={implementation!r}` cannot add the bias to the attention scores that masks and "
+            "merged tokens need. Call `model.set_attn_implementation('sdpa')`, or use the model without a mask and "
+            "without `merge_tokens`."
+        )
+    # transformers' flex attention reads one score of the bias at a time and does not broadcast.
+    return bias.expand(-1, -1, query.shape[1], -1) if implementation == "flex_attention" else bias
+
+
 class ViViTDotProductAttention(nn.Module):
     """
     Dot-product attention among the tokens of each sequence, through transformers' attention interface.
@@ -439,15 +633,18 @@ class ViViTDotProductAttention(nn.Module):
         key: torch.Tensor,
         value: torch.Tensor,
         sizes: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[ViViTKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Query, key, value and context (batch, tokens, heads, head_dim), weights (batch, heads, tokens, tokens).
 
         With `sizes`, int64 (batch, tokens), a key counts once for each patch that its token stands for.
+        `attention_mask`, bool (batch, tokens) or (batch, 1, tokens, tokens), is True for keys that take part; floats
+        (batch, 1, tokens, tokens) are added to the scores.
         """
         implementation = "eager" if kwargs.get("output_attentions") else self.config._attn_implementation
-        bias = None if sizes is None else proportional_attention_bias(sizes, query.dtype, implementation)
+        bias = attention_bias(query, sizes, attention_mask, implementation)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         return attention(
             self,
@@ -464,9 +661,18 @@ class ViViTSpatialDotProductAttention(ViViTDotProductAttention):
     """Attention over space within each time step; weights (batch * time, heads, space, space)."""
 
     def forward(  # type: ignore[override]  # tokens of a grid all have the same size
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Unpack[ViViTKwargs]
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[ViViTKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Query, key, value and context (batch, time, space, heads, head_dim)."""
+        """
+        Query, key, value and context (batch, time, space, heads, head_dim).
+
+        The mask of time steps is not applied: within a step, either all tokens are visible or none.
+        """
         batch, time = query.shape[:2]
         # (batch, time, space, heads, head_dim) -> (batch * time, space, heads, head_dim)
         query, key, value = (tensor.flatten(0, 1) for tensor in (query, key, value))
@@ -478,13 +684,23 @@ class ViViTTemporalDotProductAttention(ViViTDotProductAttention):
     """Attention over time at each place of the space; weights (batch * space, heads, time, time)."""
 
     def forward(  # type: ignore[override]  # as above
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **kwargs: Unpack[ViViTKwargs]
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[ViViTKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Query, key, value and context (batch, time, space, heads, head_dim)."""
+        """
+        Query, key, value and context (batch, time, space, heads, head_dim); `attention_mask`, bool (batch, time), is
+        True for time steps that take part.
+        """
         batch, space = query.shape[0], query.shape[2]
+        if attention_mask is not None:
+            attention_mask = attention_mask.repeat_interleave(space, dim=0)  # (batch * space, time)
         # (batch, time, space, heads, head_dim) -> (batch * space, time, heads, head_dim)
         query, key, value = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
-        context, weights = super().forward(query, key, value, **kwargs)
+        context, weights = super().forward(query, key, value, attention_mask=attention_mask, **kwargs)
         return context.unflatten(0, (batch, space)).transpose(1, 2), weights  # (batch, time, space, heads, head_dim)
 
 
@@ -548,24 +764,13 @@ class ViViTFactorisedDotProductAttention(ViViTAttention):
 
 # Token merging (Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023)
 
-# Attention implementations that add a bias to the scores; "blockwise" comes from `vivit_hf.inference.optimize`.
-BIASED_ATTENTION = ("eager", "sdpa", "blockwise")
 
-
-def proportional_attention_bias(sizes: torch.Tensor, dtype: torch.dtype, implementation: str) -> torch.Tensor:
+def proportional_attention_bias(sizes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
     Return the bias of proportional attention (section 3): the logarithm of each token's number of patches.
 
     sizes (batch, tokens) -> (batch, 1, 1, tokens) in `dtype`.
-
-    Raises:
-        ValueError: for an attention implementation that adds no bias to the scores.
     """
-    if implementation not in BIASED_ATTENTION:
-        raise ValueError(
-            f"`attn_implementation={implementation!r}` cannot add the bias to the attention scores that merged tokens "
-            "need. Call `model.set_attn_implementation('sdpa')`, or use the model without `merge_tokens`."
-        )
     return sizes.to(torch.promote_types(dtype, torch.float32)).log().to(dtype)[:, None, None]
 
 
@@ -821,8 +1026,18 @@ class ViViTMergingEncoder(ViViTEncoder):
         for layer, num_merged in zip(self.layer, schedule, strict=True):
             layer.merging = ViViTTokenMerging(num_prefix_tokens, num_merged)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[ViViTKwargs]) -> torch.Tensor:
-        """(batch, tokens, hidden) -> (batch, tokens, hidden)."""
+    def forward(  # type: ignore[override]  # its layers take no mask
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Unpack[ViViTKwargs]
+    ) -> torch.Tensor:
+        """(batch, tokens, hidden) -> (batch, tokens, hidden). Raises ValueError for a mask while tokens merge."""
+        if attention_mask is not None:
+            if any(self.schedule):
+                raise ValueError(
+                    "Masked tokens would merge into visible ones: Model 1 with `merge_tokens` takes neither "
+                    "`frame_mask` nor `attention_mask`. Call `vivit_hf.inference.restore(model)` if "
+                    "`optimize(merge_tokens=...)` set it, or load the model with `merge_tokens=None`."
+                )
+            kwargs["attention_mask"] = attention_mask  # type: ignore[typeddict-unknown-key]
         hidden_states = self.dropout(hidden_states)
         sizes = places = None
         for layer in self.layer:
@@ -844,14 +1059,19 @@ class ViViTAttentionPooling(nn.Module):
         super().__init__()
         self.query = nn.Parameter(torch.empty(config.hidden_size))
 
-    def weights(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(batch, tokens, hidden) -> weights (batch, tokens), float32 or wider; each row sums to 1."""
+    def weights(self, tokens: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        (batch, tokens, hidden) -> weights (batch, tokens), float32 or wider; each row sums to 1, and tokens that are
+        not `visible`, bool (batch, tokens), weigh 0.
+        """
         scores = (tokens * self.query).sum(dim=-1) * self.query.shape[0] ** -0.5
+        if visible is not None:
+            scores = scores.masked_fill(~visible, -math.inf)
         return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
         """(batch, tokens, hidden) -> (batch, hidden)."""
-        return (self.weights(tokens).to(tokens.dtype).unsqueeze(-1) * tokens).sum(dim=1)
+        return (self.weights(tokens, visible).to(tokens.dtype).unsqueeze(-1) * tokens).sum(dim=1)
 
 
 # Models
@@ -971,6 +1191,11 @@ class ViViTModel(ViViTPreTrainedModel):
     with batch * time, then the temporal encoder's. Model 3: per layer, (batch * space, heads, time, time) over time and
     (batch * time, heads, space, space) over space, in the order of `attention_order`. Model 4: per layer, the same two
     in the order time, space, each with half of the heads. They are available with every attention implementation.
+
+    With `frame_mask`, clips of different lengths share a batch: masked time steps change no output of visible ones. At
+    the tokens of masked steps, `last_hidden_state` and `hidden_states` are arbitrary finite numbers. The spatial
+    encoder of Model 2 skips masked steps unless hidden states or attentions are requested, or the model is compiled,
+    exported or traced: graphs encode and mask them.
     """
 
     _auto_class = "AutoModel"
@@ -1012,6 +1237,8 @@ class ViViTModel(ViViTPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        frame_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[ViViTKwargs],
     ) -> BaseModelOutputWithPooling:
         """
@@ -1020,42 +1247,88 @@ class ViViTModel(ViViTPreTrainedModel):
                 them; cast to the dtype of the weights.
             interpolate_pos_encoding: whether to accept clips of another length or size than configured, by
                 interpolating the position embeddings for this call.
+            frame_mask: the visible frames of each clip, bool (batch, frames). Outputs are those of a model that is as
+                short as the visible time steps and has their position embeddings, not interpolated. With tubelets of 2
+                frames (see `mask_frames`):
+
+                    frames        a b   c d   e f   g h
+                    frame_mask    0 1   1 0   0 1   0 0      True (1) where visible
+                    shown         b b   c c   c f   f f      the nearest earlier visible frame, or else the next
+                    steps          1     1     1     0       a step with a visible frame is visible
+
+            attention_mask: Model 1, in place of `frame_mask`: the visible tokens, (batch, tokens), as transformers'
+                Vivit takes them (see `mask_tokens`). Pooling leaves masked tokens out, too.
             output_hidden_states, output_attentions, return_dict: as everywhere in transformers.
 
         Raises:
-            ValueError: if the clips do not have the expected shape; the message gives both shapes.
+            ValueError: if the clips do not have the expected shape; the message gives both shapes. For masks of another
+                shape, without anything visible, or that the model or its attention implementation cannot take.
             TypeError: for an unknown argument.
         """
         _check_arguments(kwargs)
         if pixel_values is None:
             raise ValueError("`pixel_values` is missing; expected (batch, frames, channels, height, width).")
+        masks: dict[str, torch.Tensor | None] = {}
+        if attention_mask is not None:
+            _check_takes_attention_mask(self.config, frame_mask is not None)
+            masks["attention_mask"] = attention_mask
+        if frame_mask is not None:
+            check_pixel_values(pixel_values, self.config, interpolate_pos_encoding)
+            pixel_values, masks["visible"] = mask_frames(pixel_values, frame_mask, self.config)
         for name in ("output_attentions", "output_hidden_states"):
             kwargs.setdefault(name, getattr(self.config, name))
         tokens, prefix_tokens = self.embeddings(pixel_values, interpolate_pos_encoding)  # (batch, time, space, hidden)
         encode_variant = ENCODERS[self.config.attention_type]
-        last_hidden_state, pooled = encode_variant(self, tokens, prefix_tokens, **kwargs)
+        last_hidden_state, pooled = encode_variant(self, tokens, prefix_tokens, **masks, **kwargs)
         return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=self.represent(pooled))
 
+    # In the methods below, `visible` is a mask of time steps, bool (batch, time), or None if all are visible.
+
     def encode_spatio_temporal(
-        self, tokens: torch.Tensor, prefix_tokens: torch.Tensor | None, **kwargs: Unpack[ViViTKwargs]
+        self,
+        tokens: torch.Tensor,
+        prefix_tokens: torch.Tensor | None,
+        visible: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[ViViTKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Model 1 (section 3.3.1): every token attends to every other."""
+        space = tokens.shape[2]
         tokens = tokens.flatten(1, 2)  # (batch, time * space, hidden)
         tokens = _prepend(tokens, prefix_tokens)  # (batch, prefix + time * space, hidden)
-        tokens = self.encode(tokens, **kwargs)
-        return tokens, self.pool(tokens)
+        mask = spread_mask(visible, tokens, space) if attention_mask is None else mask_tokens(attention_mask, tokens)
+        tokens = self.encode(tokens, attention_mask=mask, **kwargs)
+        return tokens, self.pool(tokens, None if mask is None or mask.ndim == 4 else mask)
 
     def encode_factorised_encoder(
-        self, tokens: torch.Tensor, prefix_tokens: torch.Tensor | None, **kwargs: Unpack[ViViTKwargs]
+        self,
+        tokens: torch.Tensor,
+        prefix_tokens: torch.Tensor | None,
+        visible: torch.Tensor | None = None,
+        **kwargs: Unpack[ViViTKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Model 2 (section 3.3.2): an encoder over the space of each time step, then one over time."""
-        return self.encode_time(self.encode_space(tokens, prefix_tokens, **kwargs), **kwargs)
+        return self.encode_time(self.encode_space(tokens, prefix_tokens, visible, **kwargs), visible, **kwargs)
 
     def encode_space(
-        self, tokens: torch.Tensor, prefix_tokens: torch.Tensor | None, **kwargs: Unpack[ViViTKwargs]
+        self,
+        tokens: torch.Tensor,
+        prefix_tokens: torch.Tensor | None,
+        visible: torch.Tensor | None = None,
+        **kwargs: Unpack[ViViTKwargs],
     ) -> torch.Tensor:
-        """Model 2's spatial encoder: (batch, time, space, hidden) -> a pooled token per step, (batch, time, hidden)."""
+        """
+        Model 2's spatial encoder: (batch, time, space, hidden) -> a pooled token per step, (batch, time, hidden).
+
+        Masked steps are skipped, and their tokens are zeros. They are encoded like the others in a graph, and for
+        hidden states and attentions, whose shapes do not depend on the mask.
+        """
         batch, time = tokens.shape[:2]
+        records = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
+        if visible is not None and not records and not becomes_graph():
+            # (visible steps, 1, space, hidden) -> (visible steps, prefix + space, hidden)
+            encoded = self.pool(self.encode_frames(tokens[visible].unsqueeze(1), prefix_tokens, **kwargs))
+            return encoded.new_zeros(batch, time, encoded.shape[-1]).index_put((visible,), encoded)
         tokens = self.encode_frames(tokens, prefix_tokens, **kwargs)  # (batch * time, prefix + space, hidden)
         return self.pool(tokens).unflatten(0, (batch, time))  # (batch, time, hidden)
 
@@ -1067,25 +1340,31 @@ class ViViTModel(ViViTPreTrainedModel):
         tokens = _prepend(tokens, prefix_tokens)  # (batch * time, prefix + space, hidden)
         return self.encode(tokens, **kwargs)
 
-    def encode_time(self, steps: torch.Tensor, **kwargs: Unpack[ViViTKwargs]) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode_time(
+        self, steps: torch.Tensor, visible: torch.Tensor | None = None, **kwargs: Unpack[ViViTKwargs]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Model 2's temporal encoder: (batch, time, hidden) -> (batch, 1 + time, hidden), pooled (batch, hidden)."""
         if self.temporal_encoder is None:
-            return steps, self.pool_time(steps)  # by default the paper's average-pool baseline
+            return steps, self.pool_time(steps, visible)  # by default the paper's average-pool baseline
         tokens = self.temporal_embeddings(steps)  # (batch, 1 + time, hidden)
-        tokens = self.temporal_layernorm(self.temporal_encoder(tokens, **kwargs))
-        return tokens, self.pool_time(tokens)
+        visible = spread_mask(visible, tokens)  # (batch, 1 + time)
+        tokens = self.temporal_layernorm(self.temporal_encoder(tokens, attention_mask=visible, **kwargs))
+        return tokens, self.pool_time(tokens, visible)
 
-    def pool_time(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Model 2: (batch, [1 +] time, hidden) -> (batch, hidden), or (batch, time * hidden) by "concatenate"."""
+    def pool_time(self, tokens: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Model 2: (batch, [1 +] time, hidden), visible (batch, [1 +] time) -> (batch, hidden), or by "concatenate"
+        (batch, time * hidden), zeros for masked steps.
+        """
         if self.temporal_pooler is not None:
-            return self.temporal_pooler(tokens)
+            return self.temporal_pooler(tokens, visible)
         pooling = self.config.pooling_over_time
         if pooling == "concatenate" and tokens.shape[1] != self.config.grid_size[0]:
             raise ValueError(
                 f"`temporal_pooling='concatenate'` fixes the number of time steps: the model takes "
                 f"{self.config.grid_size[0]}, but got {tokens.shape[1]}."
             )
-        return POOLINGS[pooling](tokens)
+        return pool_tokens(tokens, pooling, visible)
 
     def encode_steps(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
@@ -1103,23 +1382,31 @@ class ViViTModel(ViViTPreTrainedModel):
         return self.encode_space(*self.embeddings(pixel_values, interpolate_pos_encoding=True))
 
     def encode_token_grid(
-        self, tokens: torch.Tensor, prefix_tokens: torch.Tensor | None, **kwargs: Unpack[ViViTKwargs]
+        self,
+        tokens: torch.Tensor,
+        prefix_tokens: torch.Tensor | None,
+        visible: torch.Tensor | None = None,
+        **kwargs: Unpack[ViViTKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Models 3 and 4 (sections 3.3.3 and 3.3.4): the layers keep the grid, so there are no prefix tokens."""
-        tokens = self.encode(tokens, **kwargs)  # (batch, time, space, hidden)
+        space = tokens.shape[2]
+        tokens = self.encode(tokens, attention_mask=visible, **kwargs)  # (batch, time, space, hidden)
         tokens = tokens.flatten(1, 2)  # (batch, time * space, hidden)
-        return tokens, self.pool(tokens)
+        return tokens, self.pool(tokens, spread_mask(visible, tokens, space))
 
-    def encode(self, tokens: torch.Tensor, **kwargs: Unpack[ViViTKwargs]) -> torch.Tensor:
+    def encode(self, tokens: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Run the (spatial) encoder with the LayerNorms before and after it; the shape is that of its layers."""
         if self.pre_layernorm is not None:
             tokens = self.pre_layernorm(tokens)
         return self.layernorm(self.encoder(tokens, **kwargs))
 
-    def pool(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(batch, tokens, hidden) -> (batch, hidden): pool the class token, or all tokens but the registers."""
+    def pool(self, tokens: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        (batch, tokens, hidden) -> (batch, hidden): pool the class token, or all tokens but the registers, of those that
+        are `visible`, bool (batch, tokens).
+        """
         first = 0 if self.config.pooling == "cls" else self.config.num_register_tokens
-        return POOLINGS[self.config.pooling](tokens[:, first:])
+        return pool_tokens(tokens[:, first:], self.config.pooling, None if visible is None else visible[:, first:])
 
     def represent(self, pooled: torch.Tensor) -> torch.Tensor:
         """(batch, hidden) -> (batch, representation_size) by a dense layer and tanh; unchanged if the size is None."""
@@ -1155,6 +1442,8 @@ class ViViTForVideoClassification(ViViTPreTrainedModel):
         interpolate_pos_encoding: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
         steps: torch.Tensor | None = None,
+        frame_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[ViViTKwargs],
     ) -> ImageClassifierOutput:
         """
@@ -1168,24 +1457,32 @@ class ViViTForVideoClassification(ViViTPreTrainedModel):
             num_items_in_batch: label elements in all batches of one optimiser step, as `Trainer` counts them, so that
                 accumulated gradients equal those of the whole batch.
             steps: Model 2, in place of `pixel_values`: (batch, time, hidden), as `vivit.encode_steps` returns them.
+            frame_mask, attention_mask: as in `ViViTModel`; not with `steps`.
 
         Returns:
             `loss` if there are labels, `logits` (batch, num_labels), `hidden_states` and `attentions` on request (not
             with `steps`).
 
         Raises:
-            ValueError: if `steps` come with `pixel_values`, have another shape, or the model is not Model 2.
+            ValueError: if `steps` come with `pixel_values` or a mask, have another shape, or the model is not Model 2.
+            ValueError: for clips and masks that `ViViTModel` refuses.
             ValueError: if `labels` do not fit the logits, or the model has no classifier (`num_labels=0`).
             TypeError: for an unknown argument.
         """
         kwargs["output_last_hidden_state"] = False
         if steps is None:
-            outputs = self.vivit(pixel_values, interpolate_pos_encoding, return_dict=True, **kwargs)
+            masks = {"frame_mask": frame_mask, "attention_mask": attention_mask}
+            outputs = self.vivit(pixel_values, interpolate_pos_encoding, return_dict=True, **masks, **kwargs)
             logits = self.classifier(outputs.pooler_output)
         else:
             _check_arguments(kwargs)
             if pixel_values is not None:
                 raise ValueError("Both `pixel_values` and `steps` were given; expected one of them.")
+            if frame_mask is not None or attention_mask is not None:
+                raise ValueError(
+                    "`steps` take neither `frame_mask` nor `attention_mask`, as they are encoded already. Pass "
+                    "`pixel_values` with the mask, or the steps of visible frames alone."
+                )
             outputs, logits = BaseModelOutputWithPooling(), self.classify_steps(steps)
         loss, groups = None, self.config.label_groups
         if labels is not None:
@@ -1448,6 +1745,7 @@ class ViViTForPreTraining(ViViTPreTrainedModel):
         pixel_values: torch.Tensor,
         bool_masked_pos: torch.Tensor | None = None,
         interpolate_pos_encoding: bool = False,
+        frame_mask: torch.Tensor | None = None,
         **kwargs: Unpack[ViViTKwargs],
     ) -> ViViTForPreTrainingOutput:
         """
@@ -1456,12 +1754,19 @@ class ViViTForPreTraining(ViViTPreTrainedModel):
             bool_masked_pos: the places to mask in all time steps, bool (batch, space), True where masked, with the same
                 number in every clip. By default they are drawn at random, as many as `config.mask_ratio` gives.
             interpolate_pos_encoding: as in `ViViTModel`.
+            frame_mask: not supported, and an error, so that `Trainer` does not drop the column of a data set.
 
         Raises:
-            ValueError: for clips or masks of another shape, and for masks that differ in their number of places.
+            ValueError: for clips or masks of another shape, for masks that differ in their number of places, and for a
+                `frame_mask`.
             TypeError: for an unknown argument.
         """
         _check_arguments(kwargs)
+        if frame_mask is not None:
+            raise ValueError(
+                "Pretraining takes no `frame_mask`: tube masks hide the same places in all time steps of a clip. Leave "
+                "short clips out, or fill them with their own frames (`short_video_policy` of ViViTVideoProcessor)."
+            )
         check_pixel_values(pixel_values, self.config, interpolate_pos_encoding)
         for name in ("output_attentions", "output_hidden_states"):
             kwargs.setdefault(name, getattr(self.config, name))

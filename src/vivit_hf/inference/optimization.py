@@ -324,8 +324,10 @@ class PackedLinear(nn.Linear):
 class ClassTokenLayer(ViViTLayer):
     """The last layer of an encoder of which only the class token is pooled: it computes that token alone."""
 
-    def needs_all_tokens(self, **kwargs: Unpack[ViViTKwargs]) -> bool:
-        return bool(kwargs.get("output_hidden_states") or kwargs.get("output_attentions"))
+    def needs_all_tokens(self, **kwargs: Any) -> bool:
+        mask = kwargs.get("attention_mask")
+        has_mask_per_query = mask is not None and mask.ndim == 4
+        return bool(kwargs.get("output_hidden_states") or kwargs.get("output_attentions") or has_mask_per_query)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[ViViTKwargs]) -> torch.Tensor:
         """(batch, tokens, hidden) -> (batch, 1, hidden), or (batch, tokens, hidden) if an output needs all tokens."""
@@ -334,7 +336,7 @@ class ClassTokenLayer(ViViTLayer):
         return self.class_token(hidden_states, **kwargs)
 
     def class_token(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """(batch, tokens, hidden) -> (batch, 1, hidden); `sizes` as in `ViViTDotProductAttention`."""
+        """(batch, tokens, hidden) -> (batch, 1, hidden); `kwargs` as in `ViViTDotProductAttention`."""
         attention, tokens = self.attention, self.layernorm_before(hidden_states)
         heads = (attention.num_heads, attention.head_dim)
         query = attention.q_proj(tokens[:, :1]).unflatten(-1, heads)  # (batch, 1, heads, head_dim)
@@ -348,7 +350,7 @@ class ClassTokenLayer(ViViTLayer):
 class FinalClassTokenLayer(ClassTokenLayer):
     """A `ClassTokenLayer` in the encoder whose tokens are the backbone's `last_hidden_state`."""
 
-    def needs_all_tokens(self, **kwargs: Unpack[ViViTKwargs]) -> bool:
+    def needs_all_tokens(self, **kwargs: Any) -> bool:
         return kwargs.get("output_last_hidden_state", True) or super().needs_all_tokens(**kwargs)
 
 

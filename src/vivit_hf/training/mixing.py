@@ -5,7 +5,7 @@ batch with the same batch in reverse order. Cutmix (Yun et al., 2019) pastes one
 frames of the batch. Random numbers depend only on the seed, the epoch and the examples in the batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -16,6 +16,15 @@ from ..data.labels import IGNORED, LabelMap
 
 
 _MIXING = 0x6D6978  # separates these random numbers from those of the augmentation
+
+
+def refuse_frame_mask(columns: Iterable[str], who: str) -> None:
+    """Raise ValueError if there is a column `frame_mask`, which would be dropped here without a word."""
+    if "frame_mask" in columns:
+        raise ValueError(
+            f"{who} does not take `frame_mask`: leave short clips out or fill them (`short_video_policy` of "
+            "ViViTVideoProcessor), or train with transformers' Trainer, which passes the column to the model."
+        )
 
 
 def soft_labels(labels: torch.Tensor, sizes: Sequence[int], smoothing: float = 0.0) -> torch.Tensor:
@@ -116,6 +125,7 @@ class ClipCollator:
         return bool(self.label_smoothing or self.mixup_alpha or self.cutmix_alpha) or self.class_weights is not None
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        refuse_frame_mask(items[0], "ClipCollator")
         labels = torch.stack([item["labels"] for item in items])
         name = "steps" if "steps" in items[0] else "pixel_values"
         clips = torch.stack(_of_one_size([item[name] for item in items], labels))

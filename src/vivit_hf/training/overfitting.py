@@ -58,13 +58,15 @@ def overfit_one_batch(
 
     Args:
         model: a `ViViTForVideoClassification`.
-        batch: `pixel_values` (batch, frames, channels, height, width) and unmixed `labels` from `LabelMap.encode`.
+        batch: `pixel_values` (batch, frames, channels, height, width), unmixed `labels` from `LabelMap.encode`, and
+            `frame_mask`, if the model is to have one.
         make_optimizer: makes the optimiser from `groups`.
         groups: groups of parameters, see `parameter_groups`.
         num_steps: maximum number of steps.
     """
     model.eval()  # no randomness, so that the loss falls in every step
-    batch = {name: batch[name].to(model.device) for name in ("pixel_values", "steps", "labels") if name in batch}
+    names = ("pixel_values", "frame_mask", "steps", "labels")
+    batch = {name: batch[name].to(model.device) for name in names if name in batch}
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     optimizer = make_optimizer(groups)

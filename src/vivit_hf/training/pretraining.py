@@ -24,6 +24,7 @@ from .clips import VideoClips
 from .finetuning_arguments import AugmentationArguments, DataArguments, ModelArguments, Say
 from .finetuning_model import Start, build_model
 from .finetuning_parser import speaker
+from .mixing import refuse_frame_mask
 from .pretraining_arguments import PretrainingDataArguments
 from .pretraining_parser import PretrainingRun
 from .run_checks import check_machine, check_repository, check_start, find_checkpoint
@@ -50,6 +51,7 @@ class TubeMaskCollator:
         self.config, self.seed = config, seed
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        refuse_frame_mask(items[0], "TubeMaskCollator")
         return {
             "pixel_values": torch.stack([item["pixel_values"] for item in items]),
             "bool_masked_pos": torch.cat([self._mask(item["epoch"], item["index"]) for item in items]),

@@ -20,6 +20,7 @@ from .checkpoints import deferred_interrupt
 from .clips import ClipSampler, StreamedClips, VideoClips
 from .distillation import Distillation
 from .feature_cache import encode_clips, has_frozen_space
+from .mixing import refuse_frame_mask
 from .parameters import frozen_modules, gradient_norms, parameter_groups
 from .stream_loading import StreamBatches, StreamLoader, StreamPosition
 from .weight_average import WeightAverage
@@ -187,6 +188,7 @@ class ClipTrainer(Trainer):
                 module.eval()
         targets = inputs.get("labels")  # masked pretraining has none
         if self.distillation is not None:
+            refuse_frame_mask(inputs, "Distillation")
             teacher_logits = self.distillation.teacher.logits(inputs["pixel_values"], self.accelerator.autocast)
             inputs = {**inputs, "labels": (targets, teacher_logits)}  # both for `_distilled_loss`
         inputs = self._without_frozen_part(inputs)
@@ -217,6 +219,7 @@ class ClipTrainer(Trainer):
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if "steps" in inputs or is_sharded or not has_frozen_space(self.model):
             return inputs
+        refuse_frame_mask(inputs, "A frozen spatial encoder")
         others = {name: value for name, value in inputs.items() if name != "pixel_values"}
         *batch, frames, channels, height, width = inputs["pixel_values"].shape
         clips = inputs["pixel_values"].reshape(-1, frames, channels, height, width)
@@ -323,6 +326,7 @@ class ClipTrainer(Trainer):
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        refuse_frame_mask(inputs, "The evaluation of ClipTrainer")
         inputs = self._without_frozen_part(self._prepare_inputs(inputs))
         labels = inputs["labels"]
         with torch.no_grad(), self.compute_loss_context_manager():
