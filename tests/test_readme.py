@@ -93,6 +93,13 @@ def test_the_snippets_of_the_page_on_probabilities_run(capsys):
         assert capsys.readouterr().out.strip()
 
 
+def test_the_snippet_of_the_page_on_lengths_classifies_both_clips(capsys):
+    page = (ROOT / "docs" / "lengths.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(snippet, "docs/lengths.md", "exec"), {"__name__": "__main__"})
+    assert re.fullmatch(r"([a-z][\w ]* [01]\.\d\d\n){2}", capsys.readouterr().out)
+
+
 SMALL = {
     "finetune.py": ["--max_steps", "1", "--use_cpu", "--num_frames", "4", "--num_clips", "1", "--num_crops", "1"],
     "evaluate.py": ["--use_cpu", "--num_workers", "0"],
