@@ -572,7 +572,7 @@ def eager_attention_forward(
 
 
 # Attention implementations that add a bias to the scores; "blockwise" comes from `vivit_hf.inference.optimize`.
-BIASED_ATTENTION = ("eager", "sdpa", "flex_attention", "blockwise")
+BIASED_ATTENTION = ("eager", "sdpa", "blockwise")
 
 
 def attention_bias(
@@ -608,8 +608,7 @@ def attention_bias(
             "merged tokens need. Call `model.set_attn_implementation('sdpa')`, or use the model without a mask and "
             "without `merge_tokens`."
         )
-    # transformers' flex attention reads one score of the bias at a time and does not broadcast.
-    return bias.expand(-1, -1, query.shape[1], -1) if implementation == "flex_attention" else bias
+    return bias
 
 
 class ViViTDotProductAttention(nn.Module):
