@@ -163,8 +163,8 @@ def mask_frames(
     clips = torch.arange(batch, device=frame_mask.device)[:, None]
     pixel_values = pixel_values[clips, nearest_visible_frames(frame_mask)]
     is_empty = ~steps.any(dim=1)
-    if becomes_graph():
-        return pixel_values.masked_fill(is_empty[:, None, None, None, None], math.nan), steps
+    if becomes_graph():  # with its steps visible, the NaN of an empty clip reaches every output
+        return pixel_values.masked_fill(is_empty[:, None, None, None, None], math.nan), steps | is_empty[:, None]
     if is_empty.any():
         numbers = is_empty.nonzero().flatten().tolist()
         raise ValueError(
