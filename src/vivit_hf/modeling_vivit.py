@@ -1025,7 +1025,7 @@ class ViViTMergingEncoder(ViViTEncoder):
         for layer, num_merged in zip(self.layer, schedule, strict=True):
             layer.merging = ViViTTokenMerging(num_prefix_tokens, num_merged)
 
-    def forward(  # type: ignore[override]  # its layers take no mask
+    def forward(
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Unpack[ViViTKwargs]
     ) -> torch.Tensor:
         """(batch, tokens, hidden) -> (batch, tokens, hidden). Raises ValueError for a mask while tokens merge."""
@@ -1036,7 +1036,7 @@ class ViViTMergingEncoder(ViViTEncoder):
                     "`frame_mask` nor `attention_mask`. Call `vivit_hf.inference.restore(model)` if "
                     "`optimize(merge_tokens=...)` set it, or load the model with `merge_tokens=None`."
                 )
-            kwargs["attention_mask"] = attention_mask  # type: ignore[typeddict-unknown-key]
+            kwargs["attention_mask"] = attention_mask
         hidden_states = self.dropout(hidden_states)
         sizes = places = None
         for layer in self.layer:
