@@ -37,7 +37,7 @@ SCRIPTS = {
     "convert transformers": "convert_transformers_vivit.py",
     "export": "export_onnx.py",
 }
-SHARED = "--help --output --push-to-hub --private --skip-parity "
+SHARED = "--help --output --push-to-hub --endpoint --private --skip-parity "
 OPTIONS = {
     "convert vit": SHARED + "--source --num-heads --attention-type --attention-order --num-frames --tubelet-size "
     "--image-size --embedding-type --num-sampled-frames --num-temporal-layers --pooling --temporal-pooling "
