@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from bench import Bench
 from measuring import at_least, at_most, median_ratio
 from peers import transformers_vivit
 
 from vivit_hf.inference import decreasing_schedule, optimize
 from vivit_hf.inference.onednn import has_bfloat16_units, has_vnni
-
-
-if TYPE_CHECKING:
-    from run import Bench
 
 
 # Over the exact model, optimised, in the same dtype.

@@ -11,9 +11,10 @@ from vivit_hf import ViViTConfig, ViViTForVideoClassification
 
 sys.path.append(str(ROOT / "benchmarks"))
 
+import bench
 import measuring
+import memory
 import peers
-import run as speed
 
 
 def test_the_peak_of_tensors_is_what_is_there_at_once():
@@ -23,13 +24,13 @@ def test_the_peak_of_tensors_is_what_is_there_at_once():
             torch.empty(500_000).zero_()
         return kept
 
-    assert speed.peak_of_tensors(torch.device("cpu"), job) == pytest.approx(6.0, abs=0.01)
+    assert memory.peak_of_tensors(torch.device("cpu"), job) == pytest.approx(6.0, abs=0.01)
 
 
 def test_peers_and_plain_copies_compute_what_our_models_do():
-    for preset in speed.VARIANTS.values():
+    for preset in bench.VARIANTS.values():
         torch.manual_seed(0)
-        config = ViViTConfig.from_preset(preset, **speed.SMOKE, num_labels=5, initializer_range=0.2)
+        config = ViViTConfig.from_preset(preset, **bench.SMOKE, num_labels=5, initializer_range=0.2)
         model = ViViTForVideoClassification(config).eval()
         clips = torch.randn(2, config.num_frames, 3, *config.frame_size)
         with torch.no_grad():
