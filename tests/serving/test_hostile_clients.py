@@ -125,9 +125,9 @@ def test_requests_over_the_limits_are_told_when_to_come_again(strict):
 
 
 def test_a_video_that_takes_too_long_is_given_up():
-    """A file of 16 KB whose pictures take the only decoder much longer: it stops, and decodes the next video."""
-    data = large_gif(800, 2304, 4096)
-    with RunningServer("--deadline", 3, "--workers", 1) as server:
+    """A file of 80 KB whose pictures take the only decoder much longer: it stops, and decodes the next video."""
+    data = large_gif(4000, 2304, 4096)
+    with RunningServer("--deadline", 3, "--workers", 1, "--max-decoded-pixels", 10**11) as server:
         begin = time.monotonic()
         response = server.send(data, "slow.gif")
         assert "no answer after 3 seconds" in error_of(response, 504) and response.json()["file"] == "slow.gif"
