@@ -56,6 +56,10 @@ class DownloadLimitError(DownloadError):
     """A download that is too large or takes too long."""
 
 
+class DownloadTimeoutError(DownloadLimitError):
+    """A download that takes too long."""
+
+
 class PrivateAddressError(DownloadError):
     """An address that leads to an IP address which is not public; the reason names that one."""
 
@@ -101,8 +105,8 @@ def download(address: str, max_bytes: int, timeout: float, allow_private_address
         timeout: seconds for the whole download, including redirects.
         allow_private_addresses: also connect to IP addresses that are not public: this machine, the local network.
 
-    Raises DownloadError if the address cannot be downloaded, DownloadLimitError if the body is too large or the
-    download takes too long.
+    Raises DownloadError if the address cannot be downloaded, DownloadLimitError if the body is too large,
+    DownloadTimeoutError if the download takes too long.
     """
     deadline = _Deadline(timeout)
     file = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
@@ -183,7 +187,7 @@ def _reasons(origin: str, deadline: _Deadline) -> Iterator[None]:
         raise DownloadError(origin + reason) from None
     except TimeoutError as error:
         if deadline.is_over():
-            raise DownloadLimitError(f"it took longer than download_timeout={deadline.seconds} seconds") from None
+            raise DownloadTimeoutError(f"it took longer than download_timeout={deadline.seconds} seconds") from None
         raise DownloadError(f"{origin}the server did not answer for {PATIENCE:g} seconds") from error
     except ssl.SSLEOFError:
         raise DownloadError(f"{origin}the server broke off the connection") from None

@@ -14,7 +14,14 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
-from ..video_download import DownloadError, DownloadLimitError, PrivateAddressError, download, redacted
+from ..video_download import (
+    DownloadError,
+    DownloadLimitError,
+    DownloadTimeoutError,
+    PrivateAddressError,
+    download,
+    redacted,
+)
 from .problems import Problem
 from .serving_limits import ServingLimits
 
@@ -175,13 +182,17 @@ async def _downloaded(address: str, limits: ServingLimits, deadline: float) -> V
         allow_private_addresses=limits.allow_private_addresses,
     )
     try:
-        # A thread that is given up ends with its deadline, and its file with it. It is not one of those threads that
-        # write uploads: slow servers would stop these.
-        file = await anyio.to_thread.run_sync(get, abandon_on_cancel=True, limiter=anyio.CapacityLimiter(1))
+        # The download ends with the deadline by itself, and says so: the deadline of the request, which is the same,
+        # does not come before it. Its thread is not one of those that write uploads: slow servers would stop these.
+        with anyio.CancelScope(shield=True):
+            file = await anyio.to_thread.run_sync(get, limiter=anyio.CapacityLimiter(1))
     except PrivateAddressError:  # whose reason tells what the server's network looks like
         raise Problem(
             422, f"Cannot read {name}: it does not lead to a public address. Upload the file instead.", file=name
         ) from None
+    except DownloadTimeoutError:
+        text = f"Cannot read {name}: the download takes too long. Try again, or upload the file."
+        raise Problem(504, text, file=name) from None
     except DownloadError as error:
         status = 413 if isinstance(error, DownloadLimitError) else 422
         raise Problem(status, f"Cannot read {name}: {error}.", file=name) from None
