@@ -6,7 +6,7 @@ from optimized_models import gradients_of
 from tiny_models import ATTENTION_TYPES, CASES, case_config, make_clips, make_model, tiny_config
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vivit_hf.inference import optimization
+from vivit_hf.inference import blockwise_attention
 from vivit_hf.modeling_vivit import eager_attention_forward
 
 
@@ -14,8 +14,8 @@ from vivit_hf.modeling_vivit import eager_attention_forward
 @pytest.mark.parametrize("scores", [1, 100, 800_000])
 def test_attention_block_by_block_is_eager_attention(case, scores, monkeypatch):
     """One row at a time, some rows or some sequences at a time, and all in one."""
-    monkeypatch.setattr(optimization, "LEAST_SCORES", 0)
-    monkeypatch.setattr(optimization, "BLOCK_SCORES", scores)
+    monkeypatch.setattr(blockwise_attention, "LEAST_SCORES", 0)
+    monkeypatch.setattr(blockwise_attention, "BLOCK_SCORES", scores)
     clips = make_clips(case_config(case))
     logits = {}
     for name in ("eager", "blockwise"):
@@ -28,7 +28,7 @@ def test_attention_block_by_block_is_eager_attention(case, scores, monkeypatch):
 
 @pytest.mark.parametrize("attention_type", ATTENTION_TYPES)
 def test_attention_block_by_block_has_the_gradients_of_sdpa(attention_type, monkeypatch):
-    monkeypatch.setattr(optimization, "LEAST_SCORES", 0)
+    monkeypatch.setattr(blockwise_attention, "LEAST_SCORES", 0)
     found = []
     for name in ("sdpa", "blockwise"):
         model = make_model(tiny_config(attention_type, attn_implementation=name)).train()
@@ -39,7 +39,7 @@ def test_attention_block_by_block_has_the_gradients_of_sdpa(attention_type, monk
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_blocks_are_as_exact_as_the_dtype(dtype, monkeypatch):
     """No further from the attention of float64 than the eager path is, with a scale that is no power of two."""
-    monkeypatch.setattr(optimization, "LEAST_SCORES", 0)
+    monkeypatch.setattr(blockwise_attention, "LEAST_SCORES", 0)
     exact = [4 * torch.randn(2, 3, 40, 24, dtype=torch.float64).to(dtype).double() for _ in range(3)]
     expected = torch.nn.functional.scaled_dot_product_attention(*exact, scale=0.21).transpose(1, 2)
     errors = {}
@@ -52,10 +52,10 @@ def test_blocks_are_as_exact_as_the_dtype(dtype, monkeypatch):
 
 
 def test_scores_take_bounded_memory(monkeypatch):
-    monkeypatch.setattr(optimization, "BLOCK_SCORES", 5_000)
+    monkeypatch.setattr(blockwise_attention, "BLOCK_SCORES", 5_000)
     query = torch.randn(2, 4, 700, 8)
     with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
-        optimization.blockwise_attention_forward(torch.nn.Module(), query, query, query, None, scaling=0.3)
+        blockwise_attention.blockwise_attention_forward(torch.nn.Module(), query, query, query, None, scaling=0.3)
     largest = max(event.self_cpu_memory_usage for event in profile.events())
     assert largest == max(query.nbytes, 4 * 5_000 * torch.get_num_threads() // 700 * 700)
     assert 4 * 700 * 700 > 4 * largest
@@ -72,7 +72,7 @@ def test_sdpa_takes_over_where_blocks_do_not_pay_or_are_wrong(monkeypatch):
     def is_sdpa(query, mask=None, dropout=0.0):
         calls.clear()
         module = torch.nn.Module().eval()
-        optimization.blockwise_attention_forward(module, query, query, query, mask, scaling=0.3, dropout=dropout)
+        blockwise_attention.blockwise_attention_forward(module, query, query, query, mask, scaling=0.3, dropout=dropout)
         return bool(calls)
 
     with torch.no_grad():

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vivit_hf import StreamingClassifier, ViViTForVideoClassification, ViViTVideoProcessor
-from vivit_hf.inference import decreasing_schedule, optimization, optimize, restore
+from vivit_hf.inference import blockwise_attention, decreasing_schedule, optimization, optimize, restore
 from vivit_hf.inference.features import encode_clip_steps
 from vivit_hf.inference.optimization import optimized
 from vivit_hf.modeling_vivit import ViViTMergingEncoder, eager_attention_forward
@@ -63,7 +63,7 @@ def test_bfloat16_with_laid_out_weights_and_either_attention(case, has_amx, monk
     monkeypatch.setattr(optimization, "has_avx512", lambda: True)
     monkeypatch.setattr(optimization, "has_bfloat16_units", lambda: True)
     monkeypatch.setattr(optimization, "has_amx", lambda: has_amx)
-    monkeypatch.setattr(optimization, "LEAST_SCORES", 0)
+    monkeypatch.setattr(blockwise_attention, "LEAST_SCORES", 0)
     plain = make_model(case_config(case, merge_tokens=4)).to(torch.bfloat16)
     twin = make_model(case_config(case))
     report = str(optimize(twin, dtype=torch.bfloat16, merge_tokens=4))
@@ -94,13 +94,13 @@ def test_merged_tokens_are_not_computed(case, monkeypatch):
 @pytest.mark.parametrize("scores", [1, 100, 800_000])
 @torch.no_grad()
 def test_attention_block_by_block_takes_the_bias(scores, monkeypatch):
-    monkeypatch.setattr(optimization, "LEAST_SCORES", 0)
-    monkeypatch.setattr(optimization, "BLOCK_SCORES", scores)
+    monkeypatch.setattr(blockwise_attention, "LEAST_SCORES", 0)
+    monkeypatch.setattr(blockwise_attention, "BLOCK_SCORES", scores)
     query, key, value = torch.randn(3, 2, 4, 11, 8)
     bias = torch.randint(1, 9, (2, 1, 1, 11)).log()
     calls = []
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", lambda *a, **k: calls.append(1))
-    actual, _ = optimization.blockwise_attention_forward(torch.nn.Module(), query, key, value, bias, scaling=0.3)
+    actual, _ = blockwise_attention.blockwise_attention_forward(torch.nn.Module(), query, key, value, bias, scaling=0.3)
     expected, _ = eager_attention_forward(torch.nn.Module().eval(), query, key, value, bias, scaling=0.3)
     torch.testing.assert_close(actual, expected)
     assert not calls
