@@ -8,7 +8,7 @@ outliers would spoil a fixed one. Layers that neither suits stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,13 +217,18 @@ class QuantisationReport:
     """
     The layers that `quantise_layers` quantised or kept, by name.
 
-    `errors` has the relative error of the output on the calibration clips for each layer that was quantised;
-    `per_token` and `kept` name those with scales per token, and those that stay as they are.
+    `errors` has the relative error of the output on the calibration clips for each layer that was quantised, and
+    `input_scales` the scale of its input, None for scales per token; `per_token` and `kept` name the layers with scales
+    per token, and those that stay as they are.
     """
 
     errors: dict[str, float]
-    per_token: tuple[str, ...]
+    input_scales: dict[str, ActivationScale | None]
     kept: tuple[str, ...]
+
+    @property
+    def per_token(self) -> tuple[str, ...]:
+        return tuple(name for name, scale in self.input_scales.items() if scale is None)
 
     def words(self) -> list[str]:
         """Return lines for people."""
@@ -269,7 +274,7 @@ def quantise_layers(model: Any, calibration: Iterable[torch.Tensor] | torch.Tens
         if is_plain_linear(child)
     }
     inputs = _sampled_inputs(model, layers, calibration)
-    errors, per_token, kept = {}, [], []
+    errors, scales, kept = dict[str, float](), dict[str, ActivationScale | None](), list[str]()
     for name, layer in layers.items():
         scale = ActivationScale.fitted(inputs[name])
         error = output_error(layer, inputs[name], scale)
@@ -277,13 +282,31 @@ def quantise_layers(model: Any, calibration: Iterable[torch.Tensor] | torch.Tens
         if min(error, error_per_token) > LARGEST_ERROR:
             kept.append(name)
             continue
-        if error > LARGEST_ERROR:
-            per_token.append(name)
-        QuantisedLinear.quantise(layer, None if error > LARGEST_ERROR else scale)
         errors[name] = error_per_token if error > LARGEST_ERROR else error
+        scales[name] = None if error > LARGEST_ERROR else scale
+    apply_scales(model, scales)
+    return QuantisationReport(errors, scales, tuple(kept))
+
+
+def apply_scales(model: Any, input_scales: Mapping[str, ActivationScale | None]) -> None:
+    """
+    Quantise the linear layers of a plain model that have a scale, in place.
+
+    Args:
+        model: a `ViViTModel` or `ViViTForVideoClassification` on a CPU, in eval mode.
+        input_scales: the scale of each layer's input by the name of the layer; None for scales per token.
+
+    Raises:
+        ValueError: for a name that is not that of a plain linear layer; no layer is quantised then.
+    """
+    modules = dict(model.named_modules())
+    for name in input_scales:
+        if name not in modules or not is_plain_linear(modules[name]):
+            raise ValueError(f"There are int8 scales for {name!r}, which is no plain linear layer of this model.")
+    for name, scale in input_scales.items():
+        QuantisedLinear.quantise(modules[name], scale)
     _fuse(model)
     model.base_model.embeddings.__class__ = FiniteEmbeddings
-    return QuantisationReport(errors, tuple(per_token), tuple(kept))
 
 
 def _sampled_inputs(
