@@ -1,6 +1,5 @@
 """Store a calibration in the config.json of a model's folder, and draw how reliable its probabilities are."""
 
-import json
 import os
 import shutil
 import tempfile
@@ -16,9 +15,9 @@ from ..calibration_vivit import KNOWN_FEATURES, Calibration, answer_fingerprint
 from ..configuration_vivit import ViViTConfig
 from ..data.labels import LabelMap
 from ..data.whole_files import written_whole
-from ..model_files import named_json_errors
 from ..modeling_vivit import ViViTForVideoClassification
 from .calibration import NUM_BINS, Reliability
+from .stored_fields import read_fields, write_field
 
 
 def check_folder(model: str) -> None:
@@ -28,7 +27,7 @@ def check_folder(model: str) -> None:
             f"--calibrate writes to the model's {CONFIG_NAME}, and {model} is not a folder: download it first, for "
             f"example with `hf download {model} --local-dir my_model`, and give --model my_model."
         )
-    stored = _read(Path(model))
+    stored = read_fields(model)
     if stored.get("model_type") != ViViTConfig.model_type:
         raise ValueError(
             f"--calibrate writes to the configuration of a {ViViTConfig.model_type}, and that of {model} is for "
@@ -46,14 +45,6 @@ def check_folder(model: str) -> None:
         ) from None
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise ValueError(f"{folder} has no {CONFIG_NAME} to write to; merge an adapter into its model first.")
-    with named_json_errors(folder, CONFIG_NAME):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-
-
 def stored_fingerprint(folder: str) -> str | None:
     """Return the `answer_fingerprint` of the weights in a folder, whatever a loaded model has made of them."""
     return answer_fingerprint(ViViTForVideoClassification.from_pretrained(folder, dtype="auto"))
@@ -67,9 +58,7 @@ def store_calibration(
         with written_whole(Path(folder, KNOWN_FEATURES)) as unfinished:
             save_file({"features": known}, unfinished, {"weights": calibration.weights or "float16"})
             shutil.copymode(Path(folder, CONFIG_NAME), unfinished)  # safetensors allows the owner alone
-    stored = {**_read(Path(folder)), "calibration": calibration.to_dict()}
-    with written_whole(Path(folder, CONFIG_NAME)) as unfinished:
-        unfinished.write_text(json.dumps(stored, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_field(folder, "calibration", calibration.to_dict())
 
 
 def draw_reliability(columns: dict[str, dict[str, Reliability]], path: Path, title: str) -> None:
