@@ -24,6 +24,7 @@ from .limits_vivit import (
     check_labels,
     check_limit,
     check_merge_tokens,
+    check_optimization,
     check_positive_number,
     check_probability,
     check_scale,
@@ -112,6 +113,7 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
             well: one number, or one per layer (Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023). At most
             half of a layer's tokens are merged. For a model that was trained without merging, see
             `vivit_hf.inference.optimize`.
+        optimization (`dict`, *optional*): The setting of `vivit-hf tune`, see `vivit_hf.inference.optimize`.
         label_groups (`dict`, *optional*):
             Names and sizes of several classifications that share one output, in the order of the output, such as
             `{"noun": 300, "verb": 97}` for EPIC-Kitchens. `num_labels` is the sum of the sizes; the loss is the mean of
@@ -173,6 +175,7 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
     pre_layernorm: bool = False
     patch_bias: bool = True
     merge_tokens: int | list[int] | tuple[int, ...] | None = setting(None, check_merge_tokens)
+    optimization: dict[str, Any] | None = setting(None, check_optimization)
     label_groups: dict[str, int] | None = setting(None, check_label_groups)
     calibration: dict[str, Any] | None = setting(None, check_calibration)
     problem_type: str | None = setting(None, check_choice, choices=PROBLEM_TYPES)

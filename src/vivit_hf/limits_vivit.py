@@ -8,6 +8,7 @@ memory or time is spent on them. They are far above those of any model in the li
 import difflib
 import functools
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import field
@@ -205,6 +206,32 @@ def check_merge_tokens(name: str, value: Any) -> int | list[int]:
     if isinstance(value, (list, tuple)):
         return [check_positive_integer(name, one, least=0) for one in value]
     return check_positive_integer(name, value, least=0)
+
+
+def check_optimization(name: str, value: Any) -> dict[str, Any]:
+    """Return `value`; raise ValueError unless it has the form that `vivit-hf tune` writes."""
+    names = ("name", "weights", "device", "dtype", "merge_tokens", "int8_inputs", "measured")
+    is_good = isinstance(value, dict) and sorted(map(str, value)) == sorted(names)
+    check_value(name, value, is_good, f"what `vivit-hf tune` writes, with the fields {', '.join(names)}")
+    for key in ("name", "weights", "device"):  # they are printed, and written on model cards
+        is_word = isinstance(value[key], str) and re.fullmatch(r"[\w-]{1,100}", value[key], re.ASCII)
+        check_value(f"{name}.{key}", value[key], bool(is_word), "up to 100 letters, digits, '-' and '_'")
+    check_choice(f"{name}.dtype", value["dtype"], ("float32", "bfloat16"))
+    if value["merge_tokens"] is not None:
+        check_merge_tokens(f"{name}.merge_tokens", value["merge_tokens"])
+    inputs, measured = value["int8_inputs"], value["measured"]
+    check_value(f"{name}.int8_inputs", inputs, inputs is None or isinstance(inputs, dict), "scales by layer")
+    for layer, scale in (inputs or {}).items():
+        is_pair = isinstance(scale, (list, tuple)) and len(scale) == 2
+        is_pair = is_pair and is_number(scale[0]) and is_number(scale[1], int)
+        is_good = is_pair and 0 < scale[0] <= LARGEST_SCALE and 0 <= scale[1] < 256
+        expected = "[scale, zero point from 0 to 255], or null for scales per token"
+        check_value(f"{name}.int8_inputs.{layer}", scale, scale is None or is_good, expected)
+    is_good = isinstance(measured, dict) and all(
+        is_number(one) and abs(one) <= LARGEST_FLOAT for one in measured.values()
+    )
+    check_value(f"{name}.measured", measured, is_good, "numbers by name")
+    return value
 
 
 def check_label_groups(name: str, value: Any) -> dict[str, int]:

@@ -6,14 +6,22 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from ..calibration_vivit import KNOWN_FEATURES
+from ..configuration_vivit import ViViTConfig
 
 
 _CHUNK_BYTES = 1 << 22
-_NAMES_AND_VERSIONS = ("_name_or_path", "transformers_version", "calibration")
+_NOT_COMPARED = ("_name_or_path", "transformers_version", "calibration", "optimization")
+# Fields of a configuration that change nothing about the logits of a trained classifier.
+_NO_LOGITS = (
+    *("calibration", "optimization", "initializer_range", "mask_ratio"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"),
+    *("decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads"),
+)
 
 
 def hub_commit(model: str | os.PathLike[str]) -> str | None:
@@ -35,13 +43,18 @@ def model_fingerprint(
         processor: the processor that makes the clips.
         commit: for a Hub id, the commit that it was loaded from, which identifies the weights.
     """
-    made = processor.to_dict()
-    limits = {**(made.get("video_limits") or {}), "allow_private_addresses": False}
     return {
         "weights": commit or _weights(Path(model)),
         "config": _settings(config.to_dict(), type(config)().to_dict()),
-        "processor": _settings({**made, "video_limits": limits}, type(processor)().to_dict()),
+        "processor": processor_fingerprint(processor),
     }
+
+
+def processor_fingerprint(processor: Any) -> str:
+    """Return the digest of a processor's settings, without permissions to download."""
+    made = processor.to_dict()
+    limits = {**(made.get("video_limits") or {}), "allow_private_addresses": False}
+    return _settings({**made, "video_limits": limits}, type(processor)().to_dict())
 
 
 def _weights(folder: Path) -> str:
@@ -65,5 +78,25 @@ def _weights(folder: Path) -> str:
 def _settings(values: dict[str, Any], defaults: dict[str, Any]) -> str:
     """Return the digest of the values that are no defaults, so that it outlives new settings of later versions."""
     changed = {name: value for name, value in values.items() if value != defaults.get(name)}
-    kept = {name: value for name, value in changed.items() if name not in _NAMES_AND_VERSIONS}
+    kept = {name: value for name, value in changed.items() if name not in _NOT_COMPARED}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@torch.no_grad()
+def loaded_fingerprint(model: Any) -> str:
+    """
+    Return the digest of a model's weights, rounded to bfloat16, and of the configuration that they compute with.
+
+    It is the same in float32 and bfloat16, whatever the names of the labels.
+
+    Args:
+        model: a ViViT as it was loaded, see `restore`; no weight is offloaded.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.to("cpu", torch.bfloat16).reshape(-1).view(torch.uint8).numpy())
+    fields = [name for name in ViViTConfig.__annotations__ if name not in _NO_LOGITS]
+    config, defaults = ({name: getattr(one, name) for name in fields} for one in (model.config, ViViTConfig()))
+    digest.update(_settings(config, defaults).encode())
+    return digest.hexdigest()

@@ -11,14 +11,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
+from transformers.utils import logging
 
+from ..configuration_vivit import ViViTConfig
 from ..modeling_vivit import (
     ViViTAttention,
     ViViTKwargs,
@@ -37,8 +40,19 @@ from .onednn import (
     is_plain_linear,
     needs_plain_code,
 )
-from .quantisation import PLAIN_CLASSES, QuantisationReport, QuantisedLinear, check_int8, quantise_layers
+from .quantisation import (
+    PLAIN_CLASSES,
+    QuantisationReport,
+    QuantisedLinear,
+    apply_scales,
+    check_int8,
+    quantise_layers,
+)
+from .stored_settings import OptimizationSetting, stored_setting
 from .token_merging import describe_merging, is_merging_as_configured, merging_config, set_merging
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,16 +60,24 @@ class OptimizationReport:
     """
     The changes that `optimize` made, in words, and the device and dtype that they were made for.
 
-    `quantisation` lists the layers that were quantised and those that were not; None without `int8`.
+    `quantisation` lists the layers that were quantised and those that were not; None without `calibration`.
+    `setting`: the name of the stored setting that was taken up; None without one.
+    `note`: why the stored setting was not taken up; None otherwise.
     """
 
     device: str
     dtype: str
     changes: tuple[str, ...]
     quantisation: QuantisationReport | None = None
+    setting: str | None = None
+    note: str | None = None
 
     def __str__(self) -> str:
-        lines = self.changes or ("nothing: no module of this model has a faster class",)
+        lines = [*self.changes] or ["nothing: no module of this model has a faster class"]
+        if self.setting is not None:
+            lines.insert(0, f"the setting {self.setting!r} that `vivit-hf tune` stored")
+        if self.note is not None:
+            lines.append(self.note)
         return "\n".join([f"Optimised for inference on {self.device} in {self.dtype}:", *(f"- {one}" for one in lines)])
 
 
@@ -66,6 +88,7 @@ def optimize(
     int8: bool = False,
     calibration: Iterable[torch.Tensor] | torch.Tensor | None = None,
     merge_tokens: int | Sequence[int] | None = None,
+    stored: bool = True,
 ) -> OptimizationReport:
     """
     Speed up inference of a trained model, in place.
@@ -90,6 +113,11 @@ def optimize(
     measure the agreement on videos of your own. Hidden states and attentions are then those of the tokens that each
     layer computes. The configuration and saved files stay those of the plain model.
 
+    Without arguments, the setting that `vivit-hf tune` stored in the model's configuration is taken up, its dtype
+    included. If it does not hold here (other weights than it was measured with, a CPU without the units that it
+    needs, another kind of device), a warning says why, and the model is optimised without changes of its outputs.
+    Arguments override it, and `stored=False` leaves it out.
+
     Args:
         model: a `ViViTModel` or `ViViTForVideoClassification`, on the device that it will run on.
         dtype: dtype to cast the model to first, as `model.to(dtype)` does; unchanged if None. `restore` does not undo
@@ -100,6 +128,8 @@ def optimize(
         merge_tokens: tokens that each layer of the (spatial) encoder merges into similar ones: one number, or one per
             layer, such as `decreasing_schedule` returns; see `ViViTConfig.merge_tokens`. None leaves the model's own
             setting, and 0 switches it off.
+        stored: whether to take up the stored setting if no other argument is given. Code that optimises a model for a
+            while, such as `predict_videos`, never does: a cast cannot be undone.
 
     Returns:
         The report; printing it shows what was done.
@@ -121,6 +151,34 @@ def optimize(
         check_int8(model, dtype or model.dtype, calibration)
     merging = None if merge_tokens is None else merging_config(model.config, merge_tokens)
     restore(model)
+    setting, note = None, None
+    if stored and not int8 and dtype is None and merge_tokens is None:
+        setting, note = stored_setting(model)
+    if setting is not None:
+        return optimize_as(model, setting)
+    if note is not None:
+        logger.warning(note)
+    quantise = partial(quantise_layers, model, calibration) if int8 and calibration is not None else None
+    return replace(_speed_up(model, dtype, merging, quantise), note=note)
+
+
+def optimize_as(model: ViViTPreTrainedModel, setting: OptimizationSetting) -> OptimizationReport:
+    """Optimise a model as a setting says, in place, without videos; ValueError if the setting is not for this model."""
+    merging = None if setting.merge_tokens is None else merging_config(model.config, setting.merge_tokens)
+    if setting.input_scales is None:
+        restore(model)
+        return replace(_speed_up(model, setting.dtype, merging, None), setting=setting.name)
+    check_int8(model, setting.dtype, setting.input_scales)
+    restore(model)
+    report = _speed_up(model, setting.dtype, merging, partial(apply_scales, model, setting.input_scales))
+    words = f"{len(setting.input_scales)} linear layers multiply in int8, with stored scales"
+    return replace(report, changes=(words, *report.changes), setting=setting.name)
+
+
+def _speed_up(
+    model: Any, dtype: torch.dtype | None, merging: ViViTConfig | None, quantise: Callable[[], Any] | None
+) -> OptimizationReport:
+    """Swap the modules of a plain model for faster ones; `quantise` swaps the linear layers."""
     changes: Counter[str] = Counter()
     if dtype not in (None, model.dtype):
         changes[f"weights cast from {_word(model.dtype)} to {_word(dtype)}"] += 1
@@ -129,7 +187,7 @@ def optimize(
     if merging is not None and set_merging(backbone.encoder, merging):
         changes[describe_merging(merging)] += 1
     try:
-        quantisation = quantise_layers(model, calibration) if int8 and calibration is not None else None
+        quantisation = None if quantise is None else quantise()
     except Exception:
         restore(model)  # no tokens merge after an error
         raise
@@ -193,7 +251,7 @@ def optimize_if_plain(model: Any) -> bool:
         return False
     if not is_merging_as_configured(model.base_model.encoder, model.config):
         return False
-    return bool(optimize(model).changes)
+    return bool(optimize(model, stored=False).changes)
 
 
 def _word(dtype: torch.dtype | None) -> str:
