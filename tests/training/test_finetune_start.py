@@ -10,6 +10,7 @@ from image_conversion import jax_arrays
 from safetensors.torch import save_file
 from tiny_models import case_config, make_model
 from transformers import HfArgumentParser, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
+from tuned_models import tune_folder
 from vit_models import make_vit, make_whole_clip, make_whole_siglip, timm_weights
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor
@@ -66,6 +67,12 @@ def vit(tmp_path):
 
 
 # A ViViT
+
+
+def test_a_setting_of_tune_does_not_outlive_training(vivit):
+    tune_folder(vivit, merge_tokens=2)
+    assert ViViTConfig.from_pretrained(vivit).optimization["name"] == "merging-4"
+    assert start_from(vivit)[0].model.config.optimization is None
 
 
 def test_a_vivit_keeps_its_structure_frames_size_and_stride_under_a_recipe(vivit):

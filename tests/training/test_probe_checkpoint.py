@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import case_config, make_clips, make_model, tiny_config
+from tuned_models import store
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor
 from vivit_hf.training.probe_checkpoint import model_with_head, possible_heads, save_probe
@@ -56,6 +57,12 @@ def test_heads_on_steps_become_the_pooling_of_a_spatial_encoder(case, name, tmp_
     assert model.config.num_temporal_layers == 0 and model.vivit.temporal_encoder is None
     assert model.config.temporal_pooling == head.pooling
     assert [model.config.id2label[index] for index in range(3)] == list(NAMES)
+
+
+def test_a_setting_of_tune_was_not_measured_with_the_head():
+    encoder = store(make_model(case_config("factorised_encoder")), merge_tokens=2)
+    _, _, head = fitted(encoder, "linear, mean", "video", LABELS)
+    assert model_with_head(encoder, head, NAMES, settings_of(encoder.config, "video")).config.optimization is None
 
 
 def test_heads_on_vectors_become_classifiers_of_the_whole_model(case):

@@ -256,9 +256,10 @@ def _load_vivit(request: _Request, stored: ViViTConfig, settings: Settings) -> A
     """Load a ViViT with its classifier if the classes are the same, in its order; otherwise with a new classifier."""
     source, label_map = request.source, request.label_map
     fields = {**request.config_fields(settings, *SIZES), "dtype": getattr(torch, request.arguments.dtype)}
-    fields["calibration"] = None
-    if stored.calibration is not None:
-        request.say(f"{source}: its calibration is left out, which does not hold for other weights")
+    fields |= {"calibration": None, "optimization": None}
+    for name, made in (("calibration", "calibration"), ("optimization", "setting of `vivit-hf tune`")):
+        if getattr(stored, name) is not None:
+            request.say(f"{source}: its {made} is left out, which does not hold for other weights")
     if label_map is None:
         with without_load_report():
             model, info = ViViTForPreTraining.from_pretrained(source, output_loading_info=True, **fields)

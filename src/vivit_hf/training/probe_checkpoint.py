@@ -114,7 +114,7 @@ def model_with_head(
         ValueError: if weights of the encoder are missing, or the head does not fit it.
     """
     fields = {**encoder.config.to_dict(), **_changes(encoder.config, head, settings)}
-    for name in ("id2label", "label2id", "num_labels", "architectures", "dtype"):
+    for name in ("id2label", "label2id", "num_labels", "architectures", "dtype", "calibration", "optimization"):
         fields.pop(name, None)
     model = ViViTForVideoClassification(ViViTConfig(**fields, id2label=dict(enumerate(names)))).eval()
     values = {name: value for name, value in encoder.state_dict().items() if not name.startswith("classifier.")}
