@@ -27,6 +27,7 @@ def inspect(
     Example: vivit-hf inspect vivit-b-16x2-fe
     """
     from ..inference.demo_model import demo_model_path
+    from ..inference.stored_settings import describe_stored
     from ..initialisation.inspection import describe_model
     from ..initialisation.model_processor import describe_frames
 
@@ -39,7 +40,9 @@ def inspect(
         return
     console = output_console()
     described = "none beside the model" if processor is None else describe_frames(processor)
-    for key, value in {**_lines(found, all_labels), "processor": described}.items():
+    tuned = describe_stored(config)
+    lines = {**_lines(found, all_labels), "processor": described, **({} if tuned is None else {"tuned": tuned})}
+    for key, value in lines.items():
         console.print(f"[bold]{key:<10}[/]", end="")
         console.print(one_line(value), highlight=False, markup=False, soft_wrap=True)
     table = Table("part", Column("parameters (M)", justify="right"), Column("multiply-adds (G)", justify="right"))

@@ -355,6 +355,12 @@ def _facts(model: Any) -> list[tuple[str, str]]:
         names = [str(config.id2label[index]) for index in sorted(config.id2label)]
         shown = ", ".join(names[:5]).replace("|", "\\|") + ", ..." * (len(names) > 5)
         facts.append(("labels", f"{len(names)}: {shown}"))
+    if (tuned := config.optimization) is not None:
+        agreement, count = (tuned["measured"].get(name) for name in ("agreement", "clips"))
+        measured = (
+            f": the answer of the plain model for {agreement:.1%} of {count:g} clips" if agreement and count else ""
+        )
+        facts.append(("tuned", f"`{tuned['name']}` on a {tuned['device']}{measured}"))
     if hasattr(model, "decoder"):
         decoder = "width {}, layers: {}, heads: {}".format(*config.decoder_sizes)
         facts.append(("decoder", decoder))

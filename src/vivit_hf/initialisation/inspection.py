@@ -99,8 +99,18 @@ def describe_model(config: ViViTConfig, processor: ViViTVideoProcessor | None = 
         "labels": list(config.id2label.values()) if config.num_labels else [],
         "label_groups": config.label_groups,
         "pretraining": _describe_pretraining(config),
+        "optimization": _describe_optimization(config),
         "processor": None if processor is None else processor.to_dict(),
     }
+
+
+def _describe_optimization(config: ViViTConfig) -> dict[str, Any] | None:
+    """Return the setting that `vivit-hf tune` stored, without its scales; None if there is none."""
+    stored = config.optimization
+    if stored is None:
+        return None
+    kept = {name: stored[name] for name in ("name", "device", "dtype", "merge_tokens", "measured")}
+    return {**kept, "int8": stored["int8_inputs"] is not None}
 
 
 def _describe_pretraining(config: ViViTConfig) -> dict[str, Any] | None:
