@@ -12,6 +12,7 @@ choose another folder, or pass --overwrite to delete the old results and start a
 
 import argparse
 import hashlib
+import json
 import os
 import time
 from pathlib import Path
@@ -46,7 +47,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num_crops", type=int, default=1, choices=[1, 3])
     parser.add_argument("--batch_size", type=int, default=16, help="clips per forward pass")
     parser.add_argument("--num_workers", type=int, default=min(8, os.cpu_count() or 1), help="decoding processes")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="number format; leaves out the setting that `vivit-hf tune` stored (default: float32, or that setting)",
+    )
     parser.add_argument("--use_cpu", action="store_true", help="do not use a GPU")
     return parser.parse_args(argv)
 
@@ -73,6 +78,14 @@ def list_videos(args: argparse.Namespace) -> tuple[list[str], list[Any], str]:
     return names, videos, digest
 
 
+def tuned_setting(args: argparse.Namespace, config: Any) -> str | None:
+    """Return the name and a digest of the setting that `vivit-hf tune` stored; None if it is not used."""
+    if args.dtype is not None or config.optimization is None:
+        return None
+    digest = hashlib.sha256(json.dumps(config.optimization, sort_keys=True).encode()).hexdigest()
+    return f"{config.optimization['name']} {digest}"
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     try:
@@ -90,8 +103,9 @@ def run(args: argparse.Namespace) -> None:
     label_map = LabelMap.from_config(config)
     limits = {"allow_private_addresses": args.allow_private_addresses}
     processor = ViViTVideoProcessor.from_pretrained(args.model, video_limits=limits, **revision)
-    fixed = ("model", "shard_size", "top_k", "num_clips", "num_crops", "dtype")
+    fixed = ("model", "shard_size", "top_k", "num_clips", "num_crops")
     settings = {name: getattr(args, name) for name in fixed} | {"num_videos": len(videos), "videos_digest": digest}
+    settings |= {"dtype": args.dtype or "float32", "optimization": tuned_setting(args, config)}
     settings |= model_fingerprint(args.model, config, processor, commit)
     is_new = check_run(args.output_dir, settings, args.overwrite)
     state.wait_for_everyone()  # nothing is deleted or written before all have checked
@@ -106,9 +120,13 @@ def run(args: argparse.Namespace) -> None:
     if state.is_main_process:
         print(f"{len(videos)} videos in {len(shards)} parts, {len(shards) - len(waiting)} of them finished", flush=True)
     if mine:
-        model = ViViTForVideoClassification.from_pretrained(args.model, dtype=getattr(torch, args.dtype), **revision)
-        optimize(model.to(state.device).eval())
+        dtype = getattr(torch, settings["dtype"])
+        model = ViViTForVideoClassification.from_pretrained(args.model, dtype=dtype, **revision)
+        report = optimize(model.to(state.device).eval(), stored=args.dtype is None)
+        if report.note is not None:  # the answers of two machines must not mix
+            raise ValueError(f"{report.note} Or give --dtype float32.")
         if state.is_main_process:
+            print(report, flush=True)
             print(f"views per video: {describe_views(processor, args.num_clips, args.num_crops)}", flush=True)
     views = {"num_clips": args.num_clips, "num_crops": args.num_crops}
     loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}

@@ -37,6 +37,7 @@ from vivit_hf.video_sources import VideoDecodingError, VideoLimitError, VideoLim
 
 DEMO = "demo (moving shapes)"
 DEMO_NOTE = "The demo model only knows shapes that move along a diagonal. Its labels mean nothing for other videos."
+EXACT_NOTE = "The setting that `vivit-hf tune` stored is left out: labels and pictures are those of the exact model."
 MOST_WINDOWS = 300  # of a timeline, so that a long video does not keep other visitors waiting
 TOP_K = 5
 # More than any slow-motion camera records. A short file that claims more frames is not worth reading.
@@ -206,6 +207,8 @@ def answer(job: Job) -> Iterator[dict[str, Any]]:
     status = f"{clip.summary}. The labels are from {describe_views(processor, total, num_crops=1)}."
     if UNKNOWN in found.labels:
         status += f" The video is unlike those that the model was trained on; its nearest label is {found.label!r}."
+    if network.config.optimization is not None:
+        status += f" {EXACT_NOTE}"
     if job.model == DEMO:
         status += f" {DEMO_NOTE}"
     yield {"pictures": pictures, "caption": caption, "status": status}

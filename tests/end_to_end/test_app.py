@@ -29,6 +29,7 @@ from selenium.common.exceptions import TimeoutException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
+from tuned_models import tune_folder
 from video_files import damage_packet, write_video as write_any_video
 
 from vivit_hf import NonFiniteError, ViViTForVideoClassification, ViViTVideoProcessor, demo_model_path
@@ -460,6 +461,17 @@ def test_pictures_too_large_in_all_are_refused_before_they_are_decoded(jobs, tmp
     monkeypatch.setattr(jobs, "MOST_PIXELS", 24 * 80 * 96 - 1)
     with pytest.raises(jobs.UserError, match="24 frames of 96 x 80 are more than"):
         jobs.check_clip(str(SPACE / "clips" / "up_left.mp4"), 60, 10)
+
+
+def test_the_page_runs_the_exact_model_and_says_so(jobs, tmp_path):
+    for cls in (ViViTForVideoClassification, ViViTVideoProcessor):
+        cls.from_pretrained(demo_model_path()).save_pretrained(tmp_path)
+    clip = SPACE / "clips" / "up_left.mp4"
+    *_, before = jobs.answer(make_job(jobs, tmp_path, clip, model=str(tmp_path)))
+    tune_folder(tmp_path, merge_tokens=1)
+    jobs.load_model.cache_clear()
+    *_, last = jobs.answer(make_job(jobs, tmp_path, clip, model=str(tmp_path)))
+    assert last["status"] == f"{before['status']} {jobs.EXACT_NOTE}" and last["caption"] == before["caption"]
 
 
 def test_models_that_would_stall_the_page_or_have_no_answer_are_named(jobs, tmp_path):

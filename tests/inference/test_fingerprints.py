@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from hub_server import HubServer
+from tuned_models import tune_folder
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor, demo_model_path
 from vivit_hf.inference.fingerprints import model_fingerprint
@@ -148,3 +149,21 @@ def test_a_model_of_the_hub_is_known_by_its_commit(model, tmp_path):
         second = run()
         assert second.returncode == 1 and "holds another run (weights " in second.stderr, second.stderr[-2000:]
         assert run("--overwrite").returncode == 0
+
+
+def test_answers_with_and_without_a_setting_of_tune_do_not_mix(model, tmp_path, capsys):
+    before = fingerprint(model)
+    tune_folder(model, "merging-1", merge_tokens=1)
+    assert fingerprint(model) == before, "features are those of the exact model, so they are still its own"
+    output = tmp_path / "labels"
+    classify_dataset.main(options(model, output))
+    assert "the setting 'merging-1' that `vivit-hf tune` stored" in capsys.readouterr().out
+    tuned = parts(output)
+    with pytest.raises(SystemExit, match=r"optimization merging-1 \w{2}\.\.\. -> None"):
+        classify_dataset.main(options(model, output, "--dtype", "float32"))
+    classify_dataset.main(options(model, output, "--dtype", "float32", "--overwrite"))
+    exact = parts(output)
+    assert exact.keys() == tuned.keys() and exact != tuned
+    retrain(model)
+    with pytest.raises(SystemExit, match=r"have changed since.*Or give --dtype float32"):
+        classify_dataset.main(options(model, tmp_path / "others"))

@@ -16,8 +16,10 @@ from command_line import SAMPLES, invoke, rows, start
 from hostile_server import Server, redirects
 from paths import ROOT
 from running_server import RunningServer, error_of
+from tuned_models import tune_folder
 from video_files import KINDS, http_server, write_kind
 
+from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor, demo_model_path
 from vivit_hf.inference.demo_model import copy_samples
 
 
@@ -71,6 +73,17 @@ def test_a_model_with_groups_and_other_views_answers_as_classify(grouped, videos
             assert response.json() == expected[video.name]
         assert {one["group"] for one in response.json()["predictions"]} == {"noun", "verb"}
         assert len(server.send(videos[0], params={"top_k": 1}).json()["predictions"]) == 2
+
+
+def test_a_tuned_model_answers_as_classify(videos, tmp_path):
+    for cls in (ViViTForVideoClassification, ViViTVideoProcessor):
+        cls.from_pretrained(demo_model_path()).save_pretrained(tmp_path)
+    options = ["--model", tune_folder(tmp_path, "merging-4", merge_tokens=4), "--num-clips", 1]
+    expected = classified(*videos[:3], options=options)
+    assert expected != classified(*videos[:3], options=[*options, "--dtype", "float32"])
+    with RunningServer(*options) as server:
+        assert [server.send(video).json() for video in videos[:3]] == [expected[video.name] for video in videos[:3]]
+        assert "Using merging-4" in server.log
 
 
 def test_a_damaged_video_is_answered_or_refused_as_by_classify(server, one_frame_lost):

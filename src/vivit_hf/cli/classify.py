@@ -26,7 +26,7 @@ def classify(
     on_error: options.OnError = "warn",
     allow_private_addresses: options.PrivateAddresses = False,
     device: options.Device = None,
-    dtype: options.Dtype = "float32",
+    dtype: options.AnswersDtype = None,
     as_json: options.Json = False,
     sets: Annotated[
         bool, typer.Option("--sets", help="Show the labels that hold the true one with a probability of --coverage.")

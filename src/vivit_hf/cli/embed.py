@@ -92,7 +92,13 @@ def embed(
     place = str(state.device) if state.num_processes > 1 else device
     limits = {"allow_private_addresses": allow_private_addresses}
     encoder, processor = options.load(
-        model, place, dtype, needs_labels=False, image_frames=num_frames or IMAGE_FRAMES, **limits
+        model,
+        place,
+        dtype,
+        needs_labels=False,
+        image_frames=num_frames or IMAGE_FRAMES,
+        exact_for=options.EXACT_FEATURES,
+        **limits,
     )
     name = os.path.abspath(model or demo_model_path()) if model is None or os.path.isdir(model) else model
     if num_frames not in (None, processor.num_frames):

@@ -90,7 +90,7 @@ def evaluate(
     false_alarms: FalseAlarms = 0.05,
     batch_size: options.BatchSize = 16,
     num_workers: options.Workers = None,
-    dtype: options.Dtype = "float32",
+    dtype: options.AnswersDtype = None,
     use_cpu: Annotated[bool, typer.Option("--use-cpu", help="Run on the CPU even if there is a GPU.")] = False,
 ) -> None:
     """
@@ -121,8 +121,8 @@ def evaluate(
         state = process_group(use_cpu)
     except (OSError, ValueError) as error:
         fail(str(error), code=2)
-    device = str(state.device)
-    classifier, processor = options.load(model, device, dtype, allow_private_addresses=allow_private_addresses)
+    classifier, processor = options.load(model, str(state.device), dtype, True, allow_private_addresses, True)
+    setting = options.speed_up(classifier, is_exact=dtype is not None)
     settings: dict[str, Any] = {"batch_size": batch_size, "num_workers": options.workers_of(num_workers)}
     settings |= {**options.views_of(processor, num_clips, num_crops), "averaging": averaging}
     try:
@@ -132,7 +132,8 @@ def evaluate(
     except ValueError as error:
         fail(str(error), code=2)
     if found is not None:
-        results = save_evaluation(found, output_dir, report, choice, model=model, dtype=dtype)
+        about = {"dtype": str(classifier.dtype).removeprefix("torch."), "optimization": setting}
+        results = save_evaluation(found, output_dir, report, choice, model=model, **about)
         _print_results(found, report, choice, results)
     state.wait_for_everyone()
     state.destroy_process_group()

@@ -42,7 +42,10 @@ def explain(
     by_gradient = method == "gradient"
     if label is not None and not by_gradient:
         raise typer.BadParameter("rollout does not depend on a label; add --method gradient", param_hint="--label")
-    classifier, processor = options.load(model, device, dtype, by_gradient, allow_private_addresses, by_gradient)
+    exact_for = "the picture shows what the exact model sees"
+    classifier, processor = options.load(
+        model, device, dtype, by_gradient, allow_private_addresses, by_gradient, exact_for=exact_for
+    )
     index = None if label is None else _find_label(label, classifier.config)
     part: dict[str, Any] = {"start": start, "end": end}
     part |= {"bytes": options.standard_input(), "path": "-"} if video == "-" else {"path": video}

@@ -30,6 +30,13 @@ Model = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ...", show_default="a GPU if there is one")]
 Dtype = Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Number format of the model.")]
+AnswersDtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None,
+    typer.Option(
+        help="Number format of the model; leaves out the setting that `vivit-hf tune` stored.",
+        show_default="float32, or the stored setting",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines, for other programs.")]
 PrivateAddresses = Annotated[
     bool,
@@ -84,6 +91,8 @@ MinDuration = Annotated[
     ),
 ]
 Windows = Annotated[bool, typer.Option("--windows", help="Print every window instead of segments.")]
+
+EXACT_FEATURES = "features are those of the exact model"
 
 
 def workers_of(num_workers: int | None) -> int:
@@ -151,22 +160,26 @@ def find_device(device: str | None) -> Any:
 def load(
     model: str | None,
     device: str | None,
-    dtype: str,
+    dtype: str | None,
     needs_labels: bool = True,
     allow_private_addresses: bool = False,
     needs_gradients: bool = False,
     image_frames: int | None = None,
+    exact_for: str | None = None,
 ) -> tuple[Any, Any]:
     """
     Load a model, in eval mode and optimised unless gradients are needed, and its processor.
+
+    Without a dtype, the setting that `vivit-hf tune` stored is taken up. With `exact_for`, what the model is loaded
+    for, it is not, and a message says so.
 
     With `image_frames`, an image model is taken as well, for clips of that many frames (see `vivit_from_image`).
 
     Exits with 2 and the reason if that fails or they do not fit together.
     """
     from ..configuration_vivit import ViViTConfig
-    from ..inference import optimize
     from ..inference.demo_model import demo_model_path
+    from ..inference.stored_settings import describe_stored
 
     quiet_libraries()
     if model is None:
@@ -176,7 +189,7 @@ def load(
     if model in ViViTConfig.presets:
         raise typer.BadParameter(f"{model!r} is a preset without weights; `inspect` describes it", param_hint="--model")
     limits = {"allow_private_addresses": allow_private_addresses}
-    loaded, processor = _from_pretrained(model, dtype, limits, image_frames)
+    loaded, processor = _from_pretrained(model, dtype or "float32", limits, image_frames)
     if needs_labels and not loaded.config.num_labels:
         fail(f"The model {model} has no classifier (num_labels is 0): choose one that was trained on labels.", code=2)
     clip = (loaded.config.num_frames, *loaded.config.frame_size)
@@ -189,9 +202,26 @@ def load(
             code=2,
         )
     loaded.to(place).eval()
+    stored = describe_stored(loaded.config)
+    if exact_for is not None and stored is not None:
+        say(f"The setting {stored.split()[0]} that `vivit-hf tune` stored is left out: {exact_for}.")
     if not needs_gradients:
-        optimize(loaded)
+        speed_up(loaded, is_exact=dtype is not None or exact_for is not None)
     return loaded, processor
+
+
+def speed_up(model: Any, is_exact: bool) -> str | None:
+    """Optimise a model, unless `is_exact` with its stored setting; return the name of that setting if it is used."""
+    from ..inference import optimize
+    from ..inference.stored_settings import describe_stored
+
+    try:
+        setting = optimize(model, stored=not is_exact).setting
+    except ValueError as error:
+        fail(f"The setting that `vivit-hf tune` stored cannot be used: {error} --dtype float32 leaves it out.", code=2)
+    if setting is not None:
+        say(f"Using {describe_stored(model.config)}, as `vivit-hf tune` chose; --dtype float32 runs the exact model.")
+    return setting
 
 
 def _from_pretrained(model: str, dtype: str, video_limits: dict[str, Any], image_frames: int | None) -> tuple[Any, Any]:
@@ -250,6 +280,7 @@ def load_encoder(
         allow_private_addresses=allow_private_addresses,
         needs_gradients=needs_gradients,
         image_frames=views["num_frames"],
+        exact_for=EXACT_FEATURES,
     )
     processor.frame_sampling = views["frame_sampling"]
     found = model_fingerprint(name, encoder.config, processor, hub_commit(name))

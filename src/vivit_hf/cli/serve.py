@@ -33,7 +33,7 @@ def serve(
         typer.Option(help="For a damaged video: warn and repeat the frame before each lost one, or refuse it."),
     ] = "warn",
     device: options.Device = None,
-    dtype: options.Dtype = "float32",
+    dtype: options.AnswersDtype = None,
     max_bytes: Annotated[int, _limit("Bytes of an upload or a download.")] = 100_000_000,
     max_duration: Annotated[float, _limit("Seconds that a video lasts.")] = 600.0,
     max_frames: Annotated[int, _limit("Frames of a video.")] = 36_000,

@@ -21,7 +21,7 @@ def timeline(
     on_error: options.OnError = "warn",
     allow_private_addresses: options.PrivateAddresses = False,
     device: options.Device = None,
-    dtype: options.Dtype = "float32",
+    dtype: options.AnswersDtype = None,
     as_json: options.Json = False,
     live: Annotated[bool, typer.Option("--live", hidden=True)] = False,
     source_format: Annotated[str | None, typer.Option("--format", hidden=True)] = None,

@@ -41,7 +41,7 @@ def watch(
         ),
     ] = None,
     device: options.Device = None,
-    dtype: options.Dtype = "float32",
+    dtype: options.AnswersDtype = None,
     as_json: options.Json = False,
 ) -> None:
     """
