@@ -1,4 +1,4 @@
-"""How much memory a job takes at its peak: of the process, of the GPU, or in tensors."""
+"""How much memory a job takes at its peak, of the process or of the GPU."""
 
 from __future__ import annotations
 
@@ -32,21 +32,3 @@ def peak_megabytes(device: torch.device, job: Callable[[], Any]) -> float:
 def _status(name: str) -> float:
     """Kilobytes, as the kernel counts them."""
     return float(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
-
-
-def peak_of_tensors(device: torch.device, job: Callable[[], Any]) -> float:
-    """
-    Megabytes of tensors that the job adds at its peak, as PyTorch's allocator counts them.
-
-    Unlike the memory of the process on a CPU, where glibc keeps what has been freed, this is the same in every run.
-    """
-    if device.type == "cuda":
-        return peak_megabytes(device, job)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        job()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak / 1e6

@@ -41,7 +41,7 @@ from measuring import (
     write_markdown,
     write_rows,
 )
-from memory import peak_megabytes, peak_of_tensors
+from memory import peak_megabytes
 from peers import PlainViViT, lucidrains_vivit, transformers_vivit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -49,6 +49,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vivit_hf import ViViTConfig, ViViTForVideoClassification, demo_model_path
 from vivit_hf.inference import optimize
 from vivit_hf.inference.onednn import has_bfloat16_units
+from vivit_hf.inference.tensor_memory import peak_of_tensors
 
 
 # At batch 1. Of the plain model only the speed over peers in float32 has a target.

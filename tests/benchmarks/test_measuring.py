@@ -7,13 +7,13 @@ import torch
 from paths import ROOT
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification
+from vivit_hf.inference.tensor_memory import peak_of_tensors
 
 
 sys.path.append(str(ROOT / "benchmarks"))
 
 import bench
 import measuring
-import memory
 import peers
 
 
@@ -24,7 +24,7 @@ def test_the_peak_of_tensors_is_what_is_there_at_once():
             torch.empty(500_000).zero_()
         return kept
 
-    assert memory.peak_of_tensors(torch.device("cpu"), job) == pytest.approx(6.0, abs=0.01)
+    assert peak_of_tensors(torch.device("cpu"), job) == pytest.approx(6.0, abs=0.01)
 
 
 def test_peers_and_plain_copies_compute_what_our_models_do():
