@@ -37,3 +37,11 @@ def identity_of(source: Any) -> str:
         name = Path(os.fsdecode(path)).absolute().parts[-2:]  # type: ignore[arg-type]
         what = [*name, status.st_size, status.st_mtime_ns, hashlib.sha256(ends).hexdigest()]
     return json.dumps([*what, parts.get("start"), parts.get("end")])
+
+
+def known_identity(source: Any) -> str | None:
+    """Return the `identity_of` a video; None if it cannot be opened, which reading it will report."""
+    try:
+        return identity_of(source)
+    except (OSError, ValueError):
+        return None

@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from .. import __version__
-from ..data.video_identity import identity_of
+from ..data.video_identity import known_identity
 from ..data.whole_files import as_utf8
 from ..video_processing_vivit import ViViTVideoProcessor
 from ..video_sources import source_name
@@ -138,7 +138,7 @@ def feature_settings(
     config = model.config
     hidden = config.hidden_size if per_step else config.representation_size or config.pooled_size
     is_uniform, rate = processor.frame_sampling == "uniform", processor.frames_per_second
-    listed = [json.dumps([description(video), _identity(video)]) for video in videos]
+    listed = [json.dumps([description(video), known_identity(video)]) for video in videos]
     return {
         "kind": "step" if per_step else "video",
         "model": as_utf8(name),
@@ -166,14 +166,6 @@ def description(video: Any) -> dict[str, Any]:
     """Return the name of a video and the part of it: "file", and "start" and "end" in seconds or None."""
     part = video if isinstance(video, dict) else {}
     return {"file": as_utf8(source_name(video)), "start": part.get("start"), "end": part.get("end")}
-
-
-def _identity(video: Any) -> str | None:
-    """Return the `identity_of` a video; None if it cannot be opened, which its embedding will report."""
-    try:
-        return identity_of(video)
-    except (OSError, ValueError):
-        return None
 
 
 def to_features(found: Sequence[VideoEmbedding], videos: Sequence[Any], settings: dict[str, Any]) -> Features:

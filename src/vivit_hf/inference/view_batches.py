@@ -63,6 +63,37 @@ def decode_views(processor: ViViTVideoProcessor, video: Any, index: int = 0, **s
     return Views(index, features["pixel_values"], features.frame_ids, features.frame_times)
 
 
+def load_views(
+    videos: Sequence[Any],
+    processor: ViViTVideoProcessor,
+    *,
+    num_clips: int,
+    num_crops: int,
+    batch_size: int,
+    num_workers: int,
+    **settings: Any,
+) -> DataLoader:
+    """
+    Return an iterable over the views of videos, in the given order: a list of `Views` for some videos at a time.
+
+    Args:
+        batch_size: views that are wanted at a time.
+        num_workers: processes that decode; 0 decodes in this process.
+        settings: further settings of the processor, such as do_rescale=False.
+
+    Raises:
+        ValueError: if the processor cannot make these views.
+    """
+    views: dict[str, Any] = {"num_clips": num_clips, "num_crops": num_crops, **settings}
+    processor.settings.updated(views)
+    return DataLoader(
+        _Videos(videos, processor, views),
+        batch_size=max(1, batch_size // (num_clips * num_crops)),
+        num_workers=num_workers,
+        collate_fn=list,
+    )
+
+
 def run_on_views(
     model: Any,
     processor: ViViTVideoProcessor,
@@ -86,14 +117,8 @@ def run_on_views(
     Raises:
         ValueError: if the processor cannot make these views.
     """
-    views: dict[str, Any] = {"num_clips": num_clips, "num_crops": num_crops}
-    processor.settings.updated(views)
-    loader = DataLoader(
-        _Videos(videos, processor, views),
-        batch_size=max(1, batch_size // (num_clips * num_crops)),
-        num_workers=num_workers,
-        collate_fn=list,
-    )
+    views = {"num_clips": num_clips, "num_crops": num_crops}
+    loader = load_views(videos, processor, **views, batch_size=batch_size, num_workers=num_workers)
     with optimized(model):
         for items in loader:
             yield from zip(items, compute_on_views(model, items, compute), strict=True)
