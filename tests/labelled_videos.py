@@ -11,20 +11,20 @@ from tiny_models import make_model
 from vivit_hf import ViViTConfig, ViViTVideoProcessor
 
 
-# Runs a script, or a module with -m, and kills itself when it would give the next shard its name.
+# Runs a script, or a module with -m, and kills itself when it would give the next file with a prefix its name.
 KILLED_AFTER = """
 import os, runpy, signal, sys
-left, publish = int(sys.argv[1]), os.replace
+left, prefix, publish = int(sys.argv[1]), sys.argv[2], os.replace
 
 def replace(source, target):
     global left
-    if os.path.basename(target).startswith("part-"):
+    if os.path.basename(target).startswith(prefix):
         if left == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         left -= 1
     publish(source, target)
 
-os.replace, sys.argv = replace, sys.argv[2:]
+os.replace, sys.argv = replace, sys.argv[3:]
 if sys.argv[0] == "-m":
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
@@ -48,9 +48,9 @@ def write_labelled_videos(folder):
     return folder
 
 
-def start_and_kill(command, num_shards):
-    """Run a command of Python that is killed with so many shards, however fast the machine is."""
-    process = start([sys.executable, "-c", KILLED_AFTER, num_shards, *command[1:]])
+def start_and_kill(command, num_files, prefix="part-"):
+    """Run a command of Python that is killed with so many files, by default shards, however fast the machine is."""
+    process = start([sys.executable, "-c", KILLED_AFTER, num_files, prefix, *command[1:]])
     assert process.returncode == -signal.SIGKILL, process.stderr[-3000:]
 
 

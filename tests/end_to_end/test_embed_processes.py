@@ -42,7 +42,7 @@ def test_two_processes_write_the_file_of_one(data, one_process, tmp_path):
 def test_a_killed_run_goes_on_where_it_stopped(data, one_process, tmp_path):
     output = tmp_path / "f.parquet"
     command = [sys.executable, "-m", "vivit_hf", *embed(data, output)]
-    start_and_kill(command, num_shards=5)
+    start_and_kill(command, num_files=5)
     assert len(list((tmp_path / "f.parquet.parts").glob("part-*.parquet"))) == 5 and not output.exists()
 
     again = start(command)

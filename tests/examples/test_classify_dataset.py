@@ -54,7 +54,7 @@ def test_every_video_is_classified_once(data, classified):
 
 def test_killed_and_started_again_nothing_is_lost_or_done_twice(data, classified, tmp_path):
     command = [sys.executable, EXAMPLES / "classify_dataset.py", *classify(data, tmp_path, "--num_clips", 1)]
-    start_and_kill(command, num_shards=2)
+    start_and_kill(command, num_files=2)
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("part-*.parquet")}
     assert len(finished) == 2
 

@@ -22,6 +22,7 @@ from .scan import scan
 from .search import search
 from .serve import serve
 from .timeline import timeline
+from .tune import tune
 from .watch import watch
 
 
@@ -34,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (classify, timeline, watch, explain, embed, search, probe, inspect, scan, serve, demo):
+for command in (classify, timeline, watch, explain, embed, search, probe, tune, inspect, scan, serve, demo):
     app.command()(command)
 # The options of evaluate.py are spelled with underscores, like those of the other training scripts.
 app.command(context_settings={"token_normalize_func": lambda name: name.replace("_", "-")})(evaluate)
