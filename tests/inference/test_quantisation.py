@@ -19,6 +19,7 @@ from vivit_hf.inference.quantisation import ActivationScale, QuantisedLinear, Qu
 from vivit_hf.modeling_vivit import ViViTEmbeddings
 
 
+MERGED = ["spatio_temporal", "factorised_encoder", "registers_mean_pooling", "mean_pooling"]
 needs_vnni = pytest.mark.skipif(not has_vnni(), reason="int8 needs a CPU with AVX-512 VNNI")
 
 
@@ -220,20 +221,51 @@ def test_a_layer_whose_error_is_too_large_stays_and_is_named(monkeypatch):
 
 
 @needs_vnni
-@pytest.mark.slow
-def test_the_demo_model_answers_the_same():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", MERGED)
+@torch.no_grad()
+def test_int8_with_merged_tokens_stays_close_to_merging_and_comes_back(case, dtype):
+    model, clips = make_model(case_config(case)).to(dtype), make_clips(case_config(case))
+
+    def logits(**options):
+        optimize(model, **options)
+        return model(clips.to(dtype)).logits.float()
+
+    plain = model(clips.to(dtype)).logits
+    merged = logits(merge_tokens=[5, 3])
+    both = logits(int8=True, calibration=clips, merge_tokens=[5, 3])
+    assert 0 < (both - merged).norm() < 0.1 * merged.norm()
+    assert (both - merged).norm() < (merged - plain).norm(), "nearer to merging than to the plain model"
+    restore(model)
+    assert torch.equal(model(clips.to(dtype)).logits, plain)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The demo model, clips to calibrate on, and 224 clips that it was not trained on."""
     model = ViViTForVideoClassification.from_pretrained(demo_model_path())
     processor = ViViTVideoProcessor.from_pretrained(demo_model_path())
     scenes = [Scene.draw(np.random.default_rng([7, number]), 24, 80, 96) for number in range(60)]
     videos = [scene.render(motion, 24) for scene in scenes for motion in MOTIONS]
     clips = processor(videos, return_tensors="pt")["pixel_values"]  # (240, frames, channels, height, width)
-    calibration, clips = clips[:16], clips[16:]
-    with torch.no_grad():
-        expected = model(clips).logits.softmax(-1)
-        optimize(model, int8=True, calibration=calibration)
-        actual = model(clips).logits.softmax(-1)
-    assert (actual.argmax(-1) == expected.argmax(-1)).float().mean() >= 0.99
-    assert (actual - expected).abs().mean() <= 0.01
+    return model, clips[:16], clips[16:]
+
+
+@needs_vnni
+@pytest.mark.slow
+@pytest.mark.parametrize("merge_tokens", [None, 1, [2, 2, 0, 0]])
+@torch.no_grad()
+def test_the_demo_model_answers_the_same(trained, merge_tokens):
+    model, calibration, clips = trained
+    restore(model)
+    plain = model(clips).logits
+    optimize(model, int8=True, calibration=calibration, merge_tokens=merge_tokens)
+    logits = model(clips).logits
+    changes = logits.softmax(-1) - plain.softmax(-1)
+    assert (logits.argmax(-1) == plain.argmax(-1)).float().mean() >= 0.99
+    assert changes.abs().mean() <= 0.01
+    restore(model)
+    assert torch.equal(model(clips).logits, plain)
 
 
 # Refusals
