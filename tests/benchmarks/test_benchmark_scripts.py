@@ -135,6 +135,23 @@ def test_the_streaming_benchmark_runs_on_a_tiny_model(tmp_path):
     assert [row["unit"] for row in rows] == ["x", "x", "x", "MB"] and all(row["target"] is None for row in rows)
 
 
+def test_a_screen_recording_is_measured_with_and_without_its_unchanged_steps(tmp_path):
+    process = start("screen_recording.py", "--smoke", "--json", tmp_path / "rows.json")
+    assert process.returncode == 0, process.stderr[-3000:]
+    rows = {row["name"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    encoded = {
+        name.split(": ")[0]: (row["value"], int(name.split()[-1]))
+        for name, row in rows.items()
+        if "steps encoded of" in name
+    }
+    assert list(encoded) == ["real-time, threshold 0.0", "default, threshold 0.0", "default, threshold 1.0"]
+    # A tenth of the recording changes, and x264's defaults make still pictures flicker.
+    (exact, total), (flickering, _), (tolerant, _) = encoded.values()
+    assert 0.1 * total < exact < 0.3 * total < flickering < total and tolerant < 0.3 * total
+    assert rows["real-time, threshold 0.0: largest difference of a logit"]["passed"] is True
+    assert all(row["value"] > 0 for name, row in rows.items() if name.endswith(("decoding", "comparison")))
+
+
 def test_an_epoch_from_stored_tokens_is_measured_against_one_from_videos(tmp_path):
     process = start("feature_cache.py", "--smoke", "--output", tmp_path, "--json", tmp_path / "rows.json")
     assert process.returncode == 0, process.stderr[-3000:]
