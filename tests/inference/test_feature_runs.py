@@ -11,10 +11,12 @@ from video_files import moving_frames, write_video
 from vivit_hf import ViViTVideoProcessor
 from vivit_hf.inference import feature_runs, read_features
 from vivit_hf.inference.feature_runs import FeatureRun, feature_settings
+from vivit_hf.inference.processes import process_group
 from vivit_hf.inference.shards import OtherRunError
 
 
 FINGERPRINT = {"weights": "0" * 64, "config": "1" * 64, "processor": "2" * 64}
+ALONE = process_group(use_cpu=True)
 OPTIONS = {"batch_size": 4, "num_workers": 0}
 
 
@@ -45,7 +47,7 @@ def finish(run, encoder, overwrite=False):
     """Do what the command does, and return the number of videos that were embedded."""
     if run.is_finished(overwrite):
         return 0
-    run.start(overwrite)
+    run.start(overwrite, ALONE)
     count = sum(1 for _ in run.embed(*encoder, run.missing(), **OPTIONS))
     run.join()
     return count
@@ -70,7 +72,7 @@ def test_the_file_has_every_video_that_can_be_read_and_names_the_others(undistur
 def test_a_killed_run_goes_on_and_gives_the_same_file(undisturbed, encoder, videos, tmp_path):
     per_step, expected = undisturbed
     run = make_run(tmp_path / "f.parquet", encoder, videos, per_step)
-    run.start(overwrite=False)
+    run.start(False, ALONE)
     for count, _ in enumerate(run.embed(*encoder, run.missing(), **OPTIONS)):
         if count == 8:  # in the middle of the fifth shard
             break
@@ -85,7 +87,7 @@ def test_a_killed_run_goes_on_and_gives_the_same_file(undisturbed, encoder, vide
 def test_shares_of_several_processes_make_the_same_file(undisturbed, encoder, videos, tmp_path):
     per_step, expected = undisturbed
     run = make_run(tmp_path / "f.parquet", encoder, videos, per_step)
-    run.start(overwrite=False)
+    run.start(False, ALONE)
     missing = run.missing()
     for process in (2, 0, 1):  # 4, 4 and 3 shards, in any order
         assert sum(1 for _ in run.embed(*encoder, missing[process::3], **OPTIONS)) in (6, 7, 8)
@@ -95,7 +97,7 @@ def test_shares_of_several_processes_make_the_same_file(undisturbed, encoder, vi
 
 def test_a_run_killed_while_its_shards_are_joined_is_joined_again(undisturbed, encoder, videos, tmp_path, monkeypatch):
     per_step, expected = undisturbed
-    monkeypatch.setattr(feature_runs.shutil, "rmtree", lambda folder: None)
+    monkeypatch.setattr(feature_runs, "remove_folder", lambda folder: None)
     finish(make_run(tmp_path / "f.parquet", encoder, videos, per_step), encoder)
     monkeypatch.undo()
     (tmp_path / "f.parquet").unlink()
@@ -141,7 +143,7 @@ def test_a_video_that_was_replaced_makes_another_run(encoder, tmp_path):
 
 def test_shards_of_another_run_are_refused(encoder, videos, tmp_path):
     run = make_run(tmp_path / "f.parquet", encoder, videos[:3])
-    run.start(overwrite=False)
+    run.start(False, ALONE)
     list(run.embed(*encoder, run.missing()[:1], **OPTIONS))
     other = make_run(tmp_path / "f.parquet", encoder, videos[:3], processor="3" * 64)
     with pytest.raises(OtherRunError, match="processor"):

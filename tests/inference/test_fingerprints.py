@@ -120,8 +120,8 @@ def test_overwriting_goes_on_with_the_same_run(model, tmp_path):
 def test_answers_of_unknown_origin_are_refused(model, tmp_path):
     output = tmp_path / "labels"
     classify_dataset.main(options(model, output))
-    (output / "run.json").unlink()
-    with pytest.raises(SystemExit, match=r"holds another run \(run\.json is missing\)"):
+    (output / "_run.json").unlink()
+    with pytest.raises(SystemExit, match=r"holds another run \(_run\.json is missing\)"):
         classify_dataset.main(options(model, output))
     classify_dataset.main(options(model, output, "--overwrite", "--shard_size", "5"))
     assert list(parts(output)) == ["part-00000.parquet"]
@@ -142,7 +142,7 @@ def test_a_model_of_the_hub_is_known_by_its_commit(model, tmp_path):
 
         first = run()
         assert first.returncode == 0, first.stderr[-2000:]
-        stored = json.loads((tmp_path / "labels" / "run.json").read_text())
+        stored = json.loads((tmp_path / "labels" / "_run.json").read_text())
         assert stored["weights"] == repository.branches["main"] and stored["model"] == "tester/moves"
         retrain(model)
         repository.commit("main", {path.name: path.read_bytes() for path in model.iterdir() if path.is_file()})

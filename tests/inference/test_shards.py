@@ -55,4 +55,4 @@ def test_answers_of_another_run_are_deleted_if_that_is_wished(tmp_path):
     other = {**SETTINGS, "top_k": 5}
     assert check_run(tmp_path, other, overwrite=True)
     start_run(tmp_path, other)
-    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["_run.json"]

@@ -24,7 +24,10 @@ Videos = Annotated[
         "select parts.",
     ),
 ]
-Output = Annotated[Path, typer.Option(metavar="FILE", help="The file to write, such as features.parquet.")]
+Output = Annotated[
+    str,
+    typer.Option(metavar="FILE", help="The file to write, such as features.parquet or s3://bucket/features.parquet."),
+]
 Encoder = Annotated[
     str | None,
     typer.Option(
@@ -80,8 +83,7 @@ def embed(
 
     Example: vivit-hf embed clips/ --model facebook/dinov2-small --per-step --output features.parquet
     """
-    if output.is_dir() or not output.absolute().parent.is_dir():
-        raise typer.BadParameter(f"expected a file in an existing folder, got {str(output)!r}", param_hint="--output")
+    place = _place(output)
     sources = find_sources(videos)
     from ..inference.demo_model import demo_model_path
     from ..inference.feature_runs import FeatureRun, feature_settings
@@ -89,11 +91,11 @@ def embed(
     from ..inference.views import describe_views
 
     state = _processes(device)
-    place = str(state.device) if state.num_processes > 1 else device
+    process_device = str(state.device) if state.num_processes > 1 else device
     limits = {"allow_private_addresses": allow_private_addresses}
     encoder, processor = options.load(
         model,
-        place,
+        process_device,
         dtype,
         needs_labels=False,
         image_frames=num_frames or IMAGE_FRAMES,
@@ -110,7 +112,7 @@ def embed(
     described: dict[str, Any] = {"name": name, "fingerprint": fingerprint, "per_step": per_step, **views}
     try:
         processor.settings.updated(views)
-        run = FeatureRun(output, sources, feature_settings(encoder, processor, sources, **described))
+        run = FeatureRun(place, sources, feature_settings(encoder, processor, sources, **described))
         loading = {"batch_size": batch_size, "num_workers": options.workers_of(workers)}
         found = _run(run, state, overwrite, encoder, processor, on_error == "raise", not as_json, loading)
     except (OSError, ValueError) as error:
@@ -120,8 +122,21 @@ def embed(
     if as_json:
         _print_json(sources, found)
     else:
-        _print_summary(output, found, describe_views(processor, **views, averaging="vectors"))
+        _print_summary(place, found, describe_views(processor, **views, averaging="vectors"))
     raise typer.Exit(int(bool(found["failed"])))
+
+
+def _place(output: str) -> Any:
+    """Return the `Location` of the output."""
+    from ..data.remote_files import location_of
+
+    try:
+        place = location_of(output)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(str(error), param_hint="--output") from error
+    if isinstance(place, Path) and (place.is_dir() or not place.absolute().parent.is_dir()):
+        raise typer.BadParameter(f"expected a file in an existing folder, got {output!r}", param_hint="--output")
+    return place
 
 
 def find_sources(videos: list[str]) -> list[Any]:
@@ -168,17 +183,15 @@ def _run(
 ) -> dict[str, Any] | None:
     """Embed this process's share of what is missing. The main process returns the settings of the file."""
     from ..inference.feature_files import read_settings
+    from ..inference.shards import own_share
 
     is_finished = run.is_finished(overwrite)
     state.wait_for_everyone()  # until all have checked, nothing is deleted or written
     if is_finished:
         return _end(state, read_settings(run.output))
-    if state.is_main_process:
-        run.start(overwrite)
-    state.wait_for_everyone()
+    run.start(overwrite, state)
     missing = run.missing()
-    state.wait_for_everyone()  # until all have looked, no shard is written
-    mine = missing[state.process_index :: state.num_processes]
+    mine = own_share(missing, state)
     if state.is_main_process and len(missing) < len(run.shards):
         say(f"{len(run.shards) - len(missing)} of {len(run.shards)} shards are there already.")
     total = sum(run.num_videos(shard) for shard in mine)
@@ -208,7 +221,7 @@ def _print_json(sources: list[Any], settings: dict[str, Any]) -> None:
         echo_json(row if error is None else {**row, "error": error})
 
 
-def _print_summary(output: Path, settings: dict[str, Any], views: str) -> None:
+def _print_summary(output: Any, settings: dict[str, Any], views: str) -> None:
     failed = settings["failed"]
     if failed:
         table = Table("file", "no features")

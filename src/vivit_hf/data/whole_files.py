@@ -5,14 +5,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .remote_files import RemotePath
+
 
 @contextmanager
-def written_whole(path: str | os.PathLike) -> Iterator[Path]:
+def written_whole(path: str | os.PathLike | RemotePath) -> Iterator[Path]:
     """Yield a temporary path to write to, and move it to `path` at the end; an error leaves `path` unchanged.
 
-    The temporary file is in the same folder, because a move between disks is not atomic. Symbolic links are kept:
-    their target is replaced. Pipes and devices are written to directly.
+    The temporary file is in the same folder, because a move between disks is not atomic; that of a remote file is on
+    this machine. Symbolic links are kept: their target is replaced. Pipes and devices are written to directly.
     """
+    if isinstance(path, RemotePath):
+        with path.written_whole() as unfinished:
+            yield unfinished
+        return
     path = Path(path)
     if path.exists() and not path.is_file():
         yield path

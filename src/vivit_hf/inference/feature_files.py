@@ -16,14 +16,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 
+from ..data.remote_files import Location, RemotePath, location_of
 from ..data.whole_files import written_whole
 
 
@@ -70,8 +71,8 @@ class Features:
             raise ValueError(f"Expected {shape[0]} starts and ends, got {self.starts.shape} and {self.ends.shape}.")
 
 
-def write_features(path: str | os.PathLike[str], features: Features) -> None:
-    """Write features to a Parquet file, completely or not at all."""
+def write_features(path: str | os.PathLike[str] | Location, features: Features) -> None:
+    """Write features to a Parquet file, completely or not at all; `path` may be an address, see `location_of`."""
     schema = _schema(features.settings)
     repeats = features.settings["num_steps"] or 1
     columns = {
@@ -84,11 +85,11 @@ def write_features(path: str | os.PathLike[str], features: Features) -> None:
         columns["time"] = pyarrow.array(features.times.reshape(-1))
     numbers = pyarrow.array(np.ascontiguousarray(features.vectors).reshape(-1))
     columns["vector"] = pyarrow.FixedSizeListArray.from_arrays(numbers, features.settings["hidden_size"])
-    with written_whole(path) as unfinished:
+    with written_whole(location_of(path)) as unfinished:
         pyarrow.parquet.write_table(pyarrow.table(columns, schema=schema), unfinished, use_dictionary=["file"])
 
 
-def join_features(parts: Sequence[Path], path: str | os.PathLike[str]) -> dict[str, Any]:
+def join_features(parts: Sequence[Location], path: Location) -> dict[str, Any]:
     """Write the rows of several files of one run into one file, a part at a time; return its settings."""
     settings = _joined([(str(part), read_settings(part)) for part in parts])
     schema = _schema(settings)
@@ -97,20 +98,23 @@ def join_features(parts: Sequence[Path], path: str | os.PathLike[str]) -> dict[s
         pyarrow.parquet.ParquetWriter(unfinished, schema, use_dictionary=["file"]) as writer,
     ):
         for part in parts:
-            writer.write_table(pyarrow.parquet.read_table(part).replace_schema_metadata(schema.metadata))
+            with _opened(part) as file:
+                writer.write_table(pyarrow.parquet.read_table(file).replace_schema_metadata(schema.metadata))
     return settings
 
 
-def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_settings(path: str | os.PathLike[str] | Location) -> dict[str, Any]:
     """Return the settings of a features file without reading its vectors. Raises ValueError if it is not one."""
+    path = location_of(path)
     try:
-        metadata = pyarrow.parquet.read_schema(path).metadata or {}
+        with _opened(path) as file:
+            metadata = pyarrow.parquet.read_schema(file).metadata or {}
     except (OSError, pyarrow.ArrowException) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise ValueError(f"{os.fspath(path)} is not a Parquet file: expected features of `vivit-hf embed`.") from error
+        raise ValueError(f"{path} is not a Parquet file: expected features of `vivit-hf embed`.") from error
     if METADATA_KEY not in metadata:
-        raise ValueError(f"{os.fspath(path)} holds no features of `vivit-hf embed`: its metadata has no 'vivit_hf'.")
+        raise ValueError(f"{path} holds no features of `vivit-hf embed`: its metadata has no 'vivit_hf'.")
     return json.loads(metadata[METADATA_KEY])
 
 
@@ -121,19 +125,19 @@ def read_features(paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str
     The settings of several files have no "num_videos" and "videos_digest", and the "model" and "versions" of the first.
 
     Args:
-        paths: a file or several, as `vivit-hf embed` writes them.
+        paths: a file or several, as `vivit-hf embed` writes them; addresses are those of `location_of`.
 
     Raises:
         OSError: if a file cannot be read.
         ValueError: if a file holds no features, or files of different models or settings are mixed.
     """
-    paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    if not paths:
+    files = [location_of(path) for path in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
+    if not files:
         raise ValueError("There is no file of features to read: expected one or more.")
-    settings = _joined([(os.fspath(path), read_settings(path)) for path in paths])
-    if len(paths) > 1:
+    settings = _joined([(str(path), read_settings(path)) for path in files])
+    if len(files) > 1:
         settings = {name: value for name, value in settings.items() if name not in ("num_videos", "videos_digest")}
-    table = pyarrow.concat_tables([_checked_table(path, settings) for path in paths])
+    table = pyarrow.concat_tables([_checked_table(path, settings) for path in files])
     steps, is_step = settings["num_steps"] or 1, settings["kind"] == "step"
     shape = (len(table) // steps, steps) if is_step else (len(table),)
     vectors = [chunk.flatten().to_numpy() for chunk in table["vector"].chunks]
@@ -168,13 +172,17 @@ def _joined(named: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     return {**first, "failed": [one for _, settings in named for one in settings["failed"]]}
 
 
-def _checked_table(path: str | os.PathLike[str], settings: dict[str, Any]) -> Any:
-    table = pyarrow.parquet.read_table(path)
+def _opened(path: Location) -> AbstractContextManager[Any]:
+    """Return a remote file opened, and a local path as it is, which Arrow reads itself."""
+    return path.open("rb") if isinstance(path, RemotePath) else nullcontext(path)
+
+
+def _checked_table(path: Location, settings: dict[str, Any]) -> Any:
+    with _opened(path) as file:
+        table = pyarrow.parquet.read_table(file)
     if settings["kind"] == "step":
         steps = settings["num_steps"]
         order = table["step"].to_numpy()
         if len(order) % steps or (order.reshape(-1, steps) != np.arange(steps)).any():
-            raise ValueError(
-                f"{os.fspath(path)} has lost rows or their order: expected steps 0 to {steps - 1} a video."
-            )
+            raise ValueError(f"{path} has lost rows or their order: expected steps 0 to {steps - 1} a video.")
     return table

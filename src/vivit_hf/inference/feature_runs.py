@@ -2,18 +2,16 @@
 Embed any number of videos into a features file: a run that was killed goes on, and several processes share the work.
 
 Until the run is finished, its shards are in a folder beside the file, `features.parquet.parts`. Each is written whole
-or not at all, and `run.json` holds what they depend on, so that features of different models or settings never mix.
+or not at all, and `_run.json` holds what they depend on, so that features of different models or settings never mix.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,13 +19,14 @@ import torch
 import transformers
 
 from .. import __version__
+from ..data.remote_files import Location, remove_folder
 from ..data.video_identity import known_identity
 from ..data.whole_files import as_utf8
 from ..video_processing_vivit import ViViTVideoProcessor
 from ..video_sources import source_name
 from .feature_files import Features, join_features, read_settings, write_features
 from .features import VideoEmbedding, embed_videos
-from .shards import OtherRunError, changes, check_run, shard_starts, start_run
+from .shards import OtherRunError, changes, check_run, join_run, missing_shards, shard_starts
 
 
 MOST_SHARD_VIDEOS = 64  # a killed process loses one shard at most
@@ -39,21 +38,21 @@ class FeatureRun:
     """
     Embed videos into a features file.
 
-    `output`: the features file.
+    `output`: the features file, see `location_of`.
     `videos`: paths or addresses, or dictionaries with a "path" and optionally "start" and "end" in seconds.
     `settings`: see `feature_settings`.
     """
 
-    output: Path
+    output: Location
     videos: Sequence[Any]
     settings: dict[str, Any]
 
     @property
-    def parts(self) -> Path:
+    def parts(self) -> Location:
         return self.output.with_name(f"{self.output.name}.parts")
 
     @cached_property
-    def shards(self) -> dict[Path, int]:
+    def shards(self) -> dict[Location, int]:
         """The file of every shard, and the index of its first video."""
         return shard_starts(self.parts, len(self.videos), self._shard_videos)
 
@@ -77,21 +76,19 @@ class FeatureRun:
             raise OtherRunError.at(self.output, found)
         return not found and not overwrite
 
-    def start(self, overwrite: bool) -> None:
-        """Prepare the folder of the shards, and keep those of this run."""
-        settings = _run_settings(self.settings)
-        if check_run(self.parts, settings, overwrite):
-            start_run(self.parts, settings)
+    def start(self, overwrite: bool, state: Any) -> None:
+        """Prepare the folder of the shards together with the other processes, and keep those of this run."""
+        join_run(self.parts, _run_settings(self.settings), overwrite, state)
 
-    def num_videos(self, shard: Path) -> int:
+    def num_videos(self, shard: Location) -> int:
         return min(self._shard_videos, len(self.videos) - self.shards[shard])
 
-    def missing(self) -> list[Path]:
+    def missing(self) -> list[Location]:
         """Return the shards that are not written yet."""
-        return [path for path in self.shards if not path.exists()]
+        return missing_shards(self.parts, self.shards)
 
     def embed(
-        self, model: Any, processor: ViViTVideoProcessor, shards: Sequence[Path], **options: Any
+        self, model: Any, processor: ViViTVideoProcessor, shards: Sequence[Location], **options: Any
     ) -> Iterator[VideoEmbedding]:
         """
         Embed the videos of some shards and write each shard; yield the result for each video.
@@ -113,7 +110,7 @@ class FeatureRun:
     def join(self) -> dict[str, Any]:
         """Write the output from the shards, and delete them; return the settings of the output."""
         settings = join_features(list(self.shards), self.output)
-        shutil.rmtree(self.parts)
+        remove_folder(self.parts)
         return settings
 
 
