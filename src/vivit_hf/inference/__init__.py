@@ -6,6 +6,7 @@ from .. import lazy_exports
 
 
 if TYPE_CHECKING:
+    from .batch_predictor import BatchPredictor as BatchPredictor
     from .clips import predict_clips as predict_clips
     from .demo_model import demo_model_path as demo_model_path
     from .evaluation import Evaluation as Evaluation, evaluate_videos as evaluate_videos
