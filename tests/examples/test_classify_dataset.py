@@ -99,7 +99,7 @@ def test_a_processor_that_does_not_fit_the_model_is_said(data, tmp_path):
     settings = {**ViViTVideoProcessor.from_pretrained(data / "model").to_dict(), "num_frames": 4}
     ViViTVideoProcessor.from_dict(settings).save_pretrained(tmp_path / "short")
     arguments = ["--model", tmp_path / "short", "--videos", data / "videos", "--output_dir", tmp_path / "labels"]
-    with pytest.raises(SystemExit, match=r"classify_dataset.py: The model expects clips of \(8, 32, 32\)"):
+    with pytest.raises(SystemExit, match=r"classify-dataset: The model expects clips of \(8, 32, 32\)"):
         classify_dataset.main(list(map(str, [*arguments, "--use_cpu", "--num_workers", "0"])))
     assert not list((tmp_path / "labels").glob("*.parquet"))
 

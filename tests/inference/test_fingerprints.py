@@ -125,7 +125,7 @@ def test_answers_of_unknown_origin_are_refused(model, tmp_path):
         classify_dataset.main(options(model, output))
     classify_dataset.main(options(model, output, "--overwrite", "--shard_size", "5"))
     assert list(parts(output)) == ["part-00000.parquet"]
-    with pytest.raises(SystemExit, match=r"classify_dataset\.py: .*nowhere"):
+    with pytest.raises(SystemExit, match=r"classify-dataset: .*nowhere"):
         classify_dataset.main(options(tmp_path / "nowhere", output))
 
 

@@ -101,7 +101,7 @@ def test_data_sets_that_cannot_be_loaded_are_named(videos, tmp_path):
             "no column of videos named 'clip'",
         ),
     ):
-        with pytest.raises(SystemExit, match=f"classify_dataset.py: .*{message}"):
+        with pytest.raises(SystemExit, match=f"classify-dataset: .*{message}"):
             classify_dataset.main([*common, *arguments])
     with pytest.raises(AnnotationError, match="A file name is not UTF-8"):
         load_splits(DataArguments(dataset_name=str(videos)), 0, print)

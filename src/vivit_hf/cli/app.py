@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .classify import classify
+from .classify_dataset import classify_dataset
 from .convert import PASS_ON, convert, export
 from .demo import demo
 from .embed import embed
@@ -39,6 +40,7 @@ for command in (classify, timeline, watch, explain, embed, search, probe, tune, 
     app.command()(command)
 # The options of evaluate.py are spelled with underscores, like those of the other training scripts.
 app.command(context_settings={"token_normalize_func": lambda name: name.replace("_", "-")})(evaluate)
+app.command(context_settings=PASS_ON)(classify_dataset)
 app.command(context_settings=PASS_ON)(export)
 app.command(context_settings=PASS_ON)(finetune)
 app.command(context_settings=PASS_ON)(pretrain)

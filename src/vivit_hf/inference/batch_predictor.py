@@ -17,7 +17,7 @@ from ..video_processing_vivit import ViViTVideoProcessor
 from ..video_sources import is_video_source
 from .fingerprints import hub_commit
 from .finite_outputs import check_finite
-from .optimization import optimize
+from .optimization import OptimizationReport, optimize
 from .prediction import predict_each
 from .shards import answer_fields, answer_row
 
@@ -48,7 +48,8 @@ class BatchPredictor:
         num_clips, num_crops: views per video.
         batch_size: clips that the model sees at a time.
         num_workers: processes that decode, for each caller; 0 decodes in the calling process.
-        dtype: "float32", "bfloat16" or "float16".
+        dtype: "float32", "bfloat16" or "float16"; leaves out the setting that `vivit-hf tune` stored. By default this
+            setting is used, and without one float32.
         device: such as "cuda:1"; a GPU if there is one by default.
         revision: commit of a Hub id, by default the current one when the object is made.
         allow_private_addresses: also download from this machine and the local network.
@@ -65,7 +66,7 @@ class BatchPredictor:
     num_crops: int = 1
     batch_size: int = 16
     num_workers: int = 0
-    dtype: str = "float32"
+    dtype: str | None = None
     device: str | None = None
     revision: str | None = None
     allow_private_addresses: bool = False
@@ -75,7 +76,8 @@ class BatchPredictor:
     def __post_init__(self) -> None:
         for name in ("top_k", "num_clips", "num_crops", "batch_size"):
             check_positive_integer(name, getattr(self, name))
-        check_choice("dtype", self.dtype, DTYPES)
+        if self.dtype is not None:
+            check_choice("dtype", self.dtype, DTYPES)
         if self.revision is None:
             object.__setattr__(self, "revision", hub_commit(self.model))
 
@@ -135,22 +137,31 @@ class BatchPredictor:
         return {name: [row[name] for row in rows] for name, _ in answer_fields()}
 
 
-def load_classifier(model: str, *, revision: str | None, dtype: str, device: Any) -> ViViTForVideoClassification:
+def load_classifier(
+    model: str, *, revision: str | None, dtype: str | None, device: Any
+) -> tuple[ViViTForVideoClassification, OptimizationReport]:
     """
-    Return a classifier on its device, in eval mode and optimised.
+    Return a classifier on its device, in eval mode and optimised, and what was done to it.
+
+    Args:
+        dtype: see `BatchPredictor`.
 
     Raises:
         OSError: if it cannot be loaded.
+        ValueError: if the setting that `vivit-hf tune` stored cannot be used here: answers of machines must not mix.
         NonFiniteError: if its scores for a clip of zeros are NaN or infinite: its weights are damaged.
     """
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
-    loaded = ViViTForVideoClassification.from_pretrained(model, dtype=getattr(torch, dtype), **options)
-    optimize(loaded.to(device).eval())
+    number_format = getattr(torch, dtype or "float32")
+    loaded = ViViTForVideoClassification.from_pretrained(model, dtype=number_format, **options)
+    report = optimize(loaded.to(device).eval(), stored=dtype is None)
+    if report.note is not None:
+        raise ValueError(f"{report.note} Or give --dtype float32, in Python dtype='float32'.")
     config = loaded.config
     clip = torch.zeros(1, config.num_frames, config.num_channels, *config.frame_size, device=device, dtype=loaded.dtype)
     with torch.inference_mode():
         check_finite(loaded(pixel_values=clip).logits, loaded)
-    return loaded
+    return loaded, report
 
 
 def stored_averaging(config: Any) -> str:
@@ -161,13 +172,13 @@ def stored_averaging(config: Any) -> str:
 
 @lru_cache(maxsize=1)  # Spark sends the predictor again with every task
 def _loaded(
-    model: str, revision: str | None, dtype: str, device: str | None, allow_private_addresses: bool
+    model: str, revision: str | None, dtype: str | None, device: str | None, allow_private_addresses: bool
 ) -> tuple[ViViTForVideoClassification, ViViTVideoProcessor, str]:
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
     limits = {"allow_private_addresses": allow_private_addresses}
     processor = ViViTVideoProcessor.from_pretrained(model, video_limits=limits, **options)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    classifier = load_classifier(model, revision=revision, dtype=dtype, device=place)
+    classifier, _ = load_classifier(model, revision=revision, dtype=dtype, device=place)
     return classifier, processor, stored_averaging(classifier.config)
 
 
