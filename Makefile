@@ -23,11 +23,12 @@ endef
 INSTALL_TORCH = python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-benchmarks demo app bench readme lint format test-oldest clean
+.PHONY: help test test-benchmarks test-engines demo app bench readme lint format test-oldest clean
 
 help:
 	@echo 'make test          run the tests'
 	@echo 'make test-benchmarks  run the benchmark scripts on tiny sizes (five minutes)'
+	@echo 'make test-engines  run what needs Spark, Ray or stand-ins for cloud stores (five minutes; needs Java)'
 	@echo 'make demo          train a small ViViT on videos of moving shapes and classify held-out ones (two minutes)'
 	@echo 'make demo VIDEO=x  the same, and then classify the video file x'
 	@echo 'make app           open a page to try a model on videos'
@@ -60,10 +61,21 @@ $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 	@touch $@
 
 test: .venv/ready
-	.venv/bin/$(PYTEST) -m "not benchmarks"
+	.venv/bin/$(PYTEST) -m "not benchmarks and not engines"
 
 test-benchmarks: .venv/ready
 	.venv/bin/$(PYTEST) -m benchmarks
+
+.venv-engines/ready: pyproject.toml constraints.txt tests/engines/requirements.txt
+	@$(CHECK_PYTHON)
+	$(PYTHON) -m venv .venv-engines
+	.venv-engines/bin/$(INSTALL_TORCH) -c constraints.txt torch
+	.venv-engines/bin/python -m pip install -c constraints.txt -e '.[test]' -r tests/engines/requirements.txt
+	@touch $@
+
+test-engines: .venv-engines/ready
+	@command -v java > /dev/null || { echo 'Spark needs Java: apt-get install default-jre-headless'; exit 1; }
+	.venv-engines/bin/python -m pytest $(PYTEST_ARGS) -m engines tests/engines
 
 # What the demo needs alone, without the tools of `make test`, which sees that its own stamp is missing and adds them.
 .venv/ready-demo: pyproject.toml constraints.txt
@@ -96,8 +108,8 @@ format: .venv/ready
 
 test-oldest: $(OLDEST_READY)
 	.venv-oldest/bin/python -m pip freeze
-	.venv-oldest/bin/$(PYTEST) -m "not benchmarks"
+	.venv-oldest/bin/$(PYTEST) -m "not benchmarks and not engines"
 
 clean:
-	rm -rf .venv .venv-oldest build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-engines .venv-oldest build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -228,14 +228,19 @@ class _Handler(BaseHTTPRequestHandler):
             {"id": name, "sha": digest, "private": repository.private, "gated": repository.gated, "siblings": siblings}
         )
 
-    def tree(self, name: str, revision: str) -> None:
+    def tree(self, name: str, revision: str, folder: str | None = None) -> None:
+        """All files, or those directly in a folder."""
         repository = self.repository(name, reading=True)
         entries = []
         for path, content in self.revision(repository, revision)[1].items():
+            if folder is not None and path.rpartition("/")[0] != folder:
+                continue
             entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content), "oid": _git_id(content)}
             if _sha256(content) in repository.large:
                 entry["lfs"] = {"oid": _sha256(content), "size": len(content), "pointerSize": 130}
             entries.append(entry)
+        if folder is not None and not entries:
+            raise Refused(404, f"{folder} does not exist on {revision!r}", "EntryNotFound")
         self.send_json(entries)
 
     def branch(self, name: str, branch: str) -> None:
@@ -340,7 +345,7 @@ ROUTES = [
     (("POST",), r"/api/repos/create", _Handler.create),
     (("GET",), rf"/api/models/{_NAME}", _Handler.info),
     (("GET",), rf"/api/models/{_NAME}/revision/(?P<revision>.+)", _Handler.info),
-    (("GET",), rf"/api/models/{_NAME}/tree/(?P<revision>[^/]+)", _Handler.tree),
+    (("GET",), rf"/api/models/{_NAME}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", _Handler.tree),
     (("POST",), rf"/api/models/{_NAME}/branch/(?P<branch>.+)", _Handler.branch),
     (("POST",), rf"/api/models/{_NAME}/preupload/(?P<revision>.+)", _Handler.preupload),
     (("POST",), rf"/api/models/{_NAME}/commit/(?P<revision>.+)", _Handler.commit),
