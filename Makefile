@@ -70,7 +70,8 @@ test-benchmarks: .venv/ready
 	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv .venv-engines
 	.venv-engines/bin/$(INSTALL_TORCH) -c constraints.txt torch
-	.venv-engines/bin/python -m pip install -c constraints.txt -e '.[test]' -r tests/engines/requirements.txt
+	grep -v '^python-dateutil==' constraints.txt > .venv-engines/constraints.txt  # botocore takes an older one
+	.venv-engines/bin/python -m pip install -c .venv-engines/constraints.txt -e '.[test]' -r tests/engines/requirements.txt
 	@touch $@
 
 test-engines: .venv-engines/ready
