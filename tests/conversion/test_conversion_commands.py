@@ -45,7 +45,7 @@ OPTIONS = {
     "--tubelet-init --temporal-attention-init --temporal-encoder-init --position-init --seed --resize",
     "convert scenic": SHARED + "--checkpoint --model --model-config --num-frames --image-size --resize --labels",
     "convert transformers": SHARED + "--source --to",
-    "export": "--help --output --model --int8 --videos --num-clips-checked --opset",
+    "export": "--help --output --model --int8 --calibration --videos --num-clips-checked --opset",
 }
 
 
@@ -189,7 +189,7 @@ def test_names_from_files_cannot_control_the_terminal(tmp_path, capfd):
     ("package", "modules", "extra", "command", "options"),
     [
         ("msgpack", ["scenic_checkpoint", "convert_scenic"], "conversion", "scenic", "--checkpoint c --model-config m"),
-        ("onnx", ["onnx_models", "export_onnx"], "export", "export", "--model m"),
+        ("onnx", ["onnx_models", "onnx_int8", "export_onnx"], "export", "export", "--model m"),
     ],
 )
 def test_a_missing_extra_is_named(tmp_path, capfd, monkeypatch, package, modules, extra, command, options):

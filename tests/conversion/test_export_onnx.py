@@ -17,14 +17,17 @@ from torch import nn
 from video_files import write_video
 
 from vivit_hf import ViViTConfig, ViViTVideoProcessor
-from vivit_hf.conversion import onnx_models
+from vivit_hf.calibration_vivit import answer_fingerprint
+from vivit_hf.conversion import onnx_int8, onnx_models
 from vivit_hf.conversion.command import DEFAULT_OPSET, main
 from vivit_hf.conversion.export_onnx import INT8_FILE, MODEL_FILE, REPORT_FILE, measure_agreement
-from vivit_hf.conversion.onnx_models import LEAST_OPSET, size_of, write_int8, write_onnx
+from vivit_hf.conversion.onnx_int8 import static_scales, write_dynamic_int8, write_static_int8
+from vivit_hf.conversion.onnx_models import LEAST_OPSET, size_of, write_onnx
 from vivit_hf.conversion.parity import random_clip
 from vivit_hf.data.labels import LabelMap
 from vivit_hf.initialisation.model_processor import processor_for
 from vivit_hf.initialisation.weight_files import ConversionError
+from vivit_hf.modeling_vivit import ViViTAttention, ViViTMLP
 
 
 SCRIPT = ROOT / "conversion" / "export_onnx.py"
@@ -126,10 +129,10 @@ def test_the_file_is_valid_and_holds_no_local_paths(exported):
     assert metadata(path) == {"key": "value"}
 
 
-def test_int8_quantises_every_linear_layer_and_runs_with_every_batch(exported):
+def test_int8_with_scales_at_run_time_quantises_every_linear_layer_and_runs_with_every_batch(exported):
     model, path = exported
     quantised = path.with_name(INT8_FILE)
-    write_int8(path, quantised)
+    write_dynamic_int8(path, quantised)
     onnx.checker.check_model(quantised, full_check=True)
     operators = [node.op_type for node in onnx.load(quantised).graph.node]
     assert operators.count("MatMulInteger") == sum(isinstance(module, nn.Linear) for module in model.modules())
@@ -142,20 +145,95 @@ def test_int8_quantises_every_linear_layer_and_runs_with_every_batch(exported):
         assert 1e-4 < difference < 0.1 * expected.abs().max()
 
 
+@torch.no_grad()
+def rounding_logits(model, scales, clips):
+    """The logits of a model whose linear layers round their inputs and weights, in float64, and multiply these."""
+    layers, handles = dict(model.named_modules()), []
+    for name, scale in scales.items():
+        weight = layers[name].weight
+        steps = weight.double().abs().amax(dim=1, keepdim=True) / 127
+        weight_used = (weight.double() / steps).round() * steps
+
+        def product(layer, inputs, output, scale=scale, rounded=weight_used):
+            numbers = (inputs[0].double() / scale.scale).round() + scale.zero_point
+            tokens = (numbers.clamp(0, 255) - scale.zero_point) * scale.scale
+            return (tokens @ rounded.T + layer.bias.double()).float()
+
+        handles.append(layers[name].register_forward_hook(product))
+    logits = model(clips).logits
+    for handle in handles:
+        handle.remove()
+    return logits
+
+
+def test_int8_with_fixed_scales_computes_the_rounded_products(exported):
+    model, path = exported
+    scales, kept = static_scales(model, make_clips(model.config, 4, seed=9).split(1))
+    blocks = [module for module in model.modules() if isinstance(module, (ViViTAttention, ViViTMLP))]
+    assert len(scales) == sum(isinstance(child, nn.Linear) for block in blocks for child in block.children())
+    assert kept == []
+    quantised = path.with_name("static_int8.onnx")
+    write_static_int8(path, quantised, scales)
+    assert metadata(quantised) == {"key": "value"} and quantised.stat().st_size < path.stat().st_size
+    clips = make_clips(model.config, 5, seed=1)
+    with torch.no_grad():
+        exact = model(clips).logits
+    actual = run_onnx(quantised, clips)
+    # Where a sum ends near the middle of two numbers, its rounding differs.
+    assert (actual - rounding_logits(model, scales, clips)).abs().max() < 0.02 * exact.abs().max()
+    assert 1e-4 < (actual - exact).abs().max() < 0.1 * exact.abs().max()
+    alone = torch.cat([run_onnx(quantised, clip[None]) for clip in clips])
+    torch.testing.assert_close(alone, actual, atol=0.02 * exact.abs().max().item(), rtol=0)
+
+
+def test_a_layer_that_one_scale_does_not_suit_stays_in_float32(tmp_path, monkeypatch):
+    model = make_model(case_config("spatio_temporal"))
+    measured, odd = onnx_int8.output_error, model.vivit.encoder.layer[1].mlp.fc2
+    monkeypatch.setattr(onnx_int8, "output_error", lambda layer, *rest: 1 if layer is odd else measured(layer, *rest))
+    scales, kept = static_scales(model, [make_clips(model.config)])
+    assert kept == ["vivit.encoder.layer.1.mlp.fc2"]
+    write_onnx(model, tmp_path / MODEL_FILE, DEFAULT_OPSET)
+    write_static_int8(tmp_path / MODEL_FILE, tmp_path / INT8_FILE, scales)
+    graph = onnx.load(tmp_path / INT8_FILE).graph
+    weights = {weight.name: weight.data_type for weight in graph.initializer}
+    (node,) = [node for node in graph.node if node.name == kept[0]]
+    assert weights[node.input[1]] == onnx.TensorProto.FLOAT
+    matrices = [name for name, kind in weights.items() if kind == onnx.TensorProto.INT8 and name.endswith("_int8")]
+    assert len(matrices) == len(scales) == 11
+
+
+def test_equal_weights_with_other_inputs_have_scales_of_their_own(tmp_path):
+    """The exporter stores equal weights once."""
+    model = make_model(case_config("spatio_temporal"))
+    with torch.no_grad():
+        for layer in model.vivit.encoder.layer:
+            layer.mlp.fc1.weight.copy_(model.vivit.encoder.layer[0].mlp.fc1.weight)
+    clips = make_clips(model.config, 3)
+    scales, _ = static_scales(model, [clips])
+    write_onnx(model, tmp_path / MODEL_FILE, DEFAULT_OPSET)
+    write_static_int8(tmp_path / MODEL_FILE, tmp_path / INT8_FILE, scales)
+    expected = rounding_logits(model, scales, clips)
+    assert (run_onnx(tmp_path / INT8_FILE, clips) - expected).abs().max() < 0.02 * expected.abs().max()
+
+
 def test_large_weights_are_written_to_a_second_file(tmp_path, monkeypatch):
     model = make_model(case_config("spatio_temporal"))
     monkeypatch.setattr(onnx_models, "MOST_BYTES_IN_ONE_FILE", 1000)
     write_onnx(model, tmp_path / MODEL_FILE, DEFAULT_OPSET, {"key": "value"})
-    write_int8(tmp_path / MODEL_FILE, tmp_path / INT8_FILE, is_large=True)
+    write_dynamic_int8(tmp_path / MODEL_FILE, tmp_path / INT8_FILE, is_large=True)
     files = {file.name for file in tmp_path.iterdir()}
     assert files == {MODEL_FILE, f"{MODEL_FILE}.data", INT8_FILE, f"{INT8_FILE}.data"}
     for name in (MODEL_FILE, INT8_FILE):
         assert size_of(tmp_path / name) > 4 * (tmp_path / name).stat().st_size / 3
     assert metadata(tmp_path / MODEL_FILE) == {"key": "value"}
     clips = make_clips(model.config, 3)
+    scales, _ = static_scales(model, [clips])
+    write_static_int8(tmp_path / MODEL_FILE, tmp_path / "static.onnx", scales, is_large=True)
+    assert (tmp_path / "static.onnx.data").stat().st_size > 3 * (tmp_path / "static.onnx").stat().st_size / 4
     with torch.no_grad():
         expected = model(clips).logits
     assert (run_onnx(tmp_path / MODEL_FILE, clips) - expected).abs().max() < 1e-4
+    assert (run_onnx(tmp_path / "static.onnx", clips) - expected).abs().max() < 0.1 * expected.abs().max()
     assert (run_onnx(tmp_path / INT8_FILE, clips) - expected).abs().max() < 0.1 * expected.abs().max()
 
 
@@ -177,18 +255,18 @@ def test_agreement_compares_classes_and_probabilities():
     actual = torch.tensor([[0.0, 1.0], [1.0, 0.0], [2.0, 0.0], [3.0, 0.0]])
     agreement = measure_agreement(actual, expected, LabelMap({"": ("a", "b")}))
     differences = [0, (2.718281828 - 1) / (2.718281828 + 1), 0, 1 / (1 + np.exp(-3)) - 1 / (1 + np.exp(-2))]
-    assert agreement.top1_agreement == 0.75
-    assert agreement.max_abs_difference_of_probabilities == pytest.approx(max(differences), rel=1e-5)
-    assert agreement.mean_abs_difference_of_probabilities == pytest.approx(np.mean(differences), rel=1e-5)
+    assert agreement["top1_agreement"] == 0.75
+    assert agreement["max_abs_difference_of_probabilities"] == pytest.approx(max(differences), rel=1e-5)
+    assert agreement["mean_abs_difference_of_probabilities"] == pytest.approx(np.mean(differences), rel=1e-5)
 
 
 def test_agreement_on_groups_means_agreement_on_each():
     label_map = LabelMap({"noun": ("a", "b"), "verb": ("c", "d", "e")})
     expected = torch.tensor([[0.0, 1.0, 3.0, 0.0, 0.0], [0.0, 1.0, 3.0, 0.0, 0.0]])
     actual = torch.tensor([[0.0, 2.0, 3.0, 0.0, 0.0], [0.0, 1.0, 3.0, 0.0, 4.0]])
-    assert measure_agreement(actual, expected, label_map).top1_agreement == 0.5
+    assert measure_agreement(actual, expected, label_map)["top1_agreement"] == 0.5
     several = measure_agreement(actual, expected, LabelMap({"": tuple("abcde")}, has_several=True))
-    assert several.max_abs_difference_of_probabilities == pytest.approx(1 / (1 + np.exp(-4)) - 0.5, rel=1e-5)
+    assert several["max_abs_difference_of_probabilities"] == pytest.approx(1 / (1 + np.exp(-4)) - 0.5, rel=1e-5)
 
 
 def test_logits_that_are_not_finite_are_an_error():
@@ -243,11 +321,15 @@ def test_the_script_writes_a_complete_folder(tmp_path, folder):
     assert f"{int8['max_abs_difference_of_probabilities']:.1e} at most" in printed
 
 
+def write_videos(folder, count):
+    for index in range(count):
+        (folder / str(index // 2)).mkdir(parents=True, exist_ok=True)
+        write_video(folder / str(index // 2) / f"{index}.mp4", num_frames=18 + index, width=96)
+    return folder
+
+
 def test_the_result_is_checked_with_clips_of_videos(tmp_path, export):
-    videos = tmp_path / "videos"
-    for index in range(6):
-        (videos / str(index // 2)).mkdir(parents=True, exist_ok=True)
-        write_video(videos / str(index // 2) / f"{index}.mp4", num_frames=18 + index, width=96)
+    videos = write_videos(tmp_path / "videos", 6)
     code, printed, errors, output = export("--videos", videos, "--num-clips-checked", 4)
     assert (code, errors) == (0, "")
     assert "one of each of 4 videos of the 6 in videos" in printed
@@ -260,6 +342,94 @@ def test_the_result_is_checked_with_clips_of_videos(tmp_path, export):
     (videos / "1" / "2.mp4").write_bytes(b"no video")
     (tmp_path / "exported").rename(tmp_path / "first")
     assert_refused(export("--videos", videos, "--num-clips-checked", 4), tmp_path, "2.mp4")
+
+
+def test_fixed_scales_come_from_other_videos_than_the_check(tmp_path, export):
+    videos = write_videos(tmp_path / "videos", 10)
+    code, printed, errors, output = export("--int8", "--calibration", videos)
+    assert (code, errors) == (0, "")
+    assert {path.name for path in output.iterdir()} == FILES | {INT8_FILE}
+    report = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))
+    assert report["int8_calibration"]["files"] == ["0/0.mp4", "1/2.mp4", "2/4.mp4", "3/7.mp4", "4/9.mp4"]
+    assert report["clips"]["files"] == ["0/1.mp4", "1/3.mp4", "2/5.mp4", "3/6.mp4", "4/8.mp4"]
+    int8 = report["int8"]
+    assert (int8["scales"], int8["float32_layers"]) == ("fixed", [])
+    assert "one of each of 5 videos of the 10 in videos" in printed
+
+    model = make_model(case_config("factorised_encoder", id2label=LABELS))
+    processor = ViViTVideoProcessor.from_pretrained(output)
+    clips = {
+        part: torch.cat([one_clip(processor, videos / name) for name in report[part]["files"]])
+        for part in ("int8_calibration", "clips")
+    }
+    scales, _ = static_scales(model, clips["int8_calibration"].split(1))
+    expected = rounding_logits(model, scales, clips["clips"])
+    assert (run_onnx(output / INT8_FILE, clips["clips"]) - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def one_clip(processor, path):
+    return processor(path, num_clips=1, num_crops=1, generator=0)["pixel_values"]
+
+
+def test_calibration_and_check_may_have_folders_of_their_own(tmp_path, export):
+    videos = write_videos(tmp_path / "videos", 8)
+    arguments = ("--int8", "--calibration", videos / "0")
+    assert_refused(
+        export(*arguments), tmp_path, "has 1 video files besides the 1 of the calibration; expected 4 or more"
+    )
+    code, _, errors, output = export(*arguments, "--videos", videos)
+    assert (code, errors) == (0, "")
+    report = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))
+    assert report["int8_calibration"]["files"] == ["0.mp4", "1.mp4"]
+    assert report["clips"]["files"] == ["1/2.mp4", "1/3.mp4", "2/4.mp4", "2/5.mp4", "3/6.mp4", "3/7.mp4"]
+
+    (tmp_path / "none").mkdir()
+    (tmp_path / "exported").rename(tmp_path / "first")
+    assert_refused(export("--int8", "--calibration", tmp_path / "none"), tmp_path, "none has 0 video files")
+    (videos / "0" / "1.mp4").write_bytes(b"no video")
+    assert_refused(export(*arguments, "--videos", videos), tmp_path, "1.mp4")
+
+
+@pytest.mark.parametrize("has_several", [False, True])
+def test_a_calibrated_model_keeps_plain_logits_and_says_how_to_read_them(tmp_path, export, has_several):
+    calibration = {"temperatures": [2.5], "num_files": 40, "num_units": 40, "num_clips": 1, "num_crops": 1}
+    calibration |= {"averaging": "probabilities", **({"thresholds": [0.4] * 5} if has_several else {})}
+    problem = "multi_label_classification" if has_several else "single_label_classification"
+    calibration["weights"] = answer_fingerprint(make_model(case_config("factorised_encoder", id2label=LABELS)))
+    source = save_tiny(tmp_path / "sure", calibration=calibration, problem_type=problem)
+    code, _, errors, output = export("--int8", "--num-clips-checked", 6, model=source)
+    assert (code, errors) == (0, "")
+    model = make_model(case_config("factorised_encoder", id2label=LABELS))
+    clips = torch.cat([random_clip(model.config, seed) for seed in range(6)])
+    with torch.no_grad():
+        expected = model(clips).logits
+    assert (run_onnx(output / MODEL_FILE, clips) - expected).abs().max() < 1e-4
+    for name in (MODEL_FILE, INT8_FILE):
+        said = metadata(output / name)
+        assert said["temperatures"] == "[2.5]" and said["problem_type"] == problem
+        assert json.loads(said.get("thresholds", "null")) == ([0.4] * 5 if has_several else None)
+    quantised = torch.cat([run_onnx(output / INT8_FILE, clip[None]) for clip in clips])
+    link = torch.sigmoid if has_several else lambda logits: logits.softmax(dim=-1)
+    report = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))["int8"]
+    difference = (link(quantised / 2.5) - link(expected / 2.5)).abs().max().item()
+    assert report["max_abs_difference_of_probabilities"] == pytest.approx(difference, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_checkpoints_in_half_precision_are_exported_in_float32(tmp_path, export, dtype):
+    source = save_tiny(tmp_path / "half")
+    model = make_model(case_config("factorised_encoder", id2label=LABELS)).to(dtype)
+    model.save_pretrained(source)
+    code, _, errors, output = export("--int8", "--calibration", write_videos(tmp_path / "videos", 8), model=source)
+    assert (code, errors) == (0, "")
+    clips = make_clips(model.config, 3)
+    with torch.no_grad():
+        expected = model.float()(clips).logits
+    assert (run_onnx(output / MODEL_FILE, clips) - expected).abs().max() < 1e-4
+    assert (run_onnx(output / INT8_FILE, clips) - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+# What is not kept
 
 
 def test_a_graph_with_other_logits_is_not_kept(tmp_path, export, monkeypatch):
@@ -292,6 +462,8 @@ def test_a_full_output_folder_is_left_alone(tmp_path, export):
         (["--opset", 17], "--opset 17 is too old; torch exports to 18 or newer"),
         (["--num-clips-checked", 3], "--num-clips-checked 3 is too few: 4 are needed"),
         (["--videos", "nowhere"], "nowhere"),
+        (["--calibration", "nowhere"], "--calibration requires --int8"),
+        (["--int8", "--calibration", "nowhere"], "nowhere"),
     ],
 )
 def test_options_that_cannot_be_met_are_refused(tmp_path, export, options, expected):

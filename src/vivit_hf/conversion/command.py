@@ -149,7 +149,14 @@ def _add_transformers(parser: argparse.ArgumentParser) -> None:
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="Hub id or folder of a classifier, ours or transformers' Vivit")
     parser.add_argument("--int8", action="store_true", help="also write an int8 model, and measure its agreement")
-    parser.add_argument("--videos", metavar="FOLDER", help="check with clips of these videos instead of random ones")
+    parser.add_argument(
+        "--calibration",
+        metavar="FOLDER",
+        help="fix the scales of int8 activations on clips of these videos: faster than scales at run time",
+    )
+    parser.add_argument(
+        "--videos", metavar="FOLDER", help="check with clips of these videos (default: of --calibration, else random)"
+    )
     parser.add_argument("--num-clips-checked", type=int, default=16, metavar="N", help="clips to check with")
     parser.add_argument("--opset", type=int, default=DEFAULT_OPSET, help="version of the ONNX operators")
 

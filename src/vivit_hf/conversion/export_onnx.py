@@ -3,13 +3,11 @@
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import VivitConfig
 
@@ -18,30 +16,21 @@ import vivit_hf
 from ..configuration_vivit import ViViTConfig
 from ..data.escaping import counted
 from ..data.labels import LabelMap, to_probabilities
-from ..data.scan import find_videos
+from ..inference.agreement import compare_answers
 from ..initialisation.model_processor import describe_processor, processor_for
 from ..initialisation.weight_files import ConversionError, read_config
 from ..modeling_vivit import ViViTForVideoClassification
 from ..video_processing_vivit import ViViTVideoProcessor
-from . import onnx_models
+from . import onnx_int8, onnx_models
 from .convert_transformers import load_ours
+from .export_clips import BATCHES, ClipSet, choose_clips
 from .onnx_models import INPUT, LEAST_OPSET, MOST_BYTES_IN_ONE_FILE, OUTPUT, Clip, describe_shape, input_shape
-from .parity import clip_shape, compare, random_clip
+from .parity import compare
 from .results import read_processor, whole_folder
 from .terminal import print_table, progress
 
 
 MODEL_FILE, INT8_FILE, REPORT_FILE = "model.onnx", "model_int8.onnx", "report.json"
-BATCHES = (1, 3)  # one clip, and more than the two clips that the graph is traced with
-
-
-@dataclass
-class Agreement:
-    """Differences between the int8 model and the float32 one over all clips, each run in a batch of its own."""
-
-    top1_agreement: float
-    max_abs_difference_of_probabilities: float
-    mean_abs_difference_of_probabilities: float
 
 
 @dataclass
@@ -54,25 +43,34 @@ class Export:
     processor: str
 
     def print(self) -> None:
-        report, float32 = self.report, self.report["float32"]
+        report = self.report
         labels = counted(len(report["id2label"]), "label")
         rows = [
             ("model", f"{report['attention_type']}, {labels}, opset {report['opset']}"),
             ("input", f"{INPUT} {describe_shape(report['input']['shape'])}, float32"),
             ("processor", self.processor),
             ("clips", report["clips"]["description"]),
-            ("float32", f"{float32['file']}, {float32['bytes'] / 1e6:,.1f} MB, {self.parity}"),
+            ("float32", f"{_describe_file(report['float32'])}, {self.parity}"),
         ]
+        if calibration := report.get("int8_calibration"):
+            rows.append(("int8 calibration", calibration["description"]))
         if int8 := report.get("int8"):
-            rows.append(
-                (
-                    "int8",
-                    f"{int8['file']}, {int8['bytes'] / 1e6:,.1f} MB, top-1 agreement {int8['top1_agreement']:.3f}, "
-                    f"probabilities differ by {int8['max_abs_difference_of_probabilities']:.1e} at most, by "
-                    f"{int8['mean_abs_difference_of_probabilities']:.1e} on average",
-                )
-            )
+            rows.append(("int8", f"{_describe_file(int8)}, {_describe_agreement(int8)}"))
+            if kept := int8.get("float32_layers"):
+                rows.append(("not in int8", f"{', '.join(kept)}: one scale does not suit their activations"))
         print_table(*rows, ("written to", self.output))
+
+
+def _describe_file(part: dict[str, Any]) -> str:
+    return f"{part['file']}, {part['bytes'] / 1e6:,.1f} MB"
+
+
+def _describe_agreement(part: dict[str, Any]) -> str:
+    return (
+        f"top-1 agreement {part['top1_agreement']:.3f}, probabilities differ by "
+        f"{part['max_abs_difference_of_probabilities']:.1e} at most, by "
+        f"{part['mean_abs_difference_of_probabilities']:.1e} on average"
+    )
 
 
 def convert(args: argparse.Namespace) -> Export:
@@ -82,45 +80,53 @@ def convert(args: argparse.Namespace) -> Export:
         begin(f"reading {args.model}")
         model, processor = _load(args)
         config = model.config
-        clips, described_clips = _choose_clips(args, config, processor)
+        clips, calibration = choose_clips(args, config, processor)
+        report = _report(args, config, clips, calibration)
 
         begin("running the model")
-        expected = torch_logits(model, clips)
+        expected = torch_logits(model, clips.clips)
 
         begin("exporting")
         metadata = onnx_models.onnx_metadata(args.model, config, processor)
-        onnx_models.write_onnx(model, folder / MODEL_FILE, args.opset, metadata)
-        num_parameters = model.num_parameters()
+        path = folder / MODEL_FILE
+        onnx_models.write_onnx(model, path, args.opset, metadata)
+        if args.int8:
+            begin("quantising")
+            facts = _quantise(model, calibration, path, folder / INT8_FILE)
         del model  # free memory for onnxruntime's copy
 
         begin("running the ONNX model")
-        logits = onnx_models.onnx_logits(folder / MODEL_FILE, clips, BATCHES)
-        what = f"logits of {len(clips)} clips, in batches of {' and '.join(map(str, BATCHES))} = PyTorch's"
+        logits = onnx_models.onnx_logits(path, clips.clips, BATCHES)
+        what = f"logits of {len(clips.clips)} clips, in batches of {' and '.join(map(str, BATCHES))} = PyTorch's"
         parity = compare({OUTPUT: logits}, {OUTPUT: expected}, what)
-        report = _report(args, config)
-        report["clips"] = described_clips
-        report["float32"] = {
-            "file": MODEL_FILE,
-            "bytes": onnx_models.size_of(folder / MODEL_FILE),
-            "max_abs_difference_of_logits": (logits - expected).abs().max().item(),
-        }
+        difference = (logits - expected).abs().max().item()
+        report["float32"] = {**_facts_of_file(path), "max_abs_difference_of_logits": difference}
         if args.int8:
-            begin("quantising")
-            is_large = num_parameters > MOST_BYTES_IN_ONE_FILE
-            onnx_models.write_int8(folder / MODEL_FILE, folder / INT8_FILE, is_large)
             begin("running the int8 model")
-            # One clip at a time: the scale of quantised activations depends on the other clips in a batch.
-            quantised = onnx_models.onnx_logits(folder / INT8_FILE, clips, (1,))
+            # One clip at a time: scales at run time depend on the other clips in a batch.
+            quantised = onnx_models.onnx_logits(folder / INT8_FILE, clips.clips, (1,))
             agreement = measure_agreement(quantised, expected, LabelMap.from_config(config))
-            size = onnx_models.size_of(folder / INT8_FILE)
-            report["int8"] = {"file": INT8_FILE, "bytes": size, **asdict(agreement)}
+            report["int8"] = {**_facts_of_file(folder / INT8_FILE), **facts, **agreement}
         _write_json(folder / "config.json", _settings(config))
         _write_json(folder / "preprocessor_config.json", _settings(processor))
         _write_json(folder / REPORT_FILE, report)
     return Export(args.output, report, parity, describe_processor(processor))
 
 
-# Model and clips
+def _quantise(
+    model: ViViTForVideoClassification, calibration: ClipSet | None, path: Path, int8_path: Path
+) -> dict[str, Any]:
+    """Write the int8 model of an ONNX model, and return facts about it for the report."""
+    is_large = model.num_parameters() > MOST_BYTES_IN_ONE_FILE
+    if calibration is None:
+        onnx_int8.write_dynamic_int8(path, int8_path, is_large)
+        return {"scales": "at run time"}
+    scales, kept = onnx_int8.static_scales(model, [clip() for clip in calibration.clips])
+    onnx_int8.write_static_int8(path, int8_path, scales, is_large)
+    return {"scales": "fixed", "float32_layers": kept}
+
+
+# The model
 
 
 def _check_options(args: argparse.Namespace) -> None:
@@ -129,6 +135,8 @@ def _check_options(args: argparse.Namespace) -> None:
     if args.num_clips_checked < sum(BATCHES):
         needed = f"{sum(BATCHES)} are needed, for batches of {' and '.join(map(str, BATCHES))}"
         raise ConversionError(f"--num-clips-checked {args.num_clips_checked} is too few: {needed}.")
+    if args.calibration is not None and not args.int8:
+        raise ConversionError("--calibration requires --int8, whose activations it scales.")
 
 
 def _load(args: argparse.Namespace) -> tuple[ViViTForVideoClassification, ViViTVideoProcessor]:
@@ -158,37 +166,6 @@ def _processor_of(source: str, config: ViViTConfig) -> ViViTVideoProcessor:
     return processor
 
 
-def _choose_clips(
-    args: argparse.Namespace, config: ViViTConfig, processor: ViViTVideoProcessor
-) -> tuple[list[Clip], dict[str, Any]]:
-    """Return the clips to check with, and their description for the report."""
-    if args.videos is None:
-        clips: list[Clip] = [partial(random_clip, config, seed) for seed in range(args.num_clips_checked)]
-        description = f"{len(clips)} random ones, which say little about videos: see --videos"
-        return clips, {"count": len(clips), "description": description, "files": []}
-    videos = find_videos(args.videos)
-    if len(videos) < sum(BATCHES):
-        raise ConversionError(f"{args.videos} has {len(videos)} video files; expected {sum(BATCHES)} or more.")
-    # Spread the choice over the folder, because neighbours often have the same class.
-    places = np.linspace(0, len(videos) - 1, min(args.num_clips_checked, len(videos))).round().astype(int)
-    chosen = [videos[place] for place in places]
-    files = [path.relative_to(args.videos).as_posix() for path in chosen]
-    clips = [partial(_read_clip, path, config, processor) for path in chosen]
-    description = f"one of each of {len(clips)} videos of the {len(videos)} in {onnx_models.name_of(args.videos)}"
-    return clips, {"count": len(clips), "description": description, "files": files}
-
-
-def _read_clip(path: Path, config: ViViTConfig, processor: ViViTVideoProcessor) -> torch.Tensor:
-    clip = processor(path, num_clips=1, num_crops=1, on_error="raise", generator=0)[INPUT]
-    expected = (1, *clip_shape(config))
-    if tuple(clip.shape) != expected:
-        raise ConversionError(
-            f"The processor makes a clip of {tuple(clip.shape)} from {path}, but the model takes {expected}; correct "
-            "`size` or `crop_size` in preprocessor_config.json."
-        )
-    return clip
-
-
 # Comparison and report
 
 
@@ -198,28 +175,29 @@ def torch_logits(model: ViViTForVideoClassification, clips: Sequence[Clip]) -> t
     return torch.cat([model(pixel_values=clip()).logits for clip in clips])
 
 
-def measure_agreement(actual: torch.Tensor, expected: torch.Tensor, label_map: LabelMap) -> Agreement:
+def measure_agreement(actual: torch.Tensor, expected: torch.Tensor, label_map: LabelMap) -> dict[str, float]:
     """
-    Compare two models' logits (clips, num_labels) for the same clips as classes and as probabilities.
-
-    The top-1 agreement is the share of clips for which both have the same likeliest label, in every group of labels.
+    Compare two models' logits (clips, num_labels) for the same clips as answers and as probabilities, see `Agreement`.
 
     Raises:
         ConversionError: if a logit is not finite.
     """
     if not actual.isfinite().all():
         raise ConversionError("The int8 model gives logits that are not finite; nothing was written. Leave --int8 out.")
-    probabilities = [to_probabilities(logits, label_map) for logits in (actual, expected)]
-    difference = (probabilities[0] - probabilities[1]).abs()
-    groups = zip(*(one.split(label_map.sizes, dim=-1) for one in probabilities), strict=True)
-    same = torch.stack([one.argmax(dim=-1) == other.argmax(dim=-1) for one, other in groups])  # (groups, clips)
-    agreed = same.all(dim=0).double().mean()
-    return Agreement(agreed.item(), difference.max().item(), difference.mean().item())
-
-
-def _report(args: argparse.Namespace, config: ViViTConfig) -> dict[str, Any]:
-    packages = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+    plain, other = (to_probabilities(logits, label_map) for logits in (expected, actual))
+    agreement = compare_answers(plain, other, label_map)
     return {
+        "top1_agreement": agreement.top1,
+        "max_abs_difference_of_probabilities": agreement.largest_change,
+        "mean_abs_difference_of_probabilities": agreement.mean_change,
+    }
+
+
+def _report(
+    args: argparse.Namespace, config: ViViTConfig, clips: ClipSet, calibration: ClipSet | None
+) -> dict[str, Any]:
+    packages = ("torch", "transformers", "onnx", "onnxscript", "onnxruntime")
+    report = {
         "model": onnx_models.name_of(args.model),
         "attention_type": config.attention_type,
         "opset": args.opset,
@@ -228,6 +206,14 @@ def _report(args: argparse.Namespace, config: ViViTConfig) -> dict[str, Any]:
         "output": {"name": OUTPUT, "dtype": "float32", "shape": ["batch", config.num_labels]},
         "id2label": onnx_models.labels_by_index(config),
     }
+    for name, chosen in (("clips", clips), ("int8_calibration", calibration)):
+        if chosen is not None:
+            report[name] = {"count": len(chosen.clips), "description": chosen.description, "files": chosen.files}
+    return report
+
+
+def _facts_of_file(path: Path) -> dict[str, Any]:
+    return {"file": path.name, "bytes": onnx_models.size_of(path)}
 
 
 def _settings(owner: ViViTConfig | ViViTVideoProcessor) -> dict[str, Any]:

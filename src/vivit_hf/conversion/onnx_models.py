@@ -1,5 +1,6 @@
-"""Write ONNX models of a classifier, in float32 and int8, describe them, and run them in onnxruntime."""
+"""Write the ONNX model of a classifier, describe it, and run ONNX models in onnxruntime."""
 
+import ast
 import contextlib
 import json
 import logging
@@ -14,6 +15,7 @@ from torch import nn
 
 import vivit_hf
 
+from ..calibration_vivit import Calibration
 from ..configuration_vivit import ViViTConfig
 from ..initialisation.model_processor import value_range
 from ..initialisation.weight_files import ConversionError
@@ -28,7 +30,6 @@ with needs_extra("export"):
     import onnx
     import onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state
-    from onnxruntime.quantization import QuantType, quantize_dynamic
 
 
 INPUT, OUTPUT = "pixel_values", "logits"
@@ -59,7 +60,8 @@ def write_onnx(
     """
     Write the graph from `pixel_values` (batch, frames, channels, height, width) to `logits` (batch, num_labels).
 
-    Both are float32, and the batch size is free. Weights beyond 2 GB go into a second file beside `path`.
+    Both are float32, and the batch size is free. Matrix products of linear layers have the names of the layers. Weights
+    beyond 2 GB go into a second file beside `path`.
 
     Args:
         model: in float32 and eval mode.
@@ -71,7 +73,7 @@ def write_onnx(
     """
     clips = torch.zeros(2, *clip_shape(model.config))  # a batch of 1 would become a constant
     try:
-        with _quietly(), torch.no_grad():
+        with quietly(), torch.no_grad():
             program: Any = torch.onnx.export(
                 _Logits(model).eval(),
                 (clips,),
@@ -93,6 +95,7 @@ def write_onnx(
             f"torch {torch.__version__} cannot export to opset {opset}: the result has {graph.opset_imports['']}; "
             f"choose another --opset, such as {DEFAULT_OPSET}."
         )
+    _name_products(graph, model)
     _strip(graph)
     graph.metadata_props.update(metadata or {})
     is_large = sum(parameter.nbytes for parameter in model.parameters()) > MOST_BYTES_IN_ONE_FILE
@@ -105,7 +108,16 @@ def write_onnx(
     del proto.graph.value_info[:]
     proto.graph.value_info.extend(kept)
     onnx.save(proto, path)
-    _check(path)
+    check_model(path)
+
+
+def _name_products(graph: Any, model: nn.Module) -> None:
+    """Name the matrix products of linear layers after their layer, by which `write_static_int8` finds them."""
+    layers = {f"model.{name}": name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for node in graph.graph:
+        if node.op_type == "MatMul":
+            *_, scope, _ = ast.literal_eval(node.metadata_props["pkg.torch.onnx.name_scopes"])
+            node.name = layers.get(scope, node.name)
 
 
 def _strip(graph: Any) -> None:
@@ -119,36 +131,8 @@ def _strip(graph: Any) -> None:
         value.metadata_props.clear()
 
 
-def write_int8(source: Path, path: Path, is_large: bool = False) -> None:
-    """
-    Quantise the weights of matrix products per output channel; activations are quantised at run time.
-
-    Weights are unsigned, as activations are: signed ones saturate on processors without VNNI, where the measured
-    agreement would then not hold (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html). The
-    patch embedding, a hundredth of the weights, stays in float32, because its error affects every layer.
-
-    Args:
-        is_large: whether to write the weights to a file of their own.
-
-    Raises:
-        ConversionError: if the result is not a valid model.
-    """
-    nodes = onnx.load(source, load_external_data=False).graph.node
-    patch_embedding = next(node.name for node in nodes if node.op_type == "MatMul")
-    with _quietly():
-        quantize_dynamic(
-            source,
-            path,
-            op_types_to_quantize=["MatMul"],
-            nodes_to_exclude=[patch_embedding],
-            per_channel=True,
-            weight_type=QuantType.QUInt8,
-            use_external_data_format=is_large,
-        )
-    _check(path)
-
-
-def _check(path: Path) -> None:
+def check_model(path: Path) -> None:
+    """Raise a ConversionError if a file is not a valid ONNX model."""
     try:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -156,7 +140,7 @@ def _check(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Hide the warnings of exporter and quantiser unless they fail."""
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
@@ -242,4 +226,8 @@ def onnx_metadata(source: str, config: ViViTConfig, processor: ViViTVideoProcess
         metadata["problem_type"] = config.problem_type
     if config.label_groups is not None:
         metadata["label_groups"] = json.dumps(config.label_groups, ensure_ascii=False)
+    if (calibration := Calibration.of(config)) is not None:
+        metadata["temperatures"] = json.dumps(calibration.temperatures)
+        if calibration.thresholds is not None:
+            metadata["thresholds"] = json.dumps(calibration.thresholds)
     return metadata

@@ -266,14 +266,8 @@ def quantise_layers(model: Any, calibration: Iterable[torch.Tensor] | torch.Tens
     Raises:
         NonFiniteError: if the model computes NaN or infinite numbers on these clips.
     """
-    layers = {
-        f"{name}.{child_name}": child
-        for name, module in model.named_modules()
-        if isinstance(module, (ViViTAttention, ViViTMLP))
-        for child_name, child in module.named_children()
-        if is_plain_linear(child)
-    }
-    inputs = _sampled_inputs(model, layers, calibration)
+    layers = linear_layers(model)
+    inputs = sampled_inputs(model, layers, calibration)
     errors, scales, kept = dict[str, float](), dict[str, ActivationScale | None](), list[str]()
     for name, layer in layers.items():
         scale = ActivationScale.fitted(inputs[name])
@@ -309,10 +303,28 @@ def apply_scales(model: Any, input_scales: Mapping[str, ActivationScale | None])
     model.base_model.embeddings.__class__ = FiniteEmbeddings
 
 
-def _sampled_inputs(
+def linear_layers(model: Any) -> dict[str, nn.Linear]:
+    """Return the plain linear layers in attention and MLPs, which quantisation is for, by name."""
+    return {
+        f"{name}.{child_name}": child
+        for name, module in model.named_modules()
+        if isinstance(module, (ViViTAttention, ViViTMLP))
+        for child_name, child in module.named_children()
+        if is_plain_linear(child)
+    }
+
+
+@torch.no_grad()
+def sampled_inputs(
     model: Any, layers: dict[str, nn.Linear], calibration: Iterable[torch.Tensor] | torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Run a model on clips, and return tokens (tokens, in_features) that each layer took, evenly spread over clips."""
+    """
+    Run a model on clips, and return tokens (tokens, in_features) that each layer took, evenly spread over clips.
+
+    Raises:
+        ValueError: if there are no clips.
+        NonFiniteError: if a layer takes NaN or infinite numbers.
+    """
     clips = [calibration] if isinstance(calibration, torch.Tensor) else list(calibration)
     if not clips:
         raise ValueError("`calibration` is empty: int8 needs the pixel values of a few clips (16 are enough).")
