@@ -45,7 +45,7 @@ OPTIONS = {
     "--tubelet-init --temporal-attention-init --temporal-encoder-init --position-init --seed --resize",
     "convert scenic": SHARED + "--checkpoint --model --model-config --num-frames --image-size --resize --labels",
     "convert transformers": SHARED + "--source --to",
-    "export": "--help --output --model --int8 --calibration --videos --num-clips-checked --opset",
+    "export": "--help --output --model --int8 --calibration --merge-tokens --videos --num-clips-checked --opset",
 }
 
 

@@ -429,17 +429,100 @@ def test_checkpoints_in_half_precision_are_exported_in_float32(tmp_path, export,
     assert (run_onnx(output / INT8_FILE, clips) - expected).abs().max() < 0.1 * expected.abs().max()
 
 
+# Merged tokens
+
+
+def test_tokens_merge_on_request(tmp_path, export):
+    model = make_model(case_config("factorised_encoder", id2label=LABELS, merge_tokens=[5, 3]))
+    code, printed, errors, output = export("--merge-tokens", 5, 3, "--int8", "--num-clips-checked", 6)
+    assert (code, errors) == (0, "")
+    assert ViViTConfig.from_pretrained(output).merge_tokens == [5, 3]
+    assert metadata(output / MODEL_FILE)["merge_tokens"] == "[5, 3]"
+    clips = torch.cat([random_clip(model.config, seed) for seed in range(6)])
+    given = make_model(case_config("factorised_encoder", id2label=LABELS))
+    with torch.no_grad():
+        merged, plain = model(clips).logits, given(clips).logits
+    assert (run_onnx(output / MODEL_FILE, clips) - merged).abs().max() < 1e-4 < (merged - plain).abs().max()
+
+    report = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))
+    difference = (merged.softmax(dim=-1) - plain.softmax(dim=-1)).abs().max().item()
+    assert report["merging"]["max_abs_difference_of_probabilities"] == pytest.approx(difference, abs=1e-5)
+    assert report["merging"]["merge_tokens"] == [5, 3]
+    assert "tokens merged from 15 to 7 per time step" in printed
+    # The price of int8 is measured against the model as it was given, too.
+    quantised = torch.cat([run_onnx(output / INT8_FILE, clip[None]) for clip in clips])
+    difference = (quantised.softmax(dim=-1) - plain.softmax(dim=-1)).abs().max().item()
+    assert report["int8"]["max_abs_difference_of_probabilities"] == pytest.approx(difference, abs=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["factorised_self_attention", "factorised_dot_product_attention"])
+def test_models_that_need_the_whole_grid_refuse_to_merge(tmp_path, export, variant):
+    folder = tmp_path / "grid"
+    model = make_model(case_config(variant))
+    model.save_pretrained(folder)
+    processor_for(model.config).save_pretrained(folder)
+    assert_refused(export("--merge-tokens", 2, model=folder), tmp_path, "`merge_tokens=2`", variant, "Model 1 or 2")
+
+
+def test_a_schedule_of_another_length_is_refused(tmp_path, export):
+    assert_refused(export("--merge-tokens", 2, 2, 2), tmp_path, "has 3 numbers", "`num_hidden_layers=2`")
+
+
+def add_to_logits(monkeypatch, additions):
+    """Let the exported model's logits of the checked clips, by their place, be larger than they are."""
+    plain = onnx_models.onnx_logits
+
+    def larger(*arguments):
+        logits = plain(*arguments)
+        for place in additions:
+            logits[place, 0] += 1
+        return logits
+
+    monkeypatch.setattr(onnx_models, "onnx_logits", larger)
+
+
+def test_a_few_clips_may_merge_other_tokens(export, monkeypatch):
+    add_to_logits(monkeypatch, [2, 4])
+    code, printed, _, output = export("--merge-tokens", 2, "--num-clips-checked", 8)
+    assert code == 0 and "the 5 of 8 clips that differ least (most: 1.0e+00)" in printed
+    report = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))
+    assert report["float32"]["max_abs_difference_of_logits"] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("additions", "options"), [([2], []), ([1, 2], ["--merge-tokens", 2]), ([0, 4, 5], ["--merge-tokens", 2])]
+)
+def test_more_other_logits_are_not_kept(tmp_path, export, monkeypatch, additions, options):
+    add_to_logits(monkeypatch, additions)
+    assert_refused(export("--num-clips-checked", 8, *options), tmp_path, "parity: logits", "nothing was written")
+
+
+def test_settings_of_tune_stay_with_the_model_in_pytorch(tmp_path, export):
+    stored = {"name": "merging", "weights": "abc", "device": "cpu", "dtype": "float32", "int8_inputs": None}
+    stored |= {"merge_tokens": [2, 2], "measured": {}}
+    source = save_tiny(tmp_path / "tuned", optimization=stored)
+    assert ViViTConfig.from_pretrained(source).optimization["merge_tokens"] == [2, 2]
+    code, _, errors, output = export("--num-clips-checked", 4, model=source)
+    assert (code, errors) == (0, "")
+    assert ViViTConfig.from_pretrained(output).optimization is None
+    clips = make_clips(ViViTConfig.from_pretrained(output), 3)
+    with torch.no_grad():
+        expected = make_model(case_config("factorised_encoder", id2label=LABELS))(clips).logits
+    assert (run_onnx(output / MODEL_FILE, clips) - expected).abs().max() < 1e-4
+
+
 # What is not kept
 
 
-def test_a_graph_with_other_logits_is_not_kept(tmp_path, export, monkeypatch):
+@pytest.mark.parametrize("options", [[], ["--merge-tokens", 2]])
+def test_a_graph_with_other_logits_is_not_kept(tmp_path, export, monkeypatch, options):
     def write_damaged(model, *arguments):
         with torch.no_grad():
             model.vivit.encoder.layer[1].mlp.fc2.weight.view(-1)[-1] += 1e-1
         write_onnx(model, *arguments)
 
     monkeypatch.setattr(onnx_models, "write_onnx", write_damaged)
-    assert_refused(export(), tmp_path, "parity: logits", "nothing was written")
+    assert_refused(export(*options), tmp_path, "parity: logits", "nothing was written")
 
 
 def test_a_graph_with_a_fixed_batch_size_is_not_kept(tmp_path, export, monkeypatch):
@@ -482,6 +565,7 @@ def test_models_that_cannot_be_exported_are_refused(tmp_path, export):
 
     refuse("headless", "num_labels=0", num_labels=0)
     refuse("regression", "leave --int8 out", options=["--int8"], problem_type="regression")
+    refuse("one_output", "leave --merge-tokens out", options=["--merge-tokens", 1], num_labels=1)
     refuse("longer", "num_frames=9, but config.json has 8", processor={"num_frames": 9})
     (tmp_path / "empty").mkdir()
     assert_refused(export(model=tmp_path / "empty"), tmp_path, "empty has no config.json")

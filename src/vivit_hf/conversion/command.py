@@ -45,6 +45,13 @@ class _DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
+class _OneOrMore(argparse.Action):
+    """Store one number as it is, and several as a list."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
 class _OneOrTwo(argparse.Action):
     """Store one number as it is and two as a pair (height, width)."""
 
@@ -153,6 +160,14 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         metavar="FOLDER",
         help="fix the scales of int8 activations on clips of these videos: faster than scales at run time",
+    )
+    parser.add_argument(
+        "--merge-tokens",
+        type=int,
+        nargs="+",
+        action=_OneOrMore,
+        metavar="N",
+        help="Models 1 and 2: tokens that each layer merges into similar ones, or one number per layer",
     )
     parser.add_argument(
         "--videos", metavar="FOLDER", help="check with clips of these videos (default: of --calibration, else random)"

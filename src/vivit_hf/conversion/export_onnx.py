@@ -17,6 +17,7 @@ from ..configuration_vivit import ViViTConfig
 from ..data.escaping import counted
 from ..data.labels import LabelMap, to_probabilities
 from ..inference.agreement import compare_answers
+from ..inference.token_merging import describe_merging, merging_config, set_merging
 from ..initialisation.model_processor import describe_processor, processor_for
 from ..initialisation.weight_files import ConversionError, read_config
 from ..modeling_vivit import ViViTForVideoClassification
@@ -52,6 +53,8 @@ class Export:
             ("clips", report["clips"]["description"]),
             ("float32", f"{_describe_file(report['float32'])}, {self.parity}"),
         ]
+        if merging := report.get("merging"):
+            rows.append(("merging", f"{merging['description']}: {_describe_agreement(merging)}"))
         if calibration := report.get("int8_calibration"):
             rows.append(("int8 calibration", calibration["description"]))
         if int8 := report.get("int8"):
@@ -76,7 +79,8 @@ def _describe_agreement(part: dict[str, Any]) -> str:
 def convert(args: argparse.Namespace) -> Export:
     """Export a classifier; keep the result only if it computes what PyTorch computes."""
     _check_options(args)
-    with progress(steps=4 + 2 * args.int8) as begin, whole_folder(args.output) as folder:
+    is_merging = args.merge_tokens is not None
+    with progress(steps=4 + is_merging + 2 * args.int8) as begin, whole_folder(args.output) as folder:
         begin(f"reading {args.model}")
         model, processor = _load(args)
         config = model.config
@@ -84,7 +88,13 @@ def convert(args: argparse.Namespace) -> Export:
         report = _report(args, config, clips, calibration)
 
         begin("running the model")
-        expected = torch_logits(model, clips.clips)
+        given = expected = torch_logits(model, clips.clips)
+        label_map = LabelMap.from_config(config)
+        if is_merging:
+            begin("merging tokens")
+            report["merging"] = _merge_tokens(model, args.merge_tokens)
+            expected = torch_logits(model, clips.clips)
+            report["merging"] |= measure_agreement(expected, given, label_map)
 
         begin("exporting")
         metadata = onnx_models.onnx_metadata(args.model, config, processor)
@@ -97,20 +107,45 @@ def convert(args: argparse.Namespace) -> Export:
 
         begin("running the ONNX model")
         logits = onnx_models.onnx_logits(path, clips.clips, BATCHES)
-        what = f"logits of {len(clips.clips)} clips, in batches of {' and '.join(map(str, BATCHES))} = PyTorch's"
-        parity = compare({OUTPUT: logits}, {OUTPUT: expected}, what)
+        parity = _check_parity(logits, expected, is_merging=any(config.merging_schedule))
         difference = (logits - expected).abs().max().item()
         report["float32"] = {**_facts_of_file(path), "max_abs_difference_of_logits": difference}
         if args.int8:
             begin("running the int8 model")
             # One clip at a time: scales at run time depend on the other clips in a batch.
             quantised = onnx_models.onnx_logits(folder / INT8_FILE, clips.clips, (1,))
-            agreement = measure_agreement(quantised, expected, LabelMap.from_config(config))
+            agreement = measure_agreement(quantised, given, label_map)
             report["int8"] = {**_facts_of_file(folder / INT8_FILE), **facts, **agreement}
         _write_json(folder / "config.json", _settings(config))
         _write_json(folder / "preprocessor_config.json", _settings(processor))
         _write_json(folder / REPORT_FILE, report)
     return Export(args.output, report, parity, describe_processor(processor))
+
+
+def _merge_tokens(model: ViViTForVideoClassification, number: int | list[int]) -> dict[str, Any]:
+    """Let a model merge tokens from here on, and return facts about it for the report."""
+    merging = merging_config(model.config, number)
+    set_merging(model.vivit.encoder, merging)
+    model.config.merge_tokens = merging.merge_tokens
+    return {"merge_tokens": merging.merging_schedule, "description": describe_merging(merging)}
+
+
+def _check_parity(logits: torch.Tensor, expected: torch.Tensor, is_merging: bool) -> str:
+    """
+    Describe the agreement of the exported model's logits with PyTorch's; ConversionError if there is none.
+
+    Rounding decides which of two equally similar tokens is merged, and so changes the logits of a clip now and then.
+    Where tokens merge, the closer half of the clips in a batch, and of the others, has to agree.
+    """
+    places, which = torch.arange(len(logits)), f"{len(logits)} clips"
+    if is_merging and logits.isfinite().all():
+        differences = (logits - expected).abs().amax(dim=1)  # (clips,)
+        in_batch = (places >= BATCHES[0]) & (places < sum(BATCHES))
+        groups = [group[differences[group].argsort()] for group in (places[in_batch], places[~in_batch])]
+        places = torch.cat([group[: -(-len(group) // 2)] for group in groups])
+        which = f"the {len(places)} of {which} that differ least (most: {differences.max():.1e})"
+    what = f"logits of {which}, in batches of {' and '.join(map(str, BATCHES))} = PyTorch's"
+    return compare({OUTPUT: logits[places]}, {OUTPUT: expected[places]}, what)
 
 
 def _quantise(
@@ -147,11 +182,13 @@ def _load(args: argparse.Namespace) -> tuple[ViViTForVideoClassification, ViViTV
     config = model.config
     if not config.num_labels:
         raise ConversionError(f"{args.model} has no classifier (num_labels=0); expected a model with labels.")
-    if args.int8 and config.problem_type == "regression":
-        raise ConversionError(
-            f"{args.model} has problem_type='regression', and so no classes whose agreement --int8 could measure; "
-            "leave --int8 out."
-        )
+    asked = {"--int8": args.int8, "--merge-tokens": args.merge_tokens is not None}
+    for option in (name for name, is_asked in asked.items() if is_asked):
+        if LabelMap.from_config(config).is_regression:
+            raise ConversionError(
+                f"{args.model} has problem_type='regression', and so no classes whose agreement {option} could "
+                f"measure; leave {option} out."
+            )
     return model, _processor_of(args.model, config)
 
 
@@ -183,7 +220,9 @@ def measure_agreement(actual: torch.Tensor, expected: torch.Tensor, label_map: L
         ConversionError: if a logit is not finite.
     """
     if not actual.isfinite().all():
-        raise ConversionError("The int8 model gives logits that are not finite; nothing was written. Leave --int8 out.")
+        raise ConversionError(
+            "A faster model gives logits that are not finite; nothing was written. Leave --int8 and --merge-tokens out."
+        )
     plain, other = (to_probabilities(logits, label_map) for logits in (expected, actual))
     agreement = compare_answers(plain, other, label_map)
     return {
@@ -217,8 +256,12 @@ def _facts_of_file(path: Path) -> dict[str, Any]:
 
 
 def _settings(owner: ViViTConfig | ViViTVideoProcessor) -> dict[str, Any]:
-    """Return the settings without `auto_map`, which refers to source files that `save_pretrained` would add."""
-    return {name: value for name, value in json.loads(owner.to_json_string()).items() if name != "auto_map"}
+    """
+    Return the settings without `auto_map`, which refers to source files that `save_pretrained` would add, and without
+    `optimization`, which is for PyTorch.
+    """
+    left_out = ("auto_map", "optimization")
+    return {name: value for name, value in json.loads(owner.to_json_string()).items() if name not in left_out}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

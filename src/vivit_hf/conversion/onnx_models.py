@@ -226,6 +226,8 @@ def onnx_metadata(source: str, config: ViViTConfig, processor: ViViTVideoProcess
         metadata["problem_type"] = config.problem_type
     if config.label_groups is not None:
         metadata["label_groups"] = json.dumps(config.label_groups, ensure_ascii=False)
+    if config.merge_tokens is not None:
+        metadata["merge_tokens"] = json.dumps(config.merging_schedule)
     if (calibration := Calibration.of(config)) is not None:
         metadata["temperatures"] = json.dumps(calibration.temperatures)
         if calibration.thresholds is not None:
