@@ -135,6 +135,15 @@ def test_the_streaming_benchmark_runs_on_a_tiny_model(tmp_path):
     assert [row["unit"] for row in rows] == ["x", "x", "x", "MB"] and all(row["target"] is None for row in rows)
 
 
+def test_exported_models_are_compared_on_tiny_sizes(tmp_path):
+    process = start("export.py", "--smoke", "--rounds", 1, "--json", tmp_path / "rows.json")
+    assert process.returncode == 0, process.stderr[-3000:]
+    rows = {row["name"]: row["value"] for row in json.loads((tmp_path / "rows.json").read_text())}
+    for model in ("Model 1", "Model 2"):
+        for way in ("float32", "int8, scales at run time", "int8, fixed scales"):
+            assert rows[f"{model}, onnxruntime, {way}: latency"] > 0
+
+
 def test_a_screen_recording_is_measured_with_and_without_its_unchanged_steps(tmp_path):
     process = start("screen_recording.py", "--smoke", "--json", tmp_path / "rows.json")
     assert process.returncode == 0, process.stderr[-3000:]
