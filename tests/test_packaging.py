@@ -140,7 +140,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(archives):
         for path in (package / "demo_model").rglob("*")
         if path.is_file()
     }
-    assert len(demo_model) == 8 and "vivit_hf/demo_model/model.safetensors" in demo_model
+    assert len(demo_model) == 9 and "vivit_hf/demo_model/model.safetensors" in demo_model
     assert names - about == modules | demo_model | {"vivit_hf/py.typed"}
     assert archives[1].stat().st_size < 4e6, "bytes; the demo model is most of it"
     assert {f"{ARCHIVE}.dist-info/licenses/{name}" for name in ("LICENSE", "NOTICE")} <= about
