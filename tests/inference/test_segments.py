@@ -1,6 +1,7 @@
 """Merging windows into segments: what it promises holds for any scores."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings, strategies as st
 from vivit_hf import ViViTConfig
 from vivit_hf.inference.segments import merge_windows
 from vivit_hf.inference.streaming import WindowPrediction
+from vivit_hf.inference.unknown import UNKNOWN
 
 
 CONFIG = ViViTConfig.from_preset("vivit-tiny", num_labels=3, id2label={0: "a", 1: "b", 2: "c"})
@@ -102,3 +104,44 @@ def test_a_timeline_comes_while_the_video_is_still_read():
 
     first = next(merge_windows(windows(), CONFIG))
     assert first.label == "a" and len(taken) < 25
+
+
+def strange(windows, first, last):
+    """The windows, unknown where they show a strange event from `first` to `last` seconds."""
+    return [replace(one, unknown=one.start <= last and one.end >= first) for one in windows]
+
+
+@pytest.mark.parametrize("hop", [0.5, 1.0, 1.5])
+@pytest.mark.parametrize("cuts", [(), (21.75,)])
+def test_a_strange_moment_leaves_the_labels_where_they_are(hop, cuts):
+    """Every window of 3 s that contains it is unknown, so the run of them is 3 s longer than the event."""
+    windows = windows_of([0] * round(21 / hop) + [1] * round(12 / hop), hop, cuts=cuts)
+    usual = list(merge_windows(windows, CONFIG))
+    assert [segment.label for segment in usual] == ["a", "b"]
+    for moment in (5.1, 21.7):
+        assert list(merge_windows(strange(windows, moment, moment + 0.1), CONFIG)) == usual
+    found = list(merge_windows(strange(windows, 6.0, 12.0), CONFIG))
+    assert [segment.label for segment in found] == ["a", UNKNOWN, "a", "b"]
+    assert found[1].start == pytest.approx(4.5, abs=hop) and found[1].end == pytest.approx(13.5, abs=hop)
+    assert found[1].score > 0.75 and found[2].start == found[1].end and found[3] == usual[1]
+    # Asked for short segments, they come.
+    assert UNKNOWN in {one.label for one in merge_windows(strange(windows, 5.1, 5.2), CONFIG, min_duration=0)}
+
+
+@pytest.mark.parametrize("count", [1, 2, 30])
+@pytest.mark.parametrize("cuts", [(), range(1, 40)])
+def test_a_video_without_a_known_window_is_unknown_however_short(count, cuts):
+    windows = [replace(one, unknown=True) for one in windows_of([0] * count, cuts=cuts)]
+    (segment,) = merge_windows(windows, CONFIG)
+    assert (segment.start, segment.end) == (0, windows[-1].end) and (segment.label, segment.score) == (UNKNOWN, 1.0)
+
+
+@pytest.mark.parametrize("is_last", [True, False])
+def test_a_strange_scene_between_cuts_has_the_cuts_as_boundaries(is_last):
+    """Windows of 3 s across a cut are all unknown, as are those of the scene from 10 to 15 s."""
+    windows = windows_of([0] * 20 + [1] * (11 if is_last else 40), hop=0.5, cuts=(10.0,) if is_last else (10.0, 15.0))
+    windows = [
+        replace(one, unknown=one.cut is not None or 10 <= one.start < (20 if is_last else 15)) for one in windows
+    ]
+    found = [(one.label, one.start) for one in merge_windows(windows, CONFIG)]
+    assert found == [("a", 0.0), (UNKNOWN, 10.0), ("b", 15.0)][: 2 if is_last else 3]

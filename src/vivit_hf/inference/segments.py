@@ -8,6 +8,10 @@ overlap it:
                   [ 1       ]
                      [ 2       ]
     cells      |0 |01|012 |12 |2 |
+
+A cell is unknown if most of these windows are. One strange moment, such as a cut, makes all windows that contain it
+unknown, and with them the cells of a window's length. So "none of these" has to last longer to be a segment: the
+cells of a shorter time keep their labels.
 """
 
 from collections import defaultdict, deque
@@ -25,6 +29,7 @@ from .unknown import UNKNOWN
 # A window cannot resolve what is much shorter than itself: shorter segments go to their neighbours, and a cut this near
 # to the boundary between two labels is the boundary. In windows.
 RESOLUTION = 0.75
+SHORTEST_UNKNOWN = 1 + RESOLUTION  # windows: a strange moment takes one
 
 
 @dataclass
@@ -46,17 +51,13 @@ def window_segments(windows: Iterable[WindowPrediction], config: Any) -> Iterato
     label_map = LabelMap.from_config(config)
     names = next(iter(label_map.groups.values()))
     for window in windows:
-        scores = _scores(window, label_map, len(names))
+        # Training clips have no cuts, so a window across one is strange even if both of its sides are known.
+        if window.unknown and window.cut is None:
+            yield Segment(window.start, window.end, UNKNOWN, 1.0)
+            continue
+        scores = to_probabilities(window.logits, label_map)[: len(names)]
         index = int(scores.argmax())
-        yield Segment(window.start, window.end, [*names, UNKNOWN][index], float(scores[index]))
-
-
-def _scores(window: WindowPrediction, label_map: LabelMap, num_labels: int) -> np.ndarray:
-    """Return the probabilities of the labels of the first group, and of the unknown answer, which is 0 or 1."""
-    # Training clips have no cuts, so a window across one is strange even if both of its sides are known.
-    is_unknown = float(bool(window.unknown) and window.cut is None)
-    probabilities = to_probabilities(window.logits, label_map)[:num_labels].numpy()
-    return np.append(probabilities * (1 - is_unknown), np.float32(is_unknown))
+        yield Segment(window.start, window.end, names[index], float(scores[index]))
 
 
 def merge_windows(
@@ -67,22 +68,23 @@ def merge_windows(
 
     A segment lasts as long as one label is the most likely. Windows that overlap two actions may predict a third one,
     so a segment shorter than `min_duration` is divided between its neighbours. A cut near the boundary between two
-    labels becomes the boundary. A window that is unknown counts for the label "none of these" alone, so the score of
-    such a segment is the share of windows that are.
+    labels becomes the boundary. Where most windows are unknown for at least `min_duration`, or in the whole video, the
+    label is "none of these", and the score is the share of windows that are. Windows across a cut do not count there,
+    unless all of them are.
 
     Args:
         windows: the predictions for a sliding window, in order.
         config: the model's configuration, for its labels. With `label_groups`, the first group is used.
         min_score: leave out segments whose mean probability is lower.
-        min_duration: seconds; 0 keeps every segment. None means three quarters of a window, or a whole window for a
-            segment that contains a cut.
+        min_duration: seconds; 0 keeps every segment. None means three quarters of a window, a whole window for a
+            segment that contains a cut, and 1.75 windows for "none of these".
 
     Raises:
         Whatever iterating over `windows` raises.
     """
     label_map = LabelMap.from_config(config)
     names = next(iter(label_map.groups.values()))
-    runs = _runs(_cells(windows, label_map, len(names)), [*names, UNKNOWN])
+    runs = _runs(_labelled(_cells(windows, label_map, len(names)), names, min_duration))
     return (segment for segment in _without_short(runs, min_duration) if segment.score >= min_score)
 
 
@@ -93,6 +95,7 @@ class _Cell(NamedTuple):
     end: float
     window: float  # the length of a window, seconds
     probabilities: np.ndarray  # mean over the windows that overlap the cell
+    unknown: float  # the share of these windows that are unknown
     cuts: tuple[float, ...]  # from two windows before the cell to one after it
 
 
@@ -165,15 +168,43 @@ def _most_of(runs: Sequence[_Run]) -> Segment:
     return Segment(start, end, label, totals[label] / max(end - start, 1e-9))
 
 
-def _runs(cells: Iterable[_Cell], names: Sequence[str]) -> Iterator[_Run]:
-    run: _Run | None = None
+def _labelled(
+    cells: Iterable[_Cell], names: Sequence[str], min_duration: float | None
+) -> Iterator[tuple[_Cell, str, float]]:
+    """Yield each cell with its label and score. What is unknown too short keeps its labels, unless nothing is known."""
+
+    def best(cell: _Cell) -> tuple[_Cell, str, float]:
+        index = int(cell.probabilities.argmax())
+        return cell, names[index], float(cell.probabilities[index])
+
+    def unknown(cell: _Cell) -> tuple[_Cell, str, float]:
+        return cell, UNKNOWN, cell.unknown
+
+    held: list[_Cell] = []  # unknown ones, until they have lasted
+    has_lasted = is_settled = False  # whether the last cells are unknown for long; whether any cell has its label
     for cell in cells:
-        best = int(cell.probabilities.argmax())
-        score = float(cell.probabilities[best])
-        if run is None or run.label != names[best]:
+        if cell.unknown <= 0.5:
+            yield from map(best, [*held, cell])
+            held.clear()
+            has_lasted, is_settled = False, True
+            continue
+        held.append(cell)
+        shortest = SHORTEST_UNKNOWN * cell.window if min_duration is None else min_duration
+        has_lasted = has_lasted or cell.end - held[0].start >= shortest
+        if has_lasted:
+            yield from map(unknown, held)
+            held.clear()
+            is_settled = True
+    yield from map(best if is_settled else unknown, held)
+
+
+def _runs(cells: Iterable[tuple[_Cell, str, float]]) -> Iterator[_Run]:
+    run: _Run | None = None
+    for cell, label, score in cells:
+        if run is None or run.label != label:
             if run is not None:
                 yield run
-            run = _Run(cell.start, cell.end, names[best], score, cell.window, cell.cuts)
+            run = _Run(cell.start, cell.end, label, score, cell.window, cell.cuts)
             continue
         run.score += (score - run.score) * (cell.end - cell.start) / max(cell.end - run.start, 1e-9)  # mean over time
         run.end = cell.end
@@ -182,29 +213,31 @@ def _runs(cells: Iterable[_Cell], names: Sequence[str]) -> Iterator[_Run]:
 
 
 def _cells(windows: Iterable[WindowPrediction], label_map: LabelMap, num_labels: int) -> Iterator[_Cell]:
-    overlapping: deque[tuple[float, float, np.ndarray]] = deque()
+    overlapping: deque[tuple[WindowPrediction, np.ndarray]] = deque()
     cuts: tuple[float, ...] = ()
 
     def cell(start: float, end: float) -> _Cell:
-        seconds = overlapping[-1][1] - overlapping[-1][0]
-        mean = np.mean([probabilities for _, _, probabilities in overlapping], axis=0)
-        return _Cell(start, end, seconds, mean, cuts)
+        last = overlapping[-1][0]
+        mean = np.mean([probabilities for _, probabilities in overlapping], axis=0)
+        # Training clips have no cuts, so a window across one is strange even if both of its sides are known.
+        voters = [one for one, _ in overlapping if one.cut is None] or [one for one, _ in overlapping]
+        share = sum(bool(one.unknown) for one in voters) / len(voters)
+        return _Cell(start, end, last.end - last.start, mean, share, cuts)
 
     for window in windows:
         oldest = window.start - 2 * (window.end - window.start)
         cuts = tuple(sorted({cut for cut in (*cuts, window.cut) if cut is not None and cut >= oldest}))
-        probabilities = _scores(window, label_map, num_labels)
         if overlapping:
             # All windows that overlap the time before this one's start have started by now.
-            yield cell(overlapping[-1][0], window.start)
-            while overlapping and overlapping[0][1] <= window.start:
+            yield cell(overlapping[-1][0].start, window.start)
+            while overlapping and overlapping[0][0].end <= window.start:
                 overlapping.popleft()
-        overlapping.append((window.start, window.end, probabilities))
+        overlapping.append((window, to_probabilities(window.logits, label_map)[:num_labels].numpy()))
     if overlapping:
-        begin, last = overlapping[-1][:2]
-        for end in sorted({end for _, end, _ in overlapping}):
+        begin, last = overlapping[-1][0].start, overlapping[-1][0].end
+        for end in sorted({one.end for one, _ in overlapping}):
             if end > begin or begin == last:  # the window of a video with one frame has no duration
                 yield cell(begin, end)
                 begin = end
-            while overlapping and overlapping[0][1] <= end:
+            while overlapping and overlapping[0][0].end <= end:
                 overlapping.popleft()
