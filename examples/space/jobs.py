@@ -36,7 +36,10 @@ from vivit_hf.video_sources import VideoDecodingError, VideoLimitError, VideoLim
 
 
 DEMO = "demo (moving shapes)"
-DEMO_NOTE = "The demo model only knows shapes that move along a diagonal. Its labels mean nothing for other videos."
+DEMO_NOTE = (
+    f"The demo model only knows shapes that move along a diagonal. It calls nearly all other videos {UNKNOWN!r}, and "
+    "its labels mean nothing for the rest of them."
+)
 EXACT_NOTE = "The setting that `vivit-hf tune` stored is left out: labels and pictures are those of the exact model."
 MOST_WINDOWS = 300  # of a timeline, so that a long video does not keep other visitors waiting
 TOP_K = 5

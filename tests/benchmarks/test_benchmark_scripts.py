@@ -250,3 +250,20 @@ def test_what_cannot_be_measured_is_said(arguments, message, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     process = start("video.py", *arguments)
     assert process.returncode == 2 and message in process.stderr
+
+
+@pytest.mark.timeout(600)
+def test_strange_videos_and_classes_left_out_are_measured(tmp_path):
+    write_few_labels(tmp_path)
+    (tmp_path / "motion_train_0.csv").rename(tmp_path / "motion_train_all.csv")
+    (tmp_path / "others").mkdir()
+    write_video(tmp_path / "others" / "other.mp4", num_frames=40)
+    given = ["--data", tmp_path, "--task", "motion", "--image_model", tmp_path / "vit", "--image_size", 32]
+    given += ["--other", tmp_path / "others", "--groups", 9, "--seeds", 0, "--output", tmp_path / "runs", "--smoke"]
+    process = start("how_sure.py", *given, "--json", tmp_path / "rows.json")
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert re.search(r"^folder others: \d+ of \d+ windows, .*, 1 videos$", process.stdout, re.MULTILINE)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) == 3 + 3 * 3 and all(0 <= row["value"] <= 1 and row["target"] is None for row in rows)
+    again = start("how_sure.py", *given, "--only", "shapes", "features")
+    assert again.returncode == 0 and "without down_left" in again.stdout
