@@ -231,7 +231,8 @@ def test_a_recording_has_no_duration_in_its_header(page, tmp_path):
     page.choose_model(DEMO)
     text, is_error = page.classify("sample.webm")
     assert not is_error and "2.0 seconds, 24 frames" in text
-    assert page.labels()[0][0] == "down_right"
+    # Compressed as cameras do in real time, the clip may be unlike those of the training.
+    assert page.labels()[0][0] == "down_right" or "its nearest label is 'down_right'" in text
 
 
 @pytest.mark.parametrize(
@@ -369,13 +370,14 @@ def test_the_clip_that_decided_is_the_one_that_is_explained(jobs, tmp_path):
     """In all.mp4 the motion changes: the clip in the middle is called otherwise than the video."""
     video = demo_model_path() / "samples" / "all.mp4"
     *_, labels, _, last = jobs.answer(make_job(jobs, tmp_path, video))
-    best = next(iter(labels["labels"]))
+    assert labels["labels"] == {"none of these": 1.0}  # no video of the training has all motions
     network, processor = jobs.load_model(DEMO)
     found = jobs.classify(network, processor, video)
     with torch.no_grad():
         scores = network(found.pixel_values).logits[0].softmax(-1)
-    assert network.config.id2label[int(scores.argmax())] == best == found.label
-    assert f"the highest score for {best!r}" in last["caption"] and "of 4" in last["caption"]
+    assert network.config.id2label[int(scores.argmax())] == found.label
+    assert f"the highest score for {found.label!r}" in last["caption"] and "of 4" in last["caption"]
+    assert f"its nearest label is {found.label!r}" in last["status"]
     assert "The demo model only knows shapes that move along a diagonal" in last["status"]
 
 
