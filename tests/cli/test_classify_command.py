@@ -184,12 +184,15 @@ def test_standard_input_has_a_limit(arguments, monkeypatch):
 # Damage
 
 
-@pytest.mark.parametrize("command", ["classify", "timeline", "explain"])
-def test_a_damaged_video_is_answered_with_a_warning(command, one_frame_lost, tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("command", "answer"),
+    [("classify", "none of these (otherwise down_left)"), ("timeline", "none of these"), ("explain", "down_left")],
+)
+def test_a_damaged_video_is_answered_with_a_warning(command, answer, one_frame_lost, tmp_path, caplog):
+    """Its moving pattern is no shape that the demo model was trained on; a map explains the nearest label."""
     output = ["--output", tmp_path / "x.png"] if command == "explain" else []
     result = invoke(command, one_frame_lost, *output)
-    assert result.exit_code == 0, result.stderr
-    assert any(answer in result.stdout for answer in (*MOTIONS, "none of these"))
+    assert result.exit_code == 0 and answer in result.stdout, result.stderr
     assert "corrupted.mp4 is damaged: of the frames read from it, 1 are lost" in caplog.text
 
 

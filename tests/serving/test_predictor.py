@@ -9,9 +9,10 @@ import torch
 from tiny_models import case_config, make_model
 from video_files import write_video
 
-from vivit_hf import ViViTVideoProcessor
-from vivit_hf.inference import predict_videos
+from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor, demo_model_path
+from vivit_hf.inference import predict_videos, unknown
 from vivit_hf.inference.finite_outputs import NonFiniteError
+from vivit_hf.inference.prediction import Answers
 from vivit_hf.serving import Predictor, ServingLimits
 from vivit_hf.serving.metrics import Metrics
 from vivit_hf.serving.predictor import Job
@@ -91,19 +92,38 @@ def test_a_broken_video_spoils_no_other(videos, tmp_path):
 
 
 def test_numbers_that_are_not_finite_spoil_no_other_video(videos, monkeypatch):
-    from vivit_hf.serving import predictor as module
-
-    real = module.predict_decoded
+    real = Answers.of_decoded
     marked = make_processor()(videos[2], **VIEWS)["pixel_values"]
 
-    def failing(model, items, *settings):
+    def failing(self, items):
         if any(torch.equal(one.pixel_values, marked) for one in items):
             raise NonFiniteError("overflow")
-        return real(model, items, *settings)
+        return real(self, items)
 
-    monkeypatch.setattr(module, "predict_decoded", failing)
+    monkeypatch.setattr(Answers, "of_decoded", failing)
     found = answers(make_predictor(make_model(case_config("spatio_temporal"))), [job_of(path) for path in videos])
     assert [one.error for one in found] == [None, None, "overflow", None, None]
+
+
+def test_the_rule_for_unknown_videos_is_read_once(videos, monkeypatch):
+    model = ViViTForVideoClassification.from_pretrained(demo_model_path()).eval()
+    processor = ViViTVideoProcessor.from_pretrained(demo_model_path())
+    paths = [demo_model_path() / "samples" / "up_left.mp4", *videos]
+    expected = [one.unknown for one in predict_videos(model, processor, paths, **VIEWS)]
+    assert not expected[0] and any(expected)
+    read, calls = unknown.read_known_features, []
+    monkeypatch.setattr(unknown, "read_known_features", lambda *arguments: calls.append(1) or read(*arguments))
+    predictor = make_predictor(model, processor, batch_size=1)  # a batch for each video
+    assert [one.unknown for one in answers(predictor, list(map(job_of, paths)))] == expected and len(calls) == 1
+
+
+def test_a_model_with_a_damaged_rule_does_not_start(tmp_path):
+    model = ViViTForVideoClassification.from_pretrained(demo_model_path()).eval()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "known_features.safetensors").write_bytes(b"damaged")
+    broken = ViViTForVideoClassification.from_pretrained(tmp_path).eval()
+    with pytest.raises(ValueError, match=r"known_features\.safetensors"):
+        make_predictor(broken, ViViTVideoProcessor.from_pretrained(demo_model_path()))
 
 
 def test_a_model_that_is_broken_does_not_start(videos):

@@ -15,7 +15,7 @@ from ..video_processing_vivit import ViViTVideoProcessor
 from .finite_outputs import check_finite
 from .unknown import UnknownRule, classifier_inputs, energies
 from .view_batches import Views, compute_on_views, each_or_error, run_on_views
-from .views import AVERAGINGS, average_views, predict_views
+from .views import average_views, predict_views
 
 
 @dataclass
@@ -85,25 +85,10 @@ def predict_videos(
         NonFiniteError: if scores are NaN or infinite.
     """
     middle = num_clips // 2 * num_crops + num_crops // 2
-    answers = _Answers.of(model, averaging, batch_size, middle if with_outputs else None)
+    answers = Answers.of(model, averaging, batch_size, middle if with_outputs else None)
     settings = {"num_clips": num_clips, "num_crops": num_crops, "batch_size": batch_size, "num_workers": num_workers}
     for views, row in run_on_views(model, processor, videos, answers.compute, **settings):
         yield answers.prediction(views, row)
-
-
-def predict_decoded(
-    model: Any, items: Sequence[Views], batch_size: int = 8, averaging: str = AVERAGINGS[0]
-) -> list[VideoPrediction]:
-    """
-    Classify videos whose views are decoded, together, as `predict_videos` does. The model is optimised already.
-
-    Raises:
-        ValueError: if the model does not accept the clips.
-        NonFiniteError: if scores are NaN or infinite.
-    """
-    answers = _Answers.of(model, averaging, batch_size)
-    rows = compute_on_views(model, items, answers.compute)
-    return [answers.prediction(views, row) for views, row in zip(items, rows, strict=True)]
 
 
 def prediction_row(file: str, prediction: VideoPrediction, label_map: LabelMap, top_k: int) -> dict[str, Any]:
@@ -126,9 +111,11 @@ def prediction_row(file: str, prediction: VideoPrediction, label_map: LabelMap, 
 
 
 @dataclass(frozen=True)
-class _Answers:
+class Answers:
     """
     A row of numbers for each video, computed from its views, and the prediction in it.
+
+    Made once for a model as it was loaded: that reads the rule for unknown videos, and checks it against the weights.
 
     `rule`: adds a score to the averaged logits of each row.
     `middle`: in place of the rule, the view in `VideoOutputs`; rows have the logits and features of all views.
@@ -142,7 +129,13 @@ class _Answers:
     middle: int | None = None
 
     @classmethod
-    def of(cls, model: Any, averaging: str, batch_size: int, middle: int | None = None) -> _Answers:
+    def of(cls, model: Any, averaging: str, batch_size: int, middle: int | None = None) -> Answers:
+        """
+        Read the rule of a model.
+
+        Raises:
+            ValueError: if its known features are damaged or belong to other weights.
+        """
         rule = UnknownRule.of(model) if middle is None else None
         return cls(model, LabelMap.from_config(model.config), averaging, batch_size, rule, middle)
 
@@ -160,6 +153,17 @@ class _Answers:
         if self.rule is not None:
             return torch.cat([rows, self.rule.scores(logits, features)[:, None]], dim=1)
         return torch.cat([rows, torch.cat([logits, features], dim=-1).to(rows.dtype).flatten(1)], dim=1)
+
+    def of_decoded(self, items: Sequence[Views]) -> list[VideoPrediction]:
+        """
+        Classify videos whose views are decoded, together, as `predict_videos` does. The model is optimised already.
+
+        Raises:
+            ValueError: if the model does not accept the clips.
+            NonFiniteError: if scores are NaN or infinite.
+        """
+        rows = compute_on_views(self.model, items, self.compute)
+        return [self.prediction(views, row) for views, row in zip(items, rows, strict=True)]
 
     def prediction(self, views: Views, row: torch.Tensor | None) -> VideoPrediction:
         if row is None or views.pixel_values is None:

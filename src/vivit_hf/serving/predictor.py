@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 
-from ..data.labels import LabelMap
 from ..inference.finite_outputs import NonFiniteError, check_finite
 from ..inference.optimization import optimized
-from ..inference.prediction import VideoPrediction, predict_decoded
+from ..inference.prediction import Answers, VideoPrediction
 from ..inference.view_batches import Views, decode_views
 from ..video_processing_vivit import ViViTVideoProcessor
 from .metrics import Metrics
@@ -79,7 +78,7 @@ class Predictor:
         metrics: counts batches, and measures how long they take.
 
     Raises:
-        ValueError: if the processor cannot make these views.
+        ValueError: if the processor cannot make these views, or the rule for unknown videos is damaged.
         NonFiniteError: if the scores of a clip of zeros are NaN or infinite.
     """
 
@@ -96,12 +95,12 @@ class Predictor:
         limits: ServingLimits,
         metrics: Metrics,
     ):
-        self.label_map = LabelMap.from_config(model.config)
         self.views: dict[str, Any] = {"num_clips": num_clips, "num_crops": num_crops}
         processor.settings.updated(self.views)  # which checks them
         self.processor = processor
-        self.averaging = averaging
-        self._model, self._batch_size = model, batch_size
+        self._model = model
+        self._answers = Answers.of(model, averaging, batch_size)
+        self.averaging, self.label_map = averaging, self._answers.label_map
         self._limits, self._metrics = limits, metrics
         self._most_videos = max(1, batch_size // (num_clips * num_crops))
         self._waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
@@ -191,7 +190,7 @@ class Predictor:
         self._metrics.batch_videos.observe(len(batch))
         try:
             views = [views for _, views in batch]
-            predictions = predict_decoded(self._model, views, self._batch_size, self.averaging)
+            predictions = self._answers.of_decoded(views)
         except Exception as error:
             if len(batch) > 1:
                 for one in batch:
