@@ -791,7 +791,7 @@ def match_tokens(key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         (batch, tokens in A).
     """
     dtype = torch.promote_types(key.dtype, torch.float32)
-    key = nn.functional.normalize(key.detach().mean(dim=2, dtype=dtype), dim=-1)  # (batch, tokens, head_dim)
+    key = nn.functional.normalize(key.detach().to(dtype).mean(dim=2), dim=-1)  # (batch, tokens, head_dim)
     similarity = key[:, ::2] @ key[:, 1::2].transpose(1, 2)  # (batch, tokens in A, tokens in B)
     best, matches = similarity.max(dim=-1)
     return best.argsort(dim=1, descending=True), matches
