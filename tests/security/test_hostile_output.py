@@ -62,7 +62,9 @@ def test_only_what_is_printable_stays():
     assert printable(f"a{RED}ü 写\n\x9b\u202e") == "a\\x1b[31mü 写\n\\x9b\\u202e"
 
 
-@pytest.mark.parametrize("command", ["classify", "timeline", "watch", "explain", "inspect", "inspect --labels", "scan"])
+@pytest.mark.parametrize(
+    "command", ["classify", "timeline", "watch", "explain", "inspect", "inspect --labels", "scan", "tune"]
+)
 def test_names_and_labels_are_escaped(command, hostile, tmp_path):
     video = tmp_path / f"v{RED}{TITLE}.mp4"
     video.write_bytes(SAMPLE.read_bytes())
@@ -74,7 +76,10 @@ def test_names_and_labels_are_escaped(command, hostile, tmp_path):
         "inspect": [hostile],
         "inspect --labels": [hostile, "--labels"],
         "scan": [tmp_path, "--all", "--workers", 1],
+        "tune": [hostile, "--videos", tmp_path, "--workers", 0, "--merge-tokens", 1, "--output", tmp_path / f"o{RED}"],
     }
+    if command == "tune":
+        (tmp_path / f"w{RED}{TITLE}.mp4").write_bytes(b"broken")
     process = run(command.split()[0], *arguments[command])
     assert process.exit_code == 0, process.stderr
     assert_is_text(process)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Column, Table
 
-from ..data.escaping import counted
+from ..data.escaping import counted, one_line
 from . import options
 from .evaluate import LabelColumn, Separator, VideoColumn
 from .output import as_cell, echo, fail, output_console, quiet_libraries, say, track
@@ -210,7 +210,7 @@ def _draw(run: Any, results: Any, min_agreement: float, chosen: Any) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         say("matplotlib is not installed, so there is no picture: pip install 'vivit-hf[training]'.")
         return
-    title = f"{Path(run.name).name}: {counted(len(results.margins), 'clip')}, {run.settings['device']}"
+    title = f"{one_line(Path(run.name).name)}: {counted(len(results.margins), 'clip')}, {run.settings['device']}"
     draw_trade_off(results, run.folder / "trade_off.png", min_agreement, chosen.name, title)
     echo(f"Written: {run.folder / 'trade_off.png'}")
 
