@@ -157,9 +157,9 @@ def test_every_variant_is_tuned(variant, data, tmp_path):
     is_merging = variant in ("spatio_temporal", "factorised_encoder")
     if not is_merging:
         arguments = arguments[: arguments.index("--merge-tokens")]
-    process = start("tune", tmp_path, *arguments, "--choose", "int8" if has_vnni() else "exact")
-    assert process.returncode == 0, process.stderr
-    assert ("Token merging: Models 3 and 4 need all tokens" in process.stderr) != is_merging
+    result = invoke("tune", tmp_path, *arguments, "--choose", "int8" if has_vnni() else "exact")
+    assert result.exit_code == 0, result.stderr
+    assert ("Token merging: Models 3 and 4 need all tokens" in result.stderr) != is_merging
     if has_vnni():
         assert len(stored_in(tmp_path)["int8_inputs"]) >= 12
         assert "Using int8" in invoke("classify", data / "videos" / "test", "--model", tmp_path).stderr
