@@ -99,8 +99,9 @@ def test_types_do_not_depend_on_the_answers(data, local):
     assert [row["labels"] for table in found for row in table.to_pylist()] == [row["labels"] for row in local]
 
 
-def test_an_interrupted_run_goes_on_with_the_missing_shards_only(data, local, monkeypatch):
-    put, left = MemoryFileSystem.put_file, [3]  # _run.json and two shards
+def break_after(count, monkeypatch):
+    """Let the store take so many files, and break every later transfer."""
+    put, left = MemoryFileSystem.put_file, [count]
 
     def put_some(self, source, target, **kwargs):
         if not left[0]:
@@ -109,6 +110,10 @@ def test_an_interrupted_run_goes_on_with_the_missing_shards_only(data, local, mo
         put(self, source, target, **kwargs)
 
     monkeypatch.setattr(MemoryFileSystem, "put_file", put_some)
+
+
+def test_an_interrupted_run_goes_on_with_the_missing_shards_only(data, local, monkeypatch):
+    break_after(3, monkeypatch)  # _run.json and two shards
     with pytest.raises(SystemExit, match=r"classify-dataset: Cannot write memory://.*/part-00002\.parquet: Connection"):
         classify(data)
     before = {name: MemoryFileSystem.store[f"/bucket/run/{name}"] for name in file_names(location_of(ADDRESS))}
@@ -297,15 +302,7 @@ def test_embed_at_an_address_writes_the_file_of_a_disk(data, tmp_path):
 
 def test_embed_goes_on_after_an_interruption(data, monkeypatch):
     address = "memory://bucket/features.parquet"
-    put, left = MemoryFileSystem.put_file, [4]
-
-    def put_some(self, source, target, **kwargs):
-        if not left[0]:
-            raise ConnectionError("the line is dead")
-        left[0] -= 1
-        put(self, source, target, **kwargs)
-
-    monkeypatch.setattr(MemoryFileSystem, "put_file", put_some)
+    break_after(4, monkeypatch)
     stopped = embed(data, address)
     assert (
         stopped.exit_code == 2 and "Cannot write memory:///bucket/features.parquet.parts/part-00003" in stopped.stderr
