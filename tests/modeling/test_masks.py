@@ -27,7 +27,7 @@ from vivit_hf import ViViTForPreTraining, ViViTForVideoClassification, ViViTMode
 from vivit_hf.data.annotations import ONE_GROUP
 from vivit_hf.data.labels import LabelMap
 from vivit_hf.frame_sampling import sample_frames_uniformly
-from vivit_hf.inference import optimization, optimize, restore
+from vivit_hf.inference import blockwise_attention, optimize, restore
 from vivit_hf.modeling_vivit import (
     BIASED_ATTENTION,
     eager_attention_forward,
@@ -416,7 +416,7 @@ def test_merged_tokens_of_model_1_refuse_masks_until_they_are_restored():
 @pytest.mark.parametrize("implementation", ["sdpa", "blockwise"])
 @torch.no_grad()
 def test_optimised_models_mask_as_plain_ones_do(masked_case, implementation, monkeypatch):
-    monkeypatch.setattr(optimization, "LEAST_SCORES", 0)
+    monkeypatch.setattr(blockwise_attention, "LEAST_SCORES", 0)
     model = make_model(masked_config(masked_case))
     clips, mask = make_clips(model.config, len(STEPS)), frame_mask_of(model.config, STEPS)
     expected = model(clips, frame_mask=mask)
