@@ -6,7 +6,7 @@ import pytest
 
 from vivit_hf.data.labels import LabelMap
 from vivit_hf.inference.prediction import VideoPrediction
-from vivit_hf.inference.shards import OtherRunError, check_run, shard_starts, start_run, write_shard
+from vivit_hf.inference.shards import OtherRunError, changes, check_run, shard_starts, start_run, write_shard
 
 
 LABELS = LabelMap({"": ("run", "jump", "sit")})
@@ -47,6 +47,12 @@ def test_another_run_is_refused_by_its_settings(tmp_path, name, value):
     start_run(tmp_path, SETTINGS)
     with pytest.raises(OtherRunError, match=f"holds another run \\({name} .* -> .*--overwrite"):
         check_run(tmp_path, {**SETTINGS, name: value}, overwrite=False)
+
+
+def test_digests_are_shortened_and_other_long_settings_are_not():
+    machines = [f"CPU with AVX512, bfloat16 units, VNNI, {threads}" for threads in ("1 thread", "2 threads")]
+    old, new = ({"device": machine, "weights": letter * 64} for machine, letter in zip(machines, "ab", strict=True))
+    assert changes(old, new) == (f"device {machines[0]!r} -> {machines[1]!r}, weights {'a' * 12}... -> {'b' * 12}...")
 
 
 def test_answers_of_another_run_are_deleted_if_that_is_wished(tmp_path):

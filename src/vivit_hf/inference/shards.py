@@ -7,6 +7,7 @@ run, so that answers of different models or settings never mix.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -174,4 +175,7 @@ def _shards(folder: Location) -> list[str]:
 
 def _shown(value: Any) -> str:
     """Return a setting for an error message; of a digest only the beginning."""
-    return f"{value[:12]}..." if isinstance(value, str) and len(value) >= 40 else repr(value)
+    if not isinstance(value, str):
+        return repr(value)
+    short = re.sub(r"([0-9a-f]{12})[0-9a-f]{28,}", r"\1...", value)
+    return repr(value) if short == value else short
