@@ -101,8 +101,9 @@ class ViViTConfig(AutoClassMixin, PretrainedConfig):
         hidden_dropout_prob, attention_probs_dropout_prob (`float`, defaults to 0.0): Dropout in [0, 1).
         drop_path_rate (`float`, defaults to 0.0):
             Stochastic depth: the rate grows linearly from 0 in the first layer of an encoder to this value in its last.
-        layer_norm_eps (`float`, defaults to 1e-6), qkv_bias (`bool`, defaults to `True`),
-        initializer_range (`float`, defaults to 0.02).
+        layer_norm_eps (`float`, defaults to 1e-6): Epsilon of all LayerNorms.
+        qkv_bias (`bool`, defaults to `True`): Whether query, key and value have biases.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of random weights.
         num_register_tokens (`int`, defaults to 0):
             Models 1 and 2: learned tokens after the class token. They take part in attention but are never pooled, as
             in DINOv2 with registers (Darcet et al., "Vision Transformers Need Registers", ICLR 2024).

@@ -27,10 +27,10 @@ def classification_metrics(logits: np.ndarray, labels: np.ndarray, label_map: La
 
     Returns:
         - One label per video: `top1`; `top5` if there are more than five classes; `balanced_accuracy`, the accuracy of
-          each class that occurs, averaged over these classes; `majority_class_accuracy`, the top-1 accuracy of always
-          predicting the most frequent class.
+            each class that occurs, averaged over these classes; `majority_class_accuracy`, the top-1 accuracy of always
+            predicting the most frequent class.
         - Groups of labels: these scores for each group (`noun_top1`) and for all groups at once (`action_top1`, from
-          the product of their softmaxes; repeated as `top1` and so on).
+            the product of their softmaxes; repeated as `top1` and so on).
         - Several labels per video: `map`, the mean average precision over the labels that occur.
         - Always: `samples`, the number of videos that were scored. A video with non-finite logits counts as wrong.
     """

@@ -79,8 +79,7 @@ def merge_windows(
         min_duration: seconds; 0 keeps every segment. None means three quarters of a window, a whole window for a
             segment that contains a cut, and 1.75 windows for "none of these".
 
-    Raises:
-        Whatever iterating over `windows` raises.
+    Iterating over `windows` may raise errors; they are passed on.
     """
     label_map = LabelMap.from_config(config)
     names = next(iter(label_map.groups.values()))
