@@ -23,7 +23,7 @@ endef
 INSTALL_TORCH = python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-benchmarks test-engines demo app bench readme lint format test-oldest clean
+.PHONY: help test test-benchmarks test-engines demo app bench readme docs docs-serve lint format test-oldest clean
 
 help:
 	@echo 'make test          run the tests'
@@ -34,6 +34,8 @@ help:
 	@echo 'make app           open a page to try a model on videos'
 	@echo 'make bench         measure speed against the machine and the peers (BENCH_ARGS=--quick: what has a target)'
 	@echo 'make readme        put what the commands print today, and the pictures, into README.md'
+	@echo 'make docs          build the documentation into site/; a dead link fails (Python 3.11 or newer)'
+	@echo 'make docs-serve    show it at http://127.0.0.1:8000, and again after each change'
 	@echo 'make lint          check style and types'
 	@echo 'make format        rewrite the code in that style'
 	@echo 'make test-oldest   run the tests on the oldest supported versions'
@@ -98,6 +100,16 @@ bench: .venv/ready
 readme: .venv/ready
 	.venv/bin/python examples/update_readme.py
 
+.venv/ready-docs: .venv/ready-demo
+	.venv/bin/python -m pip install -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: .venv/ready-docs
+	.venv/bin/python -m properdocs build --strict --config-file properdocs.yml
+
+docs-serve: .venv/ready-docs
+	.venv/bin/python -m properdocs serve --config-file properdocs.yml
+
 lint: .venv/ready
 	.venv/bin/python -m ruff check .
 	.venv/bin/python -m ruff format --check .
@@ -112,5 +124,5 @@ test-oldest: $(OLDEST_READY)
 	.venv-oldest/bin/$(PYTEST) -m "not benchmarks and not engines"
 
 clean:
-	rm -rf .venv .venv-engines .venv-oldest build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-engines .venv-oldest build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -188,7 +188,7 @@ def test_the_metadata_names_the_package(metadata):
     assert (metadata["Name"], metadata["Version"]) == ("vivit-hf", vivit_hf.__version__)
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
-    assert {"conversion", "training", "export", "search", "probe", "serve", "app", "test", "dev", "all"} == set(
+    assert {"conversion", "training", "export", "search", "probe", "serve", "app", "test", "dev", "docs", "all"} == set(
         metadata.get_all("Provides-Extra")
     )
     assert f"version: {vivit_hf.__version__}\n" in (ROOT / "CITATION.cff").read_text()
@@ -211,11 +211,11 @@ def test_the_oldest_versions_that_are_tested_are_the_oldest_that_are_promised(me
 def test_the_versions_that_are_tested_are_supported_and_pinned(metadata):
     pins = requirements(ROOT / "constraints.txt")
     for requirement in required(
-        metadata, "conversion", "training", "export", "search", "probe", "serve", "app", "test", "dev"
+        metadata, "conversion", "training", "export", "search", "probe", "serve", "app", "test", "dev", "docs"
     ):
         assert pins[normalised(requirement)] in requirement.specifier, requirement
 
 
-def test_all_is_every_extra(metadata):
-    extras = set(metadata.get_all("Provides-Extra")) - {"all"}
+def test_all_is_every_extra_but_that_of_the_documentation(metadata):
+    extras = set(metadata.get_all("Provides-Extra")) - {"all", "docs"}
     assert {one.name for one in required(metadata, "all")} == {one.name for one in required(metadata, *extras)}
