@@ -28,7 +28,7 @@ INSTALL_TORCH = python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TO
 help:
 	@echo 'make test          run the tests'
 	@echo 'make test-benchmarks  run the benchmark scripts on tiny sizes (five minutes)'
-	@echo 'make test-engines  run what needs Spark, Ray or stand-ins for cloud stores (five minutes; needs Java)'
+	@echo 'make test-engines  run what needs Spark, Ray, torchao or stand-ins for cloud stores (six minutes; needs Java)'
 	@echo 'make demo          train a small ViViT on videos of moving shapes and classify held-out ones (two minutes)'
 	@echo 'make demo VIDEO=x  the same, and then classify the video file x'
 	@echo 'make app           open a page to try a model on videos'

@@ -85,6 +85,9 @@ def clean_environment(archives, tmp_path_factory) -> Path:
     return python
 
 
+BESIDES_ALL = {"docs", "gpu"}  # extras that `all` leaves out
+
+
 def run(*command: object, **environment: str) -> str:
     """Run a command outside the repository and return its output; show the output if it fails."""
     process = subprocess.run(
@@ -188,9 +191,8 @@ def test_the_metadata_names_the_package(metadata):
     assert (metadata["Name"], metadata["Version"]) == ("vivit-hf", vivit_hf.__version__)
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
-    assert {"conversion", "training", "export", "search", "probe", "serve", "app", "test", "dev", "docs", "all"} == set(
-        metadata.get_all("Provides-Extra")
-    )
+    extras = {"conversion", "training", "export", "search", "probe", "serve", "app", "test", "dev", "all", *BESIDES_ALL}
+    assert extras == set(metadata.get_all("Provides-Extra"))
     assert f"version: {vivit_hf.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
@@ -216,6 +218,6 @@ def test_the_versions_that_are_tested_are_supported_and_pinned(metadata):
         assert pins[normalised(requirement)] in requirement.specifier, requirement
 
 
-def test_all_is_every_extra_but_that_of_the_documentation(metadata):
-    extras = set(metadata.get_all("Provides-Extra")) - {"all", "docs"}
+def test_all_is_every_extra_but_those_apart(metadata):
+    extras = set(metadata.get_all("Provides-Extra")) - {"all", *BESIDES_ALL}
     assert {one.name for one in required(metadata, "all")} == {one.name for one in required(metadata, *extras)}

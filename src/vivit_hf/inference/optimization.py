@@ -31,6 +31,8 @@ from ..modeling_vivit import (
     ViViTPreTrainedModel,
 )
 from .blockwise_attention import blockwise_attention_forward
+from .gpu_quantisation import TorchaoLinear, quantise_layers_by_torchao
+from .int8_linear import Int8Linear
 from .onednn import (
     gelu_approximation,
     has_amx,
@@ -43,7 +45,6 @@ from .onednn import (
 from .quantisation import (
     PLAIN_CLASSES,
     QuantisationReport,
-    QuantisedLinear,
     apply_scales,
     check_int8,
     quantise_layers,
@@ -107,7 +108,8 @@ def optimize(
     starts from the plain model.
 
     `int8` changes outputs, so it is off by default: the linear layers of attention and MLPs multiply in int8. Their
-    plain weights stay in memory. LayerNorm, softmax, attention and the residual stream keep their dtype.
+    plain weights stay in memory. LayerNorm, softmax, attention and the residual stream keep their dtype. On GPUs it
+    needs torchao, and a model that is compiled afterwards.
 
     With `merge_tokens`, Models 1 and 2 compute fewer tokens, and outputs are no longer those of the plain model:
     measure the agreement on videos of your own. Hidden states and attentions are then those of the tokens that each
@@ -122,9 +124,11 @@ def optimize(
         model: a `ViViTModel` or `ViViTForVideoClassification`, on the device that it will run on.
         dtype: dtype to cast the model to first, as `model.to(dtype)` does; unchanged if None. `restore` does not undo
             the cast, whose rounding is final.
-        int8: whether to quantise; needs a CPU with VNNI, float32 or bfloat16, and `calibration`.
+        int8: whether to quantise; needs float32 or bfloat16, and a CPU with VNNI and `calibration`, or a CUDA GPU and
+            torchao.
         calibration: clips of the kind that the model will see: pixel values (batch, frames, channels, height, width),
-            or an iterable of such batches. 16 clips are enough.
+            or an iterable of such batches. 16 clips are enough. On a GPU they may be left out: errors of layers are
+            then not measured.
         merge_tokens: tokens that each layer of the (spatial) encoder merges into similar ones: one number, or one per
             layer, such as `decreasing_schedule` returns; see `ViViTConfig.merge_tokens`. None leaves the model's own
             setting, and 0 switches it off.
@@ -135,6 +139,7 @@ def optimize(
         The report; printing it shows what was done.
 
     Raises:
+        ImportError: for `int8` on a GPU without torchao.
         TypeError: for another kind of model, or one wrapped in an adapter.
         ValueError: for a dtype that is not a floating-point one, for `int8` on a machine, in a dtype or without the
             clips that it needs, and for `merge_tokens` that the model cannot have (Models 3 and 4 need the whole grid
@@ -158,7 +163,11 @@ def optimize(
         return optimize_as(model, setting)
     if note is not None:
         logger.warning(note)
-    quantise = partial(quantise_layers, model, calibration) if int8 and calibration is not None else None
+    quantise: Callable[[], QuantisationReport] | None = None
+    if int8 and model.device.type != "cpu":
+        quantise = partial(quantise_layers_by_torchao, model, calibration)
+    elif int8 and calibration is not None:
+        quantise = partial(quantise_layers, model, calibration)
     return replace(_speed_up(model, dtype, merging, quantise), note=note)
 
 
@@ -223,7 +232,7 @@ def restore(model: Any) -> None:
     """
     faster = [module for module in model.modules() if type(module) in _PLAIN]
     for module in faster:
-        if isinstance(module, (PackedLinear, QuantisedLinear)):
+        if isinstance(module, (PackedLinear, Int8Linear)):
             module.unpack()
         else:
             module.__class__ = _PLAIN[type(module)]
@@ -424,6 +433,7 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     InPlaceMLP: ViViTMLP,
     OneDNNMLP: ViViTMLP,
     PackedLinear: nn.Linear,
+    TorchaoLinear: nn.Linear,
     ClassTokenLayer: ViViTLayer,
     FinalClassTokenLayer: ViViTLayer,
     MergingClassTokenLayer: ViViTMergingLayer,

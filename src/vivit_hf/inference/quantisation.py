@@ -17,6 +17,7 @@ from torch import nn
 
 from ..modeling_vivit import ViViTAttention, ViViTEmbeddings, ViViTFactorisedDotProductAttention, ViViTMLP
 from .finite_outputs import NonFiniteError
+from .int8_linear import Int8Linear
 from .onednn import gelu_approximation, has_vnni, is_plain_linear, needs_plain_code
 
 
@@ -65,13 +66,14 @@ def quantised(values: torch.Tensor, scale: ActivationScale) -> torch.Tensor:
     return result.view(values.shape)
 
 
-class QuantisedLinear(nn.Linear):
+class QuantisedLinear(Int8Linear):
     """
-    A linear layer that multiplies in int8. The plain weight stays, for everything but inference.
+    A linear layer that multiplies in int8 by oneDNN. The plain weight stays, for everything but inference.
 
     `input_scale` is None for scales per token.
     """
 
+    added = ("input_scale", "_weight")
     input_scale: ActivationScale | None
     _weight: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # packed, scales and zero points per output channel
 
@@ -87,11 +89,6 @@ class QuantisedLinear(nn.Linear):
         state["_weight"] = (packed, scales, torch.zeros(len(scales), dtype=torch.int64))
         layer.__class__ = QuantisedLinear
         return layer  # type: ignore[return-value]
-
-    def unpack(self) -> None:
-        """Turn this layer back into the plain one, in place."""
-        del self.input_scale, self._weight
-        self.__class__ = nn.Linear  # type: ignore[assignment]
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(batch, ..., in_features) -> (batch, ..., out_features), in the dtype of the plain weight."""
@@ -131,22 +128,6 @@ class QuantisedLinear(nn.Linear):
 
     def _float_bias(self) -> torch.Tensor | None:
         return None if self.bias is None else self.bias.float()
-
-    def _apply(self, fn: Any, recurse: bool = True) -> nn.Linear:
-        applied = fn(torch.empty(0, dtype=self.weight.dtype))
-        if (applied.dtype, applied.device) != (self.weight.dtype, self.weight.device):
-            self.unpack()
-            return self._apply(fn, recurse)  # that of nn.Linear
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.unpack()
-        self._load_from_state_dict(*args, **kwargs)  # that of nn.Linear
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles are plain layers."""
-        state = {name: value for name, value in vars(self).items() if name not in ("input_scale", "_weight")}
-        return object.__new__, (nn.Linear,), state
 
 
 class QuantisedMLP(ViViTMLP):
@@ -243,14 +224,20 @@ class QuantisationReport:
 
 def check_int8(model: Any, dtype: torch.dtype, calibration: object) -> None:
     """Raise ValueError if a model cannot be quantised on this machine."""
-    if model.device.type != "cpu" or not has_vnni():
-        where = "this CPU has no AVX-512 VNNI" if model.device.type == "cpu" else f"the model is on {model.device}"
-        raise ValueError(f"`int8=True` needs a CPU with AVX-512 VNNI, and {where}. Leave `int8` out.")
+    if model.device.type == "cpu" and not has_vnni():
+        raise ValueError(
+            "`int8=True` needs a CPU with AVX-512 VNNI, and this CPU has no AVX-512 VNNI. Leave `int8` out."
+        )
+    if model.device.type not in ("cpu", "cuda"):
+        raise ValueError(
+            f"`int8=True` needs a CPU with AVX-512 VNNI or a CUDA GPU, and the model is on {model.device}. Leave "
+            "`int8` out."
+        )
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"`int8=True` needs a model in float32 or bfloat16, got {dtype}: pass `dtype=torch.bfloat16`.")
     if model.training:
         raise ValueError("`int8=True` is for inference, and the model is in training mode: call `model.eval()` first.")
-    if calibration is None:
+    if calibration is None and model.device.type == "cpu":
         raise ValueError("`int8=True` needs `calibration`, the pixel values of a few clips (16 are enough).")
 
 
@@ -341,7 +328,7 @@ def sampled_inputs(
     ]
     try:
         for pixel_values in clips:
-            model(pixel_values.to(model.dtype))
+            model(pixel_values.to(model.device, model.dtype))
     finally:
         for hook in hooks:
             hook.remove()

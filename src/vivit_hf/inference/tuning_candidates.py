@@ -58,7 +58,11 @@ def list_candidates(
         found += merging
         found += [Candidate(f"int8-{one.name}", dtype, one.merge_tokens, int8=True) for one in merging]
     else:
-        notes.append("int8: it needs a CPU with AVX-512 VNNI.")
+        notes.append(
+            "int8: it needs a CPU with AVX-512 VNNI."
+            if device.type == "cpu"
+            else "int8: on a GPU it pays in compiled models alone, and none is compiled here."
+        )
         found += merging
     return found, notes
 
