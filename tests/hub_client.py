@@ -158,8 +158,38 @@ def push(folder: Path) -> dict[str, Any]:
             "loaded": loaded(REPOSITORY),
             "scores": scores(REPOSITORY),
             "snippet": run_snippet(card, 0),
+            "known": push_known_features(folder),
             "errors": push_errors(model),
         }
+
+
+def push_known_features(folder: Path) -> dict[str, torch.Tensor]:
+    """Push a model that knows its training videos, once as it is saved and once as it was downloaded."""
+    from tiny_models import make_model, tiny_config
+
+    from vivit_hf.calibration_vivit import Calibration, answer_fingerprint
+    from vivit_hf.inference.calibration_files import store_calibration
+    from vivit_hf.inference.unknown import UnknownRule
+
+    load = AutoModelForVideoClassification.from_pretrained
+    model = make_model(tiny_config("spatio_temporal"))
+    model.save_pretrained(folder / "knowing")
+    calibration = Calibration(
+        temperatures=(1.5,),
+        num_files=20,
+        num_units=20,
+        num_clips=1,
+        num_crops=1,
+        averaging="probabilities",
+        weights=answer_fingerprint(model),
+        unknown={"score": "neighbours", "false_alarms": 0.05, "threshold": 0.5, "window_threshold": 0.6},
+    )
+    known = torch.randn(3, 32, generator=torch.Generator().manual_seed(2)).half()
+    store_calibration(folder / "knowing", calibration, known)
+    load(folder / "knowing").push_to_hub("knowing")
+    load("tester/knowing").push_to_hub("knowing-too")
+    rules = {name: UnknownRule.of(load(f"tester/{name}")) for name in ("knowing", "knowing-too")}
+    return {"given": known.float(), **{name: rule.known for name, rule in rules.items() if rule is not None}}
 
 
 def push_errors(model: Any) -> dict[str, tuple[str, str]]:
@@ -198,6 +228,8 @@ def elsewhere(folder: Path) -> dict[str, Any]:
     model.push_to_hub("passed-on", max_shard_size="60KB")
     model.push_to_hub("passed-on")
     processor.push_to_hub("passed-on")
+    knowing = AutoModelForVideoClassification.from_pretrained("tester/knowing", trust_remote_code=True)
+    knowing.save_pretrained(folder / "knowing elsewhere")
     return result
 
 

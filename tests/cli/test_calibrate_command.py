@@ -15,6 +15,7 @@ from command_line import check_refusal, invoke, rows
 from labelled_videos import TORCHRUN, start
 from moving_shapes import MOTIONS, write_moving_shapes, write_video
 from PIL import Image
+from safetensors.torch import load_file
 from tiny_models import make_model
 from transformers import pipeline
 
@@ -275,9 +276,28 @@ def test_every_entry_point_says_none_of_these(knowing, videos, strange):
     assert f"none of these (otherwise {found[1]['predictions'][0]['label']})" in table
     segments = rows(invoke("timeline", file, "--model", model, "--json").stdout)
     assert [(one["label"], one["score"]) for one in segments] == [("none of these", 1.0)]
+    watched = rows(invoke("watch", file, "--model", model, "--policy", "wait", "--json").stdout)
+    assert [(one["label"], one["score"]) for one in watched] == [("none of these", 1.0)]
     classify = pipeline("video-classification", model=str(model))
     assert classify(str(file)) == [{"label": "none of these", "score": 1.0}]
     assert classify(str(known))[0]["label"] in MOTIONS
+
+
+def test_a_rule_is_the_same_on_two_processes(knowing, videos, strange, tmp_path):
+    model = copy_of_demo(tmp_path / "model")
+    arguments = [*options(videos, model, tmp_path / "scores"), "--calibrate", "--unknown", "neighbours"]
+    place = arguments.index("--group-column")
+    del arguments[place : place + 2]
+    data = ("--known-data", videos / "train", "--unknown-data", strange)
+    process = start([*TORCHRUN, "-m", "vivit_hf", "evaluate", *arguments, *data])
+    assert process.returncode == 0, process.stderr[-3000:]
+    found, expected = (stored(one)["calibration"]["unknown"] for one in (tmp_path, knowing[0]))
+    for name in ("threshold", "window_threshold"):
+        assert found.pop(name) == pytest.approx(expected[name], rel=1e-3)
+        expected.pop(name)
+    assert found == expected
+    first, second = (folder / "model" / "known_features.safetensors" for folder in (tmp_path, knowing[0]))
+    torch.testing.assert_close(load_file(first)["features"], load_file(second)["features"], atol=2e-3, rtol=1e-2)
 
 
 def test_a_model_without_its_known_features_goes_on(knowing, strange, tmp_path):

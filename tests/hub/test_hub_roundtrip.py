@@ -20,6 +20,7 @@ from transformers.dynamic_module_utils import get_imports
 from video_files import write_video
 
 import vivit_hf
+from vivit_hf.calibration_vivit import KNOWN_FEATURES
 
 
 pytestmark = pytest.mark.slow
@@ -212,6 +213,14 @@ def test_without_the_package_it_loads_and_computes_the_same_to_the_bit(pushed, e
 
 def test_the_setting_of_tune_travels_with_the_model(pushed, elsewhere):
     assert pushed["loaded"]["optimization"] == elsewhere["loaded"]["optimization"] == TUNED
+
+
+def test_known_features_travel_with_the_model(hub, client, pushed, elsewhere):
+    """Through a push, a push of what was downloaded, and code from the Hub that saves it."""
+    known = pushed["known"]
+    assert torch.equal(known["knowing"], known["given"]) and torch.equal(known["knowing-too"], known["given"])
+    expected = hub.repositories["tester/knowing"].files[KNOWN_FEATURES]
+    assert (client.folder / "knowing elsewhere" / KNOWN_FEATURES).read_bytes() == expected
 
 
 def test_the_pipeline_samples_the_same_frames_with_and_without_the_package(pushed, elsewhere):
