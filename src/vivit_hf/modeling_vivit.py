@@ -154,24 +154,68 @@ def mask_frames(
     batch, frames = pixel_values.shape[:2]
     _check_frame_mask(frame_mask, batch, frames)
     frame_mask = frame_mask.to(pixel_values.device)
+    steps = visible_steps(frame_mask, config)
+    pixel_values = pixel_values[_rows(batch, frame_mask.device), nearest_visible_frames(frame_mask)]
+    is_empty = ~steps.any(dim=1)
+    if becomes_graph():  # with its steps visible, the NaN of an empty clip reaches every output
+        return pixel_values.masked_fill(is_empty[:, None, None, None, None], math.nan), steps | is_empty[:, None]
+    _check_not_empty(is_empty)
+    return pixel_values, None if steps.all() else steps
+
+
+def visible_steps(frame_mask: torch.Tensor, config: ViViTConfig) -> torch.Tensor:
+    """Return the time steps with a visible frame, see `mask_frames`: bool (batch, frames) -> bool (batch, time)."""
     taken = frame_mask
     if config.embedding_type == "uniform_frame_sampling":
         taken = taken[:, _sampled_frames(len(taken.unbind(1)), config.num_sampled_frames)]
     patch_frames = config.tubelet_size[0]
     time = taken.shape[1] // patch_frames
-    steps = taken[:, : time * patch_frames].unflatten(1, (time, patch_frames)).any(dim=2)  # (batch, time)
-    clips = torch.arange(batch, device=frame_mask.device)[:, None]
-    pixel_values = pixel_values[clips, nearest_visible_frames(frame_mask)]
-    is_empty = ~steps.any(dim=1)
-    if becomes_graph():  # with its steps visible, the NaN of an empty clip reaches every output
-        return pixel_values.masked_fill(is_empty[:, None, None, None, None], math.nan), steps | is_empty[:, None]
+    return taken[:, : time * patch_frames].unflatten(1, (time, patch_frames)).any(dim=2)  # (batch, time)
+
+
+def _check_not_empty(is_empty: torch.Tensor) -> None:
+    """Raise ValueError for clips without a visible time step, where `is_empty`, bool (batch,)."""
     if is_empty.any():
         numbers = is_empty.nonzero().flatten().tolist()
         raise ValueError(
-            f"`frame_mask` leaves no visible time step in the clips {numbers} of {batch}; expected at least one "
-            "visible frame among those that the model takes. Leave these clips out."
+            f"`frame_mask` leaves no visible time step in the clips {numbers} of {len(is_empty)}; expected at least "
+            "one visible frame among those that the model takes. Leave these clips out."
         )
-    return pixel_values, None if steps.all() else steps
+
+
+def mask_steps(
+    steps: torch.Tensor, frame_mask: torch.Tensor, config: ViViTConfig
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Do for steps between Model 2's encoders, (batch, time, hidden), what `mask_frames` does for pixels.
+
+    Returns:
+        The steps with zeros where they are masked, as Model 2 has them, and the visible ones, bool (batch, time); None
+        if all are visible. In a graph, they are never None, and a clip with nothing visible is NaN.
+
+    Raises:
+        ValueError: for a mask of another kind, shape or number of steps, and for clips without a visible step.
+    """
+    batch, time = steps.shape[:2]
+    _check_frame_mask(frame_mask, batch, None)
+    frame_mask = frame_mask.to(steps.device)
+    visible = visible_steps(frame_mask, config)
+    if visible.shape[1] != time:
+        raise ValueError(
+            f"`frame_mask` of shape {tuple(frame_mask.shape)} has {visible.shape[1]} time steps, but `steps` of shape "
+            f"{tuple(steps.shape)} have {time}: pass the mask of the frames that the steps were encoded from."
+        )
+    is_empty = ~visible.any(dim=1)
+    steps = steps.masked_fill(~visible[:, :, None], 0)
+    if becomes_graph():
+        return steps.masked_fill(is_empty[:, None, None], math.nan), visible | is_empty[:, None]
+    _check_not_empty(is_empty)
+    return steps, None if visible.all() else visible
+
+
+def _rows(batch: int, device: torch.device) -> torch.Tensor:
+    """Return the number of each clip, int64 (batch, 1), to index clips with one index of frames each."""
+    return torch.arange(batch, device=device)[:, None]
 
 
 def nearest_visible_frames(frame_mask: torch.Tensor) -> torch.Tensor:
@@ -187,14 +231,20 @@ def nearest_visible_frames(frame_mask: torch.Tensor) -> torch.Tensor:
     return torch.where(earlier < 0, frame_mask.long().argmax(dim=1, keepdim=True), earlier)
 
 
-def _check_frame_mask(frame_mask: Any, batch: int, frames: int) -> None:
+def _check_frame_mask(frame_mask: Any, batch: int, frames: int | None) -> None:
+    """Raise ValueError unless a mask is bool (batch, frames); for steps, `frames` is None, and their number is free."""
     is_tensor = isinstance(frame_mask, torch.Tensor)
-    if not is_tensor or frame_mask.dtype != torch.bool or tuple(frame_mask.shape) != (batch, frames):
+    if not is_tensor or frame_mask.dtype != torch.bool or not _has_shape(frame_mask, batch, frames):
         got = f"{frame_mask.dtype} {tuple(frame_mask.shape)}" if is_tensor else type(frame_mask).__name__
+        expected = f"({batch}, {'frames' if frames is None else frames})"
         raise ValueError(
-            f"`frame_mask` must be a bool tensor (batch, frames) = {(batch, frames)}, True where a frame is visible, "
-            f"but got {got}."
+            f"`frame_mask` must be a bool tensor (batch, frames) = {expected}, True where a frame is visible, but got "
+            f"{got}."
         )
+
+
+def _has_shape(frame_mask: torch.Tensor, batch: int, frames: int | None) -> bool:
+    return frame_mask.ndim == 2 and len(frame_mask) == batch and frames in (None, frame_mask.shape[1])
 
 
 def mask_tokens(attention_mask: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:
@@ -239,6 +289,18 @@ def spread_mask(visible: torch.Tensor | None, tokens: torch.Tensor, space: int =
         return None
     visible = visible.repeat_interleave(space, dim=1)  # (batch, time * space)
     return nn.functional.pad(visible, (tokens.shape[1] - visible.shape[1], 0), value=True)
+
+
+def shorten(tokens: torch.Tensor, visible: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Leave out the time steps that no clip of a batch shows.
+
+    Tokens (batch, time, space, hidden), visible (batch, time) -> the same with fewer steps; None in place of `visible`
+    if all of them are visible then.
+    """
+    kept = visible.any(dim=0)  # (time,)
+    visible = visible[:, kept]
+    return tokens[:, kept], None if visible.all() else visible
 
 
 def _check_takes_attention_mask(config: ViViTConfig, has_frame_mask: bool) -> None:
@@ -1278,8 +1340,19 @@ class ViViTModel(ViViTPreTrainedModel):
             kwargs.setdefault(name, getattr(self.config, name))
         tokens, prefix_tokens = self.embeddings(pixel_values, interpolate_pos_encoding)  # (batch, time, space, hidden)
         encode_variant = ENCODERS[self.config.attention_type]
+        if (visible := masks.get("visible")) is not None and self._may_shorten(**kwargs):
+            tokens, masks["visible"] = shorten(tokens, visible)
         last_hidden_state, pooled = encode_variant(self, tokens, prefix_tokens, **masks, **kwargs)
         return BaseModelOutputWithPooling(last_hidden_state=last_hidden_state, pooler_output=self.represent(pooled))
+
+    def _may_shorten(self, **kwargs: Unpack[ViViTKwargs]) -> bool:
+        """
+        Return whether to leave out time steps that no clip of the batch shows. Shapes of outputs and graphs do not
+        depend on the mask, and Model 2 skips masked steps clip by clip.
+        """
+        records = kwargs.get("output_hidden_states") or kwargs.get("output_attentions")
+        is_pooled = kwargs.get("output_last_hidden_state") is False and not records
+        return is_pooled and self.config.attention_type != "factorised_encoder" and not becomes_graph()
 
     # In the methods below, `visible` is a mask of time steps, bool (batch, time), or None if all are visible.
 
@@ -1365,20 +1438,27 @@ class ViViTModel(ViViTPreTrainedModel):
             )
         return pool_tokens(tokens, pooling, visible)
 
-    def encode_steps(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def encode_steps(self, pixel_values: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor:
         """
         Model 2: encode a clip of any whole number of tubelets, (batch, frames, channels, height, width), as one token
         per time step, (batch, time, hidden).
 
-        Steps do not depend on each other, so they can be cached and recombined (`classify_steps`).
+        Steps do not depend on each other, so they can be cached and recombined (`classify_steps`). With `frame_mask`,
+        bool (batch, frames), masked steps are not encoded: they repeat the nearest earlier visible step or, if there is
+        none, the next.
 
         Raises:
             ValueError: if the model is not Model 2, or if the frames do not have the configured size or are fewer than
-                one tubelet.
+                one tubelet; for a mask that `forward` refuses.
         """
         _check_has_steps(self.config)
         check_frame_size(pixel_values, self.config)
-        return self.encode_space(*self.embeddings(pixel_values, interpolate_pos_encoding=True))
+        visible = None
+        if frame_mask is not None:
+            pixel_values, visible = mask_frames(pixel_values, frame_mask, self.config)
+        tokens, prefix_tokens = self.embeddings(pixel_values, interpolate_pos_encoding=True)
+        steps = self.encode_space(tokens, prefix_tokens, visible)
+        return steps if visible is None else steps[_rows(len(steps), steps.device), nearest_visible_frames(visible)]
 
     def encode_token_grid(
         self,
@@ -1456,14 +1536,16 @@ class ViViTForVideoClassification(ViViTPreTrainedModel):
             num_items_in_batch: label elements in all batches of one optimiser step, as `Trainer` counts them, so that
                 accumulated gradients equal those of the whole batch.
             steps: Model 2, in place of `pixel_values`: (batch, time, hidden), as `vivit.encode_steps` returns them.
-            frame_mask, attention_mask: as in `ViViTModel`; not with `steps`.
+            frame_mask, attention_mask: as in `ViViTModel`. With `steps`, `frame_mask` is that of the frames that they
+                were encoded from, and there is no `attention_mask`.
 
         Returns:
             `loss` if there are labels, `logits` (batch, num_labels), `hidden_states` and `attentions` on request (not
             with `steps`).
 
         Raises:
-            ValueError: if `steps` come with `pixel_values` or a mask, have another shape, or the model is not Model 2.
+            ValueError: if `steps` come with `pixel_values` or `attention_mask`, have another shape, or the model is not
+                Model 2.
             ValueError: for clips and masks that `ViViTModel` refuses.
             ValueError: if `labels` do not fit the logits, or the model has no classifier (`num_labels=0`).
             TypeError: for an unknown argument.
@@ -1477,12 +1559,12 @@ class ViViTForVideoClassification(ViViTPreTrainedModel):
             _check_arguments(kwargs)
             if pixel_values is not None:
                 raise ValueError("Both `pixel_values` and `steps` were given; expected one of them.")
-            if frame_mask is not None or attention_mask is not None:
-                raise ValueError(
-                    "`steps` take neither `frame_mask` nor `attention_mask`, as they are encoded already. Pass "
-                    "`pixel_values` with the mask, or the steps of visible frames alone."
-                )
-            outputs, logits = BaseModelOutputWithPooling(), self.classify_steps(steps)
+            if attention_mask is not None:
+                raise ValueError("`steps` take no `attention_mask`, as they are encoded already: use `frame_mask`.")
+            visible = None
+            if frame_mask is not None:
+                steps, visible = mask_steps(steps, frame_mask, self.config)
+            outputs, logits = BaseModelOutputWithPooling(), self.classify_steps(steps, visible)
         loss, groups = None, self.config.label_groups
         if labels is not None:
             if not self.config.num_labels:
@@ -1495,9 +1577,12 @@ class ViViTForVideoClassification(ViViTPreTrainedModel):
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
-    def classify_steps(self, steps: torch.Tensor) -> torch.Tensor:
+    def classify_steps(self, steps: torch.Tensor, visible: torch.Tensor | None = None) -> torch.Tensor:
         """
         Model 2: (batch, time, hidden), as `vivit.encode_steps` returns them -> logits (batch, num_labels).
+
+        Args:
+            visible: the time steps that take part, bool (batch, time), at least one per row; None for all.
 
         Raises:
             ValueError: if the model is not Model 2, or `steps` have another shape.
@@ -1505,7 +1590,7 @@ class ViViTForVideoClassification(ViViTPreTrainedModel):
         _check_has_steps(self.config)
         if steps.ndim != 3 or steps.shape[2] != self.config.hidden_size:
             raise ValueError(f"`steps` must be (batch, time, {self.config.hidden_size}), got {tuple(steps.shape)}.")
-        _, pooled = self.vivit.encode_time(steps.to(self.dtype), output_last_hidden_state=False)
+        _, pooled = self.vivit.encode_time(steps.to(self.dtype), visible, output_last_hidden_state=False)
         return self.classifier(self.vivit.represent(pooled))
 
     def split_logits(self, logits: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -369,14 +369,78 @@ def test_attention_that_takes_no_mask_is_refused_by_name(variant):
     assert not any("flash" in name or "flex" in name for name in BIASED_ATTENTION)
 
 
-def test_entry_points_that_carry_no_mask_refuse_it():
-    config = tiny_config("factorised_encoder")
-    model, clips, mask = make_model(config), make_clips(config), torch.ones(2, 8).bool()
+# Steps between the encoders of Model 2
+
+MODEL_2 = [case for case, fields in MASKED_CASES.items() if fields["attention_type"] == "factorised_encoder"]
+
+
+@pytest.mark.parametrize("case", MODEL_2)
+def test_masked_steps_give_the_logits_of_masked_clips(case):
+    model = make_model(masked_config(case))
+    clips, mask = make_clips(model.config, len(STEPS)), frame_mask_of(model.config, STEPS)
+    expected = model(clips, frame_mask=mask).logits
+    steps = model.vivit.encode_steps(with_nan_pixels(clips, mask), mask)
+    torch.testing.assert_close(model(steps=steps, frame_mask=mask).logits, expected, atol=1e-5, rtol=1e-5)
+    unseen = steps.masked_fill(~STEPS[:, :, None], float("nan")).detach().requires_grad_()
+    outputs = model(steps=unseen, frame_mask=mask, labels=torch.arange(5))
+    torch.testing.assert_close(outputs.logits, expected, atol=1e-5, rtol=1e-5)
+    outputs.loss.backward()
+    assert not unseen.grad[~STEPS].any() and unseen.grad[STEPS].any(dim=1).all()
+
+
+def test_masked_steps_repeat_the_nearest_visible_one():
+    model = make_model(tiny_config("factorised_encoder"))
+    clips, mask = make_clips(model.config, len(STEPS)), frame_mask_of(model.config, STEPS)
+    steps, whole = model.vivit.encode_steps(clips, mask), model.vivit.encode_steps(clips)
+    shown = torch.tensor([[0, 1, 2, 2], [1, 1, 2, 3], [0, 0, 0, 3], [2, 2, 2, 2], [0, 1, 2, 3]])
+    torch.testing.assert_close(steps, whole[torch.arange(5)[:, None], shown])
+    assert torch.equal(model.vivit.encode_steps(clips, torch.ones_like(mask)), whole)
+
+
+def test_compiled_and_plain_steps_agree():
+    model = make_model(tiny_config("factorised_encoder"))
+    clips, mask = make_clips(model.config, len(STEPS)), frame_mask_of(model.config, STEPS)
     steps = model.vivit.encode_steps(clips)
-    with pytest.raises(ValueError, match="`steps` take neither `frame_mask`"):
-        model(steps=steps, frame_mask=mask)
+    graph = torch.export.export(model, (), {"steps": steps, "frame_mask": torch.ones_like(mask)}).module()
+    logits = graph(steps=steps, frame_mask=mask).logits
+    torch.testing.assert_close(logits, model(steps=steps, frame_mask=mask).logits, atol=1e-5, rtol=1e-5)
+    mask[1] = False
+    logits = graph(steps=steps, frame_mask=mask).logits
+    assert logits[1].isnan().all() and logits[[0, 2, 3, 4]].isfinite().all()
+
+
+def test_wrong_masks_of_steps_are_refused():
+    model = make_model(tiny_config("factorised_encoder"))
+    steps, mask = torch.zeros(2, 4, 32), torch.ones(2, 8).bool()
+    with pytest.raises(ValueError, match=r"frames\) = \(2, frames\).*float32 \(2, 8\)"):
+        model(steps=steps, frame_mask=mask.float())
+    with pytest.raises(ValueError, match=r"has 3 time steps, but `steps` of shape \(2, 4, 32\) have 4"):
+        model(steps=steps, frame_mask=mask[:, :6])
+    with pytest.raises(ValueError, match="no visible time step in the clips \\[1\\] of 2"):
+        model(steps=steps, frame_mask=torch.tensor([[True], [False]]).expand(2, 8))
+    with pytest.raises(ValueError, match="`steps` take no `attention_mask`"):
+        model(steps=steps, attention_mask=torch.ones(2, 61))
+
+
+@pytest.mark.parametrize("case", ["spatio_temporal", "factorised_self_attention", "factorised_dot_product_attention"])
+def test_steps_that_no_clip_of_a_batch_shows_are_not_computed(case):
+    model, sizes = make_model(tiny_config(case)), []
+    clips, mask = make_clips(model.config, 2), frame_mask_of(model.config, STEPS[[0, 3]])
+    hook = model.vivit.encoder.layer[0].register_forward_hook(lambda _, inputs, output: sizes.append(inputs[0].shape))
+    logits = model(with_nan_pixels(clips, mask), frame_mask=mask).logits
+    whole = model(clips, frame_mask=mask, output_hidden_states=True)
+    hook.remove()
+    short, full = ((2, 46, 32), (2, 61, 32)) if case == "spatio_temporal" else ((2, 3, 15, 32), (2, 4, 15, 32))
+    assert sizes == [short, full] and whole.hidden_states[0].shape == full
+    torch.testing.assert_close(logits, whole.logits, atol=1e-5, rtol=1e-5)
+    assert model.vivit(clips, frame_mask=mask).last_hidden_state.shape[1] == (61 if case == "spatio_temporal" else 60)
+
+
+@pytest.mark.parametrize("variant", ["spatio_temporal", "factorised_encoder"])
+def test_pretraining_refuses_masks(variant):
+    config = tiny_config(variant)
     with pytest.raises(ValueError, match="Pretraining takes no `frame_mask`"):
-        ViViTForPreTraining(config)(clips, frame_mask=mask)
+        ViViTForPreTraining(config)(make_clips(config), frame_mask=torch.ones(2, 8).bool())
 
 
 def test_training_of_the_package_refuses_what_it_would_drop(tmp_path):
