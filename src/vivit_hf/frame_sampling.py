@@ -24,6 +24,7 @@ A clip always has `num_frames` indices. If a video is too short for it, `short_v
 
     "repeat_last"   0 3 6 7 7 7    repeat the last frame
     "loop"          0 3 6 1 4 7    start the video again
+    "mask"          0 3 6 . . .    leave the rest of the clip empty: NO_FRAME, which `mask_missing_frames` fills
     "error"         raise ValueError
 
 Frame indices are numpy int64 and count from 0 in presentation order; sizes are (height, width) in pixels; times are
@@ -35,7 +36,8 @@ import numpy as np
 from .limits_vivit import check_choice, check_positive_integer, check_positive_number
 
 
-SHORT_VIDEO_POLICIES = ("repeat_last", "loop", "error")
+SHORT_VIDEO_POLICIES = ("repeat_last", "loop", "mask", "error")
+NO_FRAME = -1  # the index of a place in a clip without a frame, with the policy "mask"
 CLIP_STARTS = ("centre", "random")
 # Frame times are multiples of a clock tick, rounded to floats; a microsecond keeps 3 * (1 / 3) from falling below 1.
 TIME_TOLERANCE = 1e-6
@@ -97,7 +99,7 @@ def sample_uniform_clip(
 
 
 def apply_short_video_policy(indices: np.ndarray, num_frames_in_video: int, policy: str) -> np.ndarray:
-    """Replace indices past the end of a video as the policy says (see the module).
+    """Replace indices past the end of a video as the policy says (see the module); "mask" puts NO_FRAME there.
 
     Takes and returns int64 of any shape. Raises ValueError for indices past the end if the policy is "error".
     """
@@ -109,9 +111,25 @@ def apply_short_video_policy(indices: np.ndarray, num_frames_in_video: int, poli
     if policy == "error":
         raise ValueError(
             f"The clip needs {needed} frames and the video has {total}: lower `num_frames` or the stride, or use "
-            "short_video_policy='repeat_last' or 'loop'."
+            "short_video_policy='repeat_last', 'loop' or 'mask'."
         )
+    if policy == "mask":
+        return np.where(indices < total, indices, NO_FRAME)
     return np.minimum(indices, total - 1) if policy == "repeat_last" else indices % total
+
+
+def mask_missing_frames(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices with the last frame before in each place without a frame, and a mask of the other places.
+
+        indices    0 3 6 . . .
+        shown      0 3 6 6 6 6
+        mask       1 1 1 0 0 0    bool, True where visible: the `frame_mask` of a ViViT model
+
+    Takes int64 (clips, frames); a clip begins with a frame.
+    """
+    mask = indices != NO_FRAME
+    shown = np.maximum.accumulate(np.where(mask, np.arange(indices.shape[1]), 0), axis=1)
+    return np.take_along_axis(indices, shown, axis=1), mask
 
 
 def sample_clips(
@@ -128,7 +146,7 @@ def sample_clips(
 
     `start="centre"` puts one clip in the middle, and spaces several linearly from the first frame to the last window.
     `start="random"` draws each start from `generator`. Both follow `sample_sequence` and `sample_linspace_sequence` of
-    DMVR: in a video too short for a clip, a random start is any frame with "loop" and the first with "repeat_last".
+    DMVR: in a video too short for a clip, a random start is any frame with "loop", otherwise the first.
     """
     total = check_positive_integer("num_frames_in_video", num_frames_in_video)
     num_frames = check_positive_integer("num_frames", num_frames)
@@ -167,7 +185,8 @@ def sample_clips_at_rate(
 
     `timestamps`, float (T,), are the times in seconds at which the frames are shown, in order. A rate above that of
     the video repeats frames. `start` and `num_clips` are those of `sample_clips`, with windows of
-    num_frames / frames_per_second seconds.
+    num_frames / frames_per_second seconds. The last frame is shown for the average duration of the others; the policy
+    "mask" leaves the moments after that empty.
     """
     times = np.asarray(timestamps, dtype=np.float64)
     if times.ndim != 1 or len(times) == 0 or np.any(np.diff(times) < 0):
@@ -184,7 +203,7 @@ def sample_clips_at_rate(
     if short_video_policy == "error" and last_moment >= duration + TIME_TOLERANCE:
         raise ValueError(
             f"The clip needs {last_moment:.3f} seconds and the video has {duration:.3f}: lower `num_frames`, raise "
-            "`frames_per_second`, or use short_video_policy='repeat_last' or 'loop'."
+            "`frames_per_second`, or use short_video_policy='repeat_last', 'loop' or 'mask'."
         )
     if start == "random":
         span = duration - last_moment
@@ -197,7 +216,10 @@ def sample_clips_at_rate(
     moments = starts[:, None] + np.arange(num_frames) / rate
     if short_video_policy == "loop":
         moments = (moments + TIME_TOLERANCE) % duration
-    return np.maximum(np.searchsorted(times, moments + TIME_TOLERANCE, side="right") - 1, 0).astype(np.int64)
+    indices = np.maximum(np.searchsorted(times, moments + TIME_TOLERANCE, side="right") - 1, 0).astype(np.int64)
+    if short_video_policy == "mask" and last_moment + TIME_TOLERANCE >= duration:  # every clip starts at 0
+        indices[:, 1:][moments[:, 1:] + TIME_TOLERANCE >= duration] = NO_FRAME
+    return indices
 
 
 def resized_size(

@@ -125,7 +125,8 @@ class ProcessorSettings:
             frames have their exact places, or are drawn around them.
         num_clips, num_crops: the views. num_crops is 1, or 3 for left, centre and right (portrait: top, centre,
             bottom). The paper averages the logits of 4 x 3 views.
-        short_video_policy: "repeat_last", "loop" or "error", for videos with too few frames for a clip.
+        short_video_policy: "repeat_last", "loop", "mask" or "error", for videos with too few frames for a clip. "mask"
+            gives a `frame_mask` with every batch (see `ViViTVideoProcessor.__call__`).
         do_sample_frames: None samples from files, and from frames in memory if there are not exactly `num_frames`;
             False takes all frames; True always samples.
         do_resize, size: resize to {"shortest_edge": s} or {"height": h, "width": w}, pixels. An int is a short edge;

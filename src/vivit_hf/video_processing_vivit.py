@@ -9,6 +9,7 @@ Training, evaluation and serving share this path and its stored settings.
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from .frame_conversion import FrameSize
 from .frame_sampling import (
     crop_window,
     fixed_crops,
+    mask_missing_frames,
     random_crop,
     resized_size,
     sample_clips,
@@ -74,6 +76,21 @@ class VideoFeatures(BatchFeature):
             setattr(self, name, value)
 
 
+@dataclass(frozen=True)
+class _Clips:
+    """The resized clips of one video.
+
+    `frames` is uint8 or float32 (clips, frames, height, width, channels). `indices`, `times` and `mask` (True where
+    visible) describe them, (clips, frames) each. `report` is that of the reader, None for frames in memory.
+    """
+
+    frames: np.ndarray
+    indices: np.ndarray
+    times: np.ndarray
+    mask: np.ndarray
+    report: DecodingReport | None = None
+
+
 class ViViTVideoProcessor(AutoClassMixin, ProcessorFilesMixin, BaseImageProcessor):
     """Turn videos into the `pixel_values` of a ViViT model.
 
@@ -90,7 +107,7 @@ class ViViTVideoProcessor(AutoClassMixin, ProcessorFilesMixin, BaseImageProcesso
     Torchvision is not needed. Raises ValueError for a setting out of its range and TypeError for an unknown one.
     """
 
-    model_input_names = ["pixel_values"]
+    model_input_names = ["pixel_values", "frame_mask"]
     _auto_class = "AutoImageProcessor"
 
     def __init__(self, **settings: Any) -> None:
@@ -135,7 +152,15 @@ class ViViTVideoProcessor(AutoClassMixin, ProcessorFilesMixin, BaseImageProcesso
             overrides: fields of `ProcessorSettings`. None stands for the stored value.
 
         Returns:
-            `VideoFeatures` with `pixel_values` (batch * views, num_frames, channels, height, width).
+            `VideoFeatures` with `pixel_values` (batch * views, num_frames, channels, height, width). The policy "mask"
+            adds `frame_mask`, bool (batch * views, num_frames), True where visible, as models take it; all True for
+            videos long enough. With stride 2, a video of 3 frames has
+
+                frames        0 2 2 2      the last visible frame fills the rest
+                frame_mask    1 1 0 0
+
+            A video with fewer frames than uniform sampling asks for has each of them once. Frames lost to damage stay
+            visible (on_error="repeat_last").
 
         Raises:
             ValueError, TypeError: an input or a setting that cannot be used; the message says which can.
@@ -156,29 +181,32 @@ class ViViTVideoProcessor(AutoClassMixin, ProcessorFilesMixin, BaseImageProcesso
         kept: list[int] = []
         frame_ids: list[np.ndarray] = []
         frame_times: list[np.ndarray] = []
+        frame_mask: list[np.ndarray] = []
         for place, video in enumerate(as_batch(videos)):
             try:
                 if is_video_source(video):
-                    clips, indices, times, report = _clips_of_file(video, settings, draw)
+                    clips = _clips_of_file(video, settings, draw)
                 else:
-                    clips, indices, times = _clips_of_frames(video, settings, draw, input_data_format, video_fps)
-                    report = None
+                    clips = _clips_of_frames(video, settings, draw, input_data_format, video_fps)
             except VideoDecodingError as error:
                 if settings.on_error != "skip":
                     raise
                 logger.warning(f"Skipping a video. {error}")
                 reports.append(DecodingReport(error.source or "", error=error.reason or str(error)))
                 continue
-            views += [view for clip in clips for view in _crops(clip, settings, draw)]
-            frame_ids += _frame_ids(indices, settings)
-            frame_times += [row for row in times for _ in range(_num_crops(settings))]
-            reports.append(report)
+            views += [view for clip in clips.frames for view in _crops(clip, settings, draw)]
+            frame_ids += _frame_ids(clips.indices, settings)
+            frame_times += [row for row in clips.times for _ in range(_num_crops(settings))]
+            frame_mask += [row for row in clips.mask for _ in range(_num_crops(settings))]
+            reports.append(clips.report)
             kept.append(place)
         if not views:
             sources = "; ".join(f"{report.source}: {report.error}" for report in reports if report is not None)
             raise VideoDecodingError(f"None of the videos can be read. {sources}")
 
         features = VideoFeatures({"pixel_values": _to_batch(views, settings, return_tensors, dtype, device)})
+        if settings.short_video_policy == "mask":
+            features["frame_mask"] = _mask_batch(frame_mask, return_tensors, device)
         features.num_views, features.reports, features.kept = len(views) // len(kept), reports, kept
         if len({ids.shape for ids in frame_ids}) == 1:
             features.frame_ids, features.frame_times = np.stack(frame_ids), np.stack(frame_times)
@@ -235,9 +263,8 @@ def _clips_of_frames(
     generator: np.random.Generator | None,
     layout: str | None,
     frames_per_second: float | None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the resized clips of a video in memory, (clips, frames, height, width, channels), uint8 or float32, and
-    the indices and the times of their frames, (clips, frames) each."""
+) -> _Clips:
+    """Return the clips of a video in memory."""
     total = num_frames_of(video)
     is_sampled = settings.do_sample_frames
     if is_sampled is None:
@@ -245,19 +272,16 @@ def _clips_of_frames(
     if is_sampled and settings.frames_per_second is not None and frames_per_second is None:
         raise ValueError("`frames_per_second` needs the rate of the given frames too: pass `video_fps`.")
     times = np.arange(total) / (frames_per_second or 1.0)
-    indices = _sample(times, settings, generator) if is_sampled else np.arange(total)[None]
+    indices, mask = _sample(times, settings, generator) if is_sampled else _all_frames(total)
     frames = _resized(select_frames(video, indices.reshape(-1), layout, settings.do_convert_rgb), settings)
     if settings.do_rescale and frames.dtype == np.float32:
         frames = frames * np.float32(255)  # `rescale_factor` is for values from 0 to 255
     shown_at = times[indices] if frames_per_second is not None else np.full(indices.shape, np.nan)
-    return frames.reshape(indices.shape + frames.shape[1:]), indices, shown_at
+    return _Clips(frames.reshape(indices.shape + frames.shape[1:]), indices, shown_at, mask)
 
 
-def _clips_of_file(
-    source: Any, settings: ProcessorSettings, generator: np.random.Generator | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, DecodingReport]:
-    """Return the resized clips of a file, uint8 (clips, frames, height, width, channels), the indices and the times of
-    their frames, (clips, frames) each, and the report of the reader."""
+def _clips_of_file(source: Any, settings: ProcessorSettings, generator: np.random.Generator | None) -> _Clips:
+    """Return the clips of a file, uint8."""
     size = reader_size(settings)
     window = None
     if settings.do_center_crop and not _is_random_crop(settings) and (size is not None or not settings.do_resize):
@@ -270,24 +294,26 @@ def _clips_of_file(
     with VideoReader(source, limits=VideoLimits(**(settings.video_limits or {})), num_threads=num_threads) as reader:
         clips = None
         while clips is None:
-            indices = _choose_frames(reader.timestamps, source, settings, generator)
+            indices, mask = _choose_frames(reader.timestamps, source, settings, generator)
             with contextlib.suppress(FramesChangedError):  # at most once: choose again by the new timestamps
                 clips = reader.frames_at(indices, size=size, window=window, on_lost=on_lost)
         times = reader.timestamps[indices] - reader.timestamps[0]
     if size is None:
         frames = _resized(clips.reshape(-1, *clips.shape[2:]), settings)
         clips = frames.reshape(indices.shape + frames.shape[1:])
-    return clips, indices, times, reader.report
+    return _Clips(clips, indices, times, mask, reader.report)
 
 
 def _choose_frames(
     timestamps: np.ndarray, source: Any, settings: ProcessorSettings, generator: np.random.Generator | None
-) -> np.ndarray:
-    """Return frame indices (clips, frames) of a file, within the part of it that the source asks for."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return frame indices and mask, (clips, frames), of a file, within the part of it that the source asks for."""
     first, total = part_of_video(timestamps, source)
     if settings.do_sample_frames is False:
-        return first + np.arange(total)[None]
-    return first + _sample(timestamps[first : first + total], settings, generator)
+        indices, mask = _all_frames(total)
+    else:
+        indices, mask = _sample(timestamps[first : first + total], settings, generator)
+    return first + indices, mask
 
 
 def _resized(frames: np.ndarray, settings: ProcessorSettings) -> np.ndarray:
@@ -296,8 +322,20 @@ def _resized(frames: np.ndarray, settings: ProcessorSettings) -> np.ndarray:
     return resize_frames(frames, resized_frame_size(height, width, settings), settings.resample)
 
 
-def _sample(timestamps: np.ndarray, settings: ProcessorSettings, generator: np.random.Generator | None) -> np.ndarray:
-    """Return frame indices (clips, num_frames) of a video whose frames are shown at `timestamps`."""
+def _all_frames(total: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return frame indices and mask of one clip with all frames, (1, total)."""
+    return np.arange(total)[None], np.ones((1, total), dtype=bool)
+
+
+def _sample(
+    timestamps: np.ndarray, settings: ProcessorSettings, generator: np.random.Generator | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return frame indices and mask, (clips, num_frames), of a video whose frames are shown at `timestamps`."""
+    return mask_missing_frames(_sampled(timestamps, settings, generator))
+
+
+def _sampled(timestamps: np.ndarray, settings: ProcessorSettings, generator: np.random.Generator | None) -> np.ndarray:
+    """Return frame indices (clips, num_frames), NO_FRAME where the policy "mask" has none."""
     total, policy = len(timestamps), settings.short_video_policy
     num_frames, stride, rate = settings.num_frames, settings.frame_stride, settings.frames_per_second
     if settings.frame_sampling == "uniform":
@@ -306,7 +344,7 @@ def _sample(timestamps: np.ndarray, settings: ProcessorSettings, generator: np.r
     clips: dict[str, Any] = {"num_clips": settings.num_clips, "start": settings.clip_start, "generator": generator}
     if rate is not None:
         return sample_clips_at_rate(timestamps, num_frames, rate, short_video_policy=policy, **clips)
-    if policy != "error" and total <= (num_frames - 1) * stride:
+    if policy not in ("error", "mask") and total <= (num_frames - 1) * stride:
         logger.warning_once(
             f"Some videos are too short for {num_frames} frames at stride {stride}; short_video_policy='{policy}' "
             "fills their clips."
@@ -340,6 +378,14 @@ def _frame_ids(indices: np.ndarray, settings: ProcessorSettings) -> list[np.ndar
         return [row * len(indices) + clip for clip, row in enumerate(indices)]
     num_crops = _num_crops(settings)
     return [row * num_crops + crop for row in indices for crop in range(num_crops)]
+
+
+def _mask_batch(rows: list[np.ndarray], return_tensors: str | None, device: torch.device | str | None) -> Any:
+    """Return the masks of views as `frame_mask`, bool (views, frames), of the kind of `pixel_values`."""
+    if return_tensors is None:
+        return rows
+    batch = np.stack(rows)
+    return torch.from_numpy(batch).to(device=device) if return_tensors == "pt" else batch
 
 
 def _to_batch(
