@@ -200,7 +200,8 @@ def sample_clips_at_rate(
     # Show the last frame for the average duration of the others.
     duration = times[-1] * len(times) / (len(times) - 1) if times[-1] > 0 else 1 / rate
     last_moment = (num_frames - 1) / rate
-    if short_video_policy == "error" and last_moment >= duration + TIME_TOLERANCE:
+    is_short = last_moment + TIME_TOLERANCE >= duration
+    if short_video_policy == "error" and is_short:
         raise ValueError(
             f"The clip needs {last_moment:.3f} seconds and the video has {duration:.3f}: lower `num_frames`, raise "
             "`frames_per_second`, or use short_video_policy='repeat_last', 'loop' or 'mask'."
@@ -217,7 +218,7 @@ def sample_clips_at_rate(
     if short_video_policy == "loop":
         moments = (moments + TIME_TOLERANCE) % duration
     indices = np.maximum(np.searchsorted(times, moments + TIME_TOLERANCE, side="right") - 1, 0).astype(np.int64)
-    if short_video_policy == "mask" and last_moment + TIME_TOLERANCE >= duration:  # every clip starts at 0
+    if short_video_policy == "mask" and is_short:  # every clip starts at 0
         indices[:, 1:][moments[:, 1:] + TIME_TOLERANCE >= duration] = NO_FRAME
     return indices
 
