@@ -33,7 +33,7 @@ help:
 	@echo 'make demo VIDEO=x  the same, and then classify the video file x'
 	@echo 'make app           open a page to try a model on videos'
 	@echo 'make bench         measure speed against the machine and the peers (BENCH_ARGS=--quick: what has a target)'
-	@echo 'make readme        put what the commands print today, and the pictures, into README.md'
+	@echo 'make readme        put what the code of README.md and docs/ prints and draws today into these pages'
 	@echo 'make docs          build the documentation into site/; a dead link fails (Python 3.11 or newer)'
 	@echo 'make docs-serve    show it at http://127.0.0.1:8000, and again after each change'
 	@echo 'make lint          check style and types'
@@ -98,7 +98,7 @@ bench: .venv/ready
 	.venv/bin/python benchmarks/run.py $(BENCH_ARGS)
 
 readme: .venv/ready
-	.venv/bin/python examples/update_readme.py
+	.venv/bin/python tests/docs/update_pages.py
 
 .venv/ready-docs: .venv/ready-demo
 	.venv/bin/python -m pip install -c constraints.txt -e '.[docs]'

@@ -5,8 +5,8 @@ The paper's ablations in small, on videos whose class is only in the order of th
     python benchmarks/finetuning.py --output runs --smoke                    a minute: tiny, for the tests
 
 An image ViT learns to tell shapes in single frames; from it start all variants, each fine-tuned by
-`examples/finetune.py` with the same settings and several seeds. Prints the table that is in the README, and exits with
-1 if a target is missed. Runs that are finished are not repeated.
+`examples/finetune.py` with the same settings and several seeds. Prints the table of docs/variants.md, and exits
+with 1 if a target is missed. Runs that are finished are not repeated.
 """
 
 import argparse

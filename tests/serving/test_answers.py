@@ -1,9 +1,7 @@
 """Answers over HTTP: those of `vivit-hf classify`, each of its own file, from uploads and addresses."""
 
 import contextlib
-import json
 import os
-import re
 import signal
 import socket
 import threading
@@ -14,13 +12,11 @@ import httpx
 import pytest
 from command_line import SAMPLES, invoke, rows, start
 from hostile_server import Server, redirects
-from paths import ROOT
 from running_server import RunningServer, error_of
 from tuned_models import tune_folder
 from video_files import KINDS, http_server, write_kind
 
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor, demo_model_path
-from vivit_hf.inference.demo_model import copy_samples
 
 
 pytestmark = pytest.mark.slow
@@ -221,14 +217,3 @@ def test_a_signal_ends_the_server_after_the_requests_in_progress():
         assert slow.result().json()["predictions"][0]["label"] == "up_left"
         assert [one.result().json()["file"] for one in others] == [f"{number}.mp4" for number in range(8)]
         assert server.process.wait(30) == 0
-
-
-def test_the_snippets_of_the_page_on_serving_print_what_it_says(server, tmp_path, monkeypatch, capsys):
-    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
-    (snippet, printed), *_ = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", page, flags=re.DOTALL)
-    copy_samples(tmp_path / "vivit_demo")
-    monkeypatch.chdir(tmp_path)
-    exec(compile(snippet.replace("http://127.0.0.1:8000", server.address), "docs/serving.md", "exec"), {})
-    assert capsys.readouterr().out == printed
-    answer = re.search(r"up_left.mp4 \"http.*?```json\n(.*?)\n```", page, flags=re.DOTALL)[1]
-    assert server.send(tmp_path / "vivit_demo" / "up_left.mp4", params={"top_k": 2}).json() == json.loads(answer)
