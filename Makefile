@@ -23,7 +23,7 @@ endef
 INSTALL_TORCH = python -m pip install $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help test test-benchmarks test-engines demo app bench readme docs docs-serve lint format test-oldest clean
+.PHONY: help test test-benchmarks test-engines demo app bench readme docs docs-serve test-docs lint format test-oldest clean
 
 help:
 	@echo 'make test          run the tests'
@@ -36,6 +36,7 @@ help:
 	@echo 'make readme        put what the code of README.md and docs/ prints and draws today into these pages'
 	@echo 'make docs          build the documentation into site/; a dead link fails (Python 3.11 or newer)'
 	@echo 'make docs-serve    show it at http://127.0.0.1:8000, and again after each change'
+	@echo 'make test-docs     play the newcomer: fresh clone, new environments, all code of the pages (half an hour)'
 	@echo 'make lint          check style and types'
 	@echo 'make format        rewrite the code in that style'
 	@echo 'make test-oldest   run the tests on the oldest supported versions'
@@ -109,6 +110,10 @@ docs: .venv/ready-docs
 
 docs-serve: .venv/ready-docs
 	.venv/bin/python -m properdocs serve --config-file properdocs.yml
+
+test-docs:
+	@$(CHECK_PYTHON)
+	TORCH_INDEX=$(TORCH_INDEX) $(PYTHON) tests/docs/newcomer.py
 
 lint: .venv/ready
 	.venv/bin/python -m ruff check .

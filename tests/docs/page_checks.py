@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from page_runner import PageRunner, new_pictures, without_times
-from pages import PAGES
+from page_runner import PageRunner, new_pictures
+from pages import PAGES, without_times
 
 
 # The pages whose commands train: half of the time. What is not here is in test_other_pages.py.

@@ -12,9 +12,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from command_line import invoke
-from pages import PICTURES, ROOT, Block, blocks
+from pages import PICTURES, ROOT, SERVER, Block, blocks, cleaned
 from PIL import Image, ImageChops, ImageStat
 from running_server import RunningServer
 
@@ -30,8 +31,6 @@ SMALL = {
     "tune": "--max-clips 2 --merge-tokens 1 --workers 0",
 }
 OUTPUTS = {"--output", "--output_dir", "--output-dir"}
-SERVER = "http://127.0.0.1:8000"
-TIMES = re.compile(r"in [\d.]+ s, [\d.]+ per second")
 
 
 class PageRunner:
@@ -40,6 +39,7 @@ class PageRunner:
     def __init__(self, template: Path, folder: Path) -> None:
         self.folder = Path(shutil.copytree(template, folder))
         self._prepared = {path.name for path in self.folder.iterdir()}
+        self._names: dict[str, Any] = {"__name__": "__main__"}  # what a snippet defines, those below it may use
         self._server: RunningServer | None = None
 
     def run(self, page: Path) -> Iterator[tuple[Block, str]]:
@@ -63,7 +63,7 @@ class PageRunner:
         text = block.text if self._server is None else block.text.replace(SERVER, self._server.address)
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
-            exec(compile("\n" * block.line + text, block.page, "exec"), {"__name__": "__main__"})
+            exec(compile("\n" * block.line + text, block.page, "exec"), self._names)
         return cleaned(output.getvalue())
 
     def command(self, line: str, stack: contextlib.ExitStack) -> str:
@@ -112,20 +112,11 @@ class PageRunner:
                 shutil.rmtree(value) if Path(value).is_dir() else Path(value).unlink()
 
 
-def cleaned(output: str) -> str:
-    return "".join(f"{line.rstrip()}\n" for line in output.strip("\n").splitlines())
-
-
 def new_pictures(page: Path, folder: Path) -> list[Path]:
     """Return the pictures of a page that its commands have drawn in a folder, and that look different now."""
     names = re.findall(r"examples/pictures/([\w.-]+)\)", page.read_text(encoding="utf-8"))
     drawn = [folder / name for name in names if (folder / name).exists()]
     return [picture for picture in drawn if not looks_like(PICTURES / picture.name, picture)]
-
-
-def without_times(output: str) -> str:
-    """Leave out seconds and rates, which differ from run to run."""
-    return TIMES.sub("in ... s", output)
 
 
 def looks_like(path: Path, other: Path) -> bool:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+SERVER = "http://127.0.0.1:8000"  # in the pages; here it has another port
+TIMES = re.compile(r"in [\d.]+ s, [\d.]+ per second")
 PICTURES = ROOT / "examples" / "pictures"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(
@@ -59,3 +61,12 @@ def blocks(page: Path) -> list[Block]:
             Block(name_of(page), line, match["language"], match["text"], match[0], match["mark"], match["words"])
         )
     return found
+
+
+def cleaned(output: str) -> str:
+    return "".join(f"{line.rstrip()}\n" for line in output.strip("\n").splitlines())
+
+
+def without_times(output: str) -> str:
+    """Leave out seconds and rates, which differ from run to run."""
+    return TIMES.sub("in ... s", output)

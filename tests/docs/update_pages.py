@@ -18,8 +18,8 @@ sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent.parent / "examples"
 
 import conftest  # noqa: E402, F401  # no network, one thread
 from page_files import write_page_files  # noqa: E402
-from page_runner import PageRunner, new_pictures, without_times  # noqa: E402
-from pages import PAGES, PICTURES, name_of  # noqa: E402
+from page_runner import PageRunner, new_pictures  # noqa: E402
+from pages import PAGES, PICTURES, name_of, without_times  # noqa: E402
 
 
 def main(arguments: list[str]) -> None:
