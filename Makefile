@@ -33,7 +33,7 @@ help:
 	@echo 'make demo VIDEO=x  the same, and then classify the video file x'
 	@echo 'make app           open a page to try a model on videos'
 	@echo 'make bench         measure speed against the machine and the peers (BENCH_ARGS=--quick: what has a target)'
-	@echo 'make readme        put what the code of README.md and docs/ prints and draws today into these pages'
+	@echo 'make readme        put what the code of README.md and docs/ prints and draws today into pages and notebooks'
 	@echo 'make docs          build the documentation into site/; a dead link fails (Python 3.11 or newer)'
 	@echo 'make docs-serve    show it at http://127.0.0.1:8000, and again after each change'
 	@echo 'make test-docs     play the newcomer: fresh clone, new environments, all code of the pages (half an hour)'
@@ -100,6 +100,7 @@ bench: .venv/ready
 
 readme: .venv/ready
 	.venv/bin/python tests/docs/update_pages.py
+	.venv/bin/python docs/notebooks/run.py
 
 .venv/ready-docs: .venv/ready-demo
 	.venv/bin/python -m pip install -c constraints.txt -e '.[docs]'
