@@ -353,7 +353,7 @@ ROUTES = [
     (("PUT",), r"/storage/(?P<oid>\w+)", _Handler.store),
     (("GET", "HEAD"), r"/storage/(?P<oid>\w+)", _Handler.fetch),
     (("POST",), rf"/verify/{_NAME}", _Handler.verify),
-    (("GET", "HEAD"), rf"/{_NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.resolve),
+    (("GET", "HEAD"), rf"/(datasets/)?{_NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.resolve),
 ]
 
 
