@@ -15,6 +15,7 @@ from properdocs.structure.files import File, InclusionLevel
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HOME = {"README.md": "index.md"}
+IN_NAVIGATION = ("README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)(?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?(?=\))")
 CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.MULTILINE | re.DOTALL)
 
@@ -46,12 +47,13 @@ def outside_code(function, markdown: str) -> str:
 def on_files(files, config):
     """Add README.md, the pages of the navigation and all that is linked to from one of them."""
     sources = {path_in_repository(file.src_uri) for file in files.documentation_pages()}
-    waiting = [*sources, "README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md"]
+    waiting = [*sources, *IN_NAVIGATION]
     while waiting:
         path = waiting.pop()
         uri = path_in_site(path)
         if files.get_file_from_path(uri) is None:
-            inclusion = InclusionLevel.NOT_IN_NAV if path.endswith(".md") else InclusionLevel.INCLUDED
+            is_aside = path.endswith(".md") and path not in IN_NAVIGATION
+            inclusion = InclusionLevel.NOT_IN_NAV if is_aside else InclusionLevel.INCLUDED
             files.append(File.generated(config, uri, abs_src_path=str(ROOT / path), inclusion=inclusion))
             sources.add(path)
         elif path not in sources:
@@ -65,8 +67,12 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Rewrite the links of a page from paths in the repository to paths in the site."""
+    """Rewrite the links of a page from paths in the repository to paths in the site, and rank it for the search."""
     path = path_in_repository(page.file.src_uri)
+    if page.file.inclusion.is_not_in_nav():
+        page.meta["search"] = {"exclude": True}
+    elif re.fullmatch(r"docs/\w+\.md", path):  # the pages of tasks come before the reference and the project
+        page.meta["search"] = {"boost": 3}
 
     def rewritten(link: re.Match[str]) -> str:
         target = path_in_site(target_of(link, path))
