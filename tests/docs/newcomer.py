@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from pages import PAGES, ROOT, SERVER, Block, blocks, cleaned, name_of, without_times
 
@@ -220,24 +221,22 @@ def make_room(line: str, folder: Path, template: Path) -> None:
             shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink()
 
 
-def search(sections: list[dict[str, str]], words: str) -> list[str]:
-    """Return the pages that a search finds, best first: by rare words, ten times as much in titles."""
+def search(sections: list[dict[str, Any]], words: str) -> list[str]:
+    """Return the pages that a search finds, best first: by rare words, titles, and the boosts of the pages."""
     wanted = {stem(word) for word in re.findall(r"\w+", words.lower())}
-    counted = []
-    for section in sections:
-        title = [stem(word) for word in re.findall(r"\w+", section["title"].lower())]
-        text = [stem(word) for word in re.findall(r"\w+", section["text"].lower())]
-        counted.append((section["location"].partition("#")[0], title, text))
-    rarity = {
-        word: math.log(len(counted) / (1 + sum(word in title or word in text for _, title, text in counted)))
-        for word in wanted
-    }
+    titles = [[stem(word) for word in re.findall(r"\w+", section["title"].lower())] for section in sections]
+    texts = [[stem(word) for word in re.findall(r"\w+", section["text"].lower())] for section in sections]
+    places = list(zip(sections, titles, texts, strict=True))
+    found = {word: sum(word in title or word in text for _, title, text in places) for word in wanted}
     scores: dict[str, float] = {}
-    for page, title, text in counted:
+    for section, title, text in places:
         score = sum(
-            rarity[word] * (10 * (word in title) + min(text.count(word), 3) / (1 + len(text) / 200)) for word in wanted
+            math.log(len(places) / (1 + found[word]))
+            * (10 * (word in title) + min(text.count(word), 3) / (1 + len(text) / 200))
+            for word in wanted
         )
-        scores[page] = scores.get(page, 0) + score
+        page = section["location"].partition("#")[0]
+        scores[page] = max(scores.get(page, 0), score * section.get("boost", 1))
     return sorted(scores, key=lambda page: -scores[page])
 
 
@@ -258,11 +257,8 @@ def main() -> None:
     newcomer.install()
     for page in PAGES:
         newcomer.page(page)
-    print(
-        f"\n{len(PAGES)} pages in {(time.monotonic() - begun) / 60:.0f} minutes. Skipped:",
-        *newcomer.skipped,
-        sep="\n  ",
-    )
+    print(f"\n{len(PAGES)} pages in {(time.monotonic() - begun) / 60:.0f} minutes. Not run:")
+    print(*newcomer.skipped, sep="\n")
     if newcomer.failures:
         print(f"{len(newcomer.failures)} failures:", *newcomer.failures, sep="\n\n")
         raise SystemExit(1)
