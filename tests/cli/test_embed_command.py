@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from command_line import MOTIONS, SAMPLES, check_refusal, invoke, rows
-from video_files import write_video
+from video_files import moving_frames, write_video
 from vit_models import make_dinov2, make_vit
 
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor, demo_model_path
-from vivit_hf.inference import read_features
+from vivit_hf.inference import read_features, write_features
 
 
 QUICK = ("--num-clips", 1, "--num-crops", 1, "--workers", 0)
@@ -50,6 +50,7 @@ def test_the_file_says_where_its_vectors_come_from(output):
         "frames_per_second": None,
         "num_clips": 1,
         "num_crops": 1,
+        "short_video_policy": "repeat_last",
         "on_error": "repeat_last",
     }
 
@@ -117,6 +118,28 @@ def test_the_same_command_again_computes_nothing(output):
     assert again.exit_code == 0 and "1 video with" in again.stdout and output.stat().st_mtime_ns == before
     check_refusal(["embed", SAMPLES / "up_left.mp4", "--output", output], 2, "holds another run (num_clips 1 -> 4")
     assert output.stat().st_mtime_ns == before
+
+
+def test_features_of_another_policy_for_short_videos_are_refused_by_its_name(output, tmp_path):
+    folder = tmp_path / "model"
+    ViViTForVideoClassification.from_pretrained(demo_model_path()).save_pretrained(folder)
+    processor = ViViTVideoProcessor.from_pretrained(demo_model_path())
+    processor.save_pretrained(folder)
+    short = write_video(tmp_path / "short.mp4", moving_frames(7, 48, 64))
+    arguments = ("embed", short, "--model", folder, "--output", output, "--workers", 0)
+    assert invoke(*arguments).exit_code == 0
+    repeated = read_features(output)
+    ViViTVideoProcessor.from_dict({**processor.to_dict(), "short_video_policy": "mask"}).save_pretrained(folder)
+    check_refusal(arguments, 2, "short_video_policy 'repeat_last' -> 'mask'")
+    check_refusal((*arguments, "--per-step", "--overwrite"), 2, "leave out --per-step")
+    assert read_features(output).settings == repeated.settings
+    assert invoke(*arguments, "--overwrite").exit_code == 0
+    masked = read_features(output)
+    assert masked.settings["views"]["short_video_policy"] == "mask"
+    assert np.abs(masked.vectors - repeated.vectors).max() > 1e-3
+    write_features(tmp_path / "other.parquet", repeated)
+    with pytest.raises(ValueError, match="differ in"):
+        read_features([output, tmp_path / "other.parquet"])
 
 
 def test_uniform_frames_have_one_clip(output):

@@ -69,10 +69,13 @@ class EndpointHandler:
         if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= MOST_TOP_K:
             raise ValueError(f"`top_k={top_k!r}` must be a whole number from 1 to {MOST_TOP_K}.")
         source = {"bytes": None, "path": None, **video_in(data.get("inputs"))}
-        clips = self.processor(source, return_tensors="pt", **parameters)["pixel_values"]
+        views = self.processor(source, return_tensors="pt", **parameters).to(self.model.device)
+        starts = range(0, len(views["pixel_values"]), BATCH)
         with torch.inference_mode():
-            parts = [self.model(pixel_values=part.to(self.model.device)).logits for part in clips.split(BATCH)]
-        return self.ranked(torch.cat(parts).float().cpu(), top_k)
+            # `pixel_values`, and `frame_mask` if the processor masks the ends of short videos
+            parts = [{name: value[start : start + BATCH] for name, value in views.items()} for start in starts]
+            logits = torch.cat([self.model(**part).logits for part in parts])
+        return self.ranked(logits.float().cpu(), top_k)
 
     def ranked(self, logits: torch.Tensor, top_k: int) -> list[dict[str, Any]]:
         """Return the `top_k` likeliest labels of each group by the logits of all views, (views, num_labels)."""

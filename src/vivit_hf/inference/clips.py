@@ -1,12 +1,14 @@
 """Run a model on clips, some at a time, and encode every tubelet that clips share only once."""
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from ..frame_sampling import sample_frames_uniformly
-from ..modeling_vivit import check_pixel_values
+from ..modeling_vivit import BIASED_ATTENTION, check_pixel_values, mask_frames, nearest_visible_frames
 
 
 # Tubelets or clips that go through the model at a time.
@@ -35,8 +37,63 @@ def step_starts(config: Any) -> np.ndarray:
     return np.arange(config.grid_size[0]) * config.tubelet_size[0]
 
 
+def check_takes_masks(model: Any, processor: Any, merging: Sequence[int] | None = None) -> None:
+    """
+    Raise ValueError if the processor masks the ends of short videos, and the model does not take masks.
+
+    Args:
+        merging: the tokens that each layer is to merge; None for what the model does now.
+    """
+    if processor.short_video_policy != "mask":
+        return
+    implementation, reason = model.config._attn_implementation, None
+    merging = getattr(model.base_model.encoder, "schedule", ()) if merging is None else merging
+    if model.config.attention_type == "spatio_temporal" and any(merging):
+        reason = "it merges tokens (`merge_tokens`), so that masked ones would merge into visible ones"
+    elif implementation not in BIASED_ATTENTION:
+        reason = f"`attn_implementation={implementation!r}` is none of {', '.join(BIASED_ATTENTION)}"
+    if reason is not None:
+        raise ValueError(
+            f"The processor has short_video_policy='mask', and the model takes no `frame_mask`: {reason}. Change that, "
+            "or use short_video_policy='repeat_last' or 'loop'."
+        )
+
+
+def visible_steps(frame_mask: torch.Tensor, config: Any) -> torch.Tensor:
+    """Return the time steps with a visible frame, bool (clips, time), of a mask of frames (clips, frames)."""
+    starts = torch.from_numpy(step_starts(config))
+    places = starts[:, None] + torch.arange(config.tubelet_size[0])  # (time, tubelet)
+    return frame_mask[:, places].any(dim=2)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """
+    Encoded time steps of clips.
+
+    `tokens`: floats (clips, time, hidden), arbitrary for masked steps.
+    `visible`: the steps that take part, bool (clips, time); None if all do.
+    """
+
+    tokens: torch.Tensor
+    visible: torch.Tensor | None = None
+
+    def split(self, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Yield the tokens and the visible steps of `size` clips at a time."""
+        return zip(self.tokens.split(size), split_mask(self.visible, len(self.tokens), size), strict=True)
+
+
+def split_mask(mask: torch.Tensor | None, clips: int, size: int) -> list[torch.Tensor | None]:
+    """Split a mask (clips, ...) into parts of `size` clips; None into as many times None."""
+    return [None] * -(-clips // size) if mask is None else list(mask.split(size))
+
+
 def predict_clips(
-    model: Any, clips: torch.Tensor, frame_ids: np.ndarray | None = None, max_clips: int = BATCH
+    model: Any,
+    clips: torch.Tensor,
+    frame_ids: np.ndarray | None = None,
+    max_clips: int = BATCH,
+    frame_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Return the logits of clips, float (clips, num_labels).
@@ -48,22 +105,30 @@ def predict_clips(
         clips: floats (clips, frames, channels, height, width).
         frame_ids: int64 (clips, frames), as in `VideoFeatures`: equal ids mark equal frames.
         max_clips: clips that the model sees at a time.
+        frame_mask: the visible frames, bool (clips, frames), as `ViViTVideoProcessor` gives them with
+            short_video_policy="mask". None: all.
 
     Raises:
-        ValueError: if the clips do not have the model's number of frames and size.
+        ValueError: if the clips do not have the model's number of frames and size, or for a mask that the model does
+            not take.
     """
     check_pixel_values(clips, model.config, any_size=False)
-    steps = shared_steps(model, clips, frame_ids, max_clips)
+    steps = shared_steps(model, clips, frame_ids, max_clips, frame_mask)
     if steps is not None:
-        return torch.cat([model.classify_steps(part) for part in steps.split(max_clips)])
-    return torch.cat([model(pixel_values=part, return_dict=True).logits for part in clips.split(max_clips)])
+        return torch.cat([model.classify_steps(*part) for part in steps.split(max_clips)])
+    parts = zip(clips.split(max_clips), split_mask(frame_mask, len(clips), max_clips), strict=True)
+    return torch.cat([model(pixel_values=part, frame_mask=mask, return_dict=True).logits for part, mask in parts])
 
 
 def shared_steps(
-    model: Any, clips: torch.Tensor, frame_ids: np.ndarray | None, max_clips: int = BATCH
-) -> torch.Tensor | None:
+    model: Any,
+    clips: torch.Tensor,
+    frame_ids: np.ndarray | None,
+    max_clips: int = BATCH,
+    frame_mask: torch.Tensor | None = None,
+) -> Steps | None:
     """
-    Encode every distinct tubelet of the clips once: one token per time step, (clips, time, hidden).
+    Encode every distinct tubelet of the visible time steps of clips once: one token per step.
 
     None if there is nothing to share. For the arguments see `predict_clips`.
     """
@@ -71,12 +136,19 @@ def shared_steps(
         return None
     tubelet = model.config.tubelet_size[0]
     time = clips.shape[1] // tubelet
-    ids = np.asarray(frame_ids)[:, : time * tubelet].reshape(-1, tubelet)
-    _, firsts, places = np.unique(ids, axis=0, return_index=True, return_inverse=True)
-    if len(firsts) == len(ids):
+    ids, visible = np.asarray(frame_ids), None
+    if frame_mask is not None:
+        ids = np.take_along_axis(ids, nearest_visible_frames(frame_mask).cpu().numpy(), axis=1)
+        clips, visible = mask_frames(clips, frame_mask, model.config)
+    ids = ids[:, : time * tubelet].reshape(-1, tubelet)  # (clips * time, tubelet)
+    rows = np.arange(len(ids)) if visible is None else np.flatnonzero(visible.cpu().numpy())
+    _, firsts, inverse = np.unique(ids[rows], axis=0, return_index=True, return_inverse=True)
+    if len(firsts) == len(rows):
         return None
+    places = np.zeros(len(ids), dtype=np.int64)  # masked steps take any token
+    places[rows] = inverse.reshape(-1)
     # (clips, frames, ...) -> (clips * time, tubelet, ...)
     tubelets = clips[:, : time * tubelet].unflatten(1, (time, tubelet)).flatten(0, 1)
-    groups = torch.from_numpy(firsts).split(max_clips * time)
+    groups = torch.from_numpy(rows[firsts]).split(max_clips * time)
     encoded = torch.cat([model.base_model.encode_steps(tubelets[group])[:, 0] for group in groups])
-    return encoded[torch.from_numpy(places.reshape(-1, time)).to(encoded.device)]  # (clips, time, hidden)
+    return Steps(encoded[torch.from_numpy(places.reshape(-1, time)).to(encoded.device)], visible)

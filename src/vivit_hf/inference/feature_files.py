@@ -45,9 +45,9 @@ class Features:
     `starts`, `ends`: float64 (videos,), the part of the file in seconds; NaN stands for the beginning or end of it.
     `settings`: "kind" ("video" or "step"), "model" (its name), "fingerprint" (digests of its "weights", "config" and
         "processor"), "dtype", "hidden_size", "num_steps" (None for a vector per video), "views" ("num_frames",
-        "frame_sampling", "frame_stride", "frames_per_second", "num_clips", "num_crops", "on_error"), "num_videos",
-        "videos_digest" (see `identity_of`), "versions", and "failed": {"file", "start", "end", "error"} of
-        every video without features.
+        "frame_sampling", "frame_stride", "frames_per_second", "num_clips", "num_crops", "short_video_policy",
+        "on_error"), "num_videos", "videos_digest" (see `identity_of`), "versions", and "failed": {"file", "start",
+        "end", "error"} of every video without features.
 
     Raises ValueError if the shapes do not fit each other.
     """

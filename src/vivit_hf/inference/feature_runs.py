@@ -131,8 +131,16 @@ def feature_settings(
     Args:
         name: the folder or Hub id of the model.
         fingerprint: see `model_fingerprint`.
+
+    Raises:
+        ValueError: for features per step with short_video_policy="mask", as all videos must have as many steps.
     """
     config = model.config
+    if per_step and processor.short_video_policy == "mask":
+        raise ValueError(
+            "Features per step have as many steps for every video, and the processor's short_video_policy='mask' "
+            "leaves steps of short videos out: leave out --per-step (`per_step`), or use another policy."
+        )
     hidden = config.hidden_size if per_step else config.representation_size or config.pooled_size
     is_uniform, rate = processor.frame_sampling == "uniform", processor.frames_per_second
     listed = [json.dumps([description(video), known_identity(video)]) for video in videos]
@@ -150,6 +158,7 @@ def feature_settings(
             "frames_per_second": None if is_uniform else rate,
             "num_clips": num_clips,
             "num_crops": num_crops,
+            "short_video_policy": processor.short_video_policy,
             "on_error": processor.on_error,
         },
         "num_videos": len(videos),

@@ -10,6 +10,7 @@ from transformers.pipelines.video_classification import VideoClassificationPipel
 from ..configuration_vivit import ViViTConfig
 from ..data.labels import LabelMap, to_probabilities
 from ..video_processing_vivit import ViViTVideoProcessor
+from .clips import check_takes_masks
 from .finite_outputs import check_finite
 from .unknown import UNKNOWN, UnknownRule, classifier_inputs
 from .views import average_views
@@ -42,10 +43,12 @@ class ViViTVideoClassificationPipeline(VideoClassificationPipeline):
 
     def preprocess(self, video: Any, num_frames: int | None = None, frame_sampling_rate: int | None = None) -> Any:
         """
-        Return the `pixel_values` of one video, with our processor (1, views, frames, channels, height, width).
+        Return the `pixel_values` of one video, with our processor (1, views, frames, channels, height, width), and its
+        `frame_mask` (1, views, frames) if the processor masks.
 
         Raises:
-            ValueError: if a `frame_sampling_rate` is given, but the frames are spread over the whole video.
+            ValueError: if a `frame_sampling_rate` is given, but the frames are spread over the whole video, or if the
+                processor masks frames and the model does not take masks.
         """
         processor = self.video_processor
         if not isinstance(processor, ViViTVideoProcessor):
@@ -57,17 +60,20 @@ class ViViTVideoClassificationPipeline(VideoClassificationPipeline):
             )
         settings: dict[str, Any] = {"num_frames": num_frames or self.model.config.num_frames}
         settings |= {"frame_stride": frame_sampling_rate, "do_sample_frames": True}
-        return {"pixel_values": processor(video, **settings)["pixel_values"][None].to(self.dtype)}
+        check_takes_masks(self.model, processor)
+        features = processor(video, **settings)
+        return {name: value[None] for name, value in features.to(self.dtype).items()}
 
     def _forward(self, model_inputs: Any) -> Any:
         if not isinstance(self.video_processor, ViViTVideoProcessor):
             return super()._forward(model_inputs)
-        clips = model_inputs["pixel_values"].flatten(0, 1)  # (batch * views, frames, channels, height, width)
+        # (batch * views, frames, channels, height, width), with a mask also (batch * views, frames)
+        clips = {name: value.flatten(0, 1) for name, value in model_inputs.items()}
         if self._rule is None:
-            logits = self.model(pixel_values=clips).logits
+            logits = self.model(**clips).logits
             return ImageClassifierOutput(logits=logits.unflatten(0, model_inputs["pixel_values"].shape[:2]))
         with classifier_inputs(self.model) as seen:
-            logits = self.model(pixel_values=clips).logits
+            logits = self.model(**clips).logits
         logits, features = (
             one.unflatten(0, model_inputs["pixel_values"].shape[:2]) for one in (logits, torch.cat(seen))
         )

@@ -14,7 +14,7 @@ from ..data.labels import LabelMap, to_probabilities
 from ..video_processing_vivit import ViViTVideoProcessor
 from .finite_outputs import check_finite
 from .unknown import UnknownRule, classifier_inputs, energies
-from .view_batches import Views, compute_on_views, each_or_error, run_on_views
+from .view_batches import Views, compute_on_views, each_or_error, run_on_views, without_empty
 from .views import average_views, predict_views
 
 
@@ -139,12 +139,14 @@ class Answers:
         rule = UnknownRule.of(model) if middle is None else None
         return cls(model, LabelMap.from_config(model.config), averaging, batch_size, rule, middle)
 
-    def compute(self, pixel_values: torch.Tensor, frame_ids: np.ndarray) -> torch.Tensor:
+    def compute(
+        self, pixel_values: torch.Tensor, frame_ids: np.ndarray, frame_mask: torch.Tensor | None
+    ) -> torch.Tensor:
         """Return a row per video, for `compute_on_views`."""
         needs_features = self.rule is not None or self.middle is not None
         nothing: AbstractContextManager[list[torch.Tensor]] = nullcontext([])
         with classifier_inputs(self.model) if needs_features else nothing as seen:
-            logits = predict_views(self.model, pixel_values, self.batch_size, frame_ids)
+            logits = predict_views(self.model, pixel_values, self.batch_size, frame_ids, frame_mask)
         check_finite(logits, self.model, pixel_values)
         rows = average_views(logits, self.label_map, self.averaging)
         if not needs_features:
@@ -162,6 +164,7 @@ class Answers:
             ValueError: if the model does not accept the clips.
             NonFiniteError: if scores are NaN or infinite.
         """
+        items = [without_empty(views, self.model.config) for views in items]
         rows = compute_on_views(self.model, items, self.compute)
         return [self.prediction(views, row) for views, row in zip(items, rows, strict=True)]
 

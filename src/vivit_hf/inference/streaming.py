@@ -29,10 +29,10 @@ import numpy as np
 import torch
 
 from ..data.labels import LabelMap, to_probabilities
-from ..frame_sampling import TIME_TOLERANCE, apply_short_video_policy
+from ..frame_sampling import TIME_TOLERANCE, apply_short_video_policy, mask_missing_frames
 from ..modeling_vivit import check_frame_size, check_values
 from ..video_processing_vivit import ViViTVideoProcessor
-from .clips import BATCH, step_starts
+from .clips import BATCH, check_takes_masks, step_starts
 from .cuts import find_cut, frame_change
 from .finite_outputs import check_finite
 from .optimization import optimize_if_plain
@@ -160,7 +160,8 @@ class StreamingClassifier:
     Raises:
         TypeError: if the model has no classifier.
         ValueError: if the hop is below 1, the processor has frame_sampling="uniform", or the threshold is no number
-            from 0 to 255 or is above 0 for a model without reusable steps.
+            from 0 to 255 or is above 0 for a model without reusable steps. If the processor masks frames, and the model
+            does not take masks.
         NonFiniteError: from `push`, `flush` and `last_window`, if logits are NaN or infinite.
     """
 
@@ -204,6 +205,7 @@ class StreamingClassifier:
         self._label_map = LabelMap.from_config(config)
         self._rule = UnknownRule.of(model)
         optimize_if_plain(model)
+        check_takes_masks(model, processor)
         self.reset()
 
     def reset(self) -> None:
@@ -310,16 +312,20 @@ class StreamingClassifier:
         Return the window that ends with the last frame, unless it was returned already. Call it at the end of a stream.
 
         If the stream has fewer sampled frames than a window, the window is filled by the processor's
-        `short_video_policy`; the policy "error" raises ValueError.
+        `short_video_policy`; "mask" masks the rest of it, and "error" raises ValueError.
         """
         start = max(0, self._num_sampled - self._num_frames)
         if not self._num_sampled or start == self._next_window - self.hop:
             return []
         frames = min(self._num_sampled, self._num_frames)
         policy = self.processor.short_video_policy
-        places = apply_short_video_policy(np.arange(self._num_frames), frames, policy)
+        places = apply_short_video_policy(np.arange(self._num_frames)[None], frames, policy)
+        places, mask = mask_missing_frames(places)
+        inputs = {"pixel_values": self._pixels(start, frames)[places]}  # (1, frames, channels, height, width)
+        if not mask.all():
+            inputs["frame_mask"] = torch.from_numpy(mask)
         with torch.inference_mode():
-            (answer,) = self._answers(pixel_values=self._pixels(start, frames)[None, places])
+            (answer,) = self._answers(**inputs)
         return [self._prediction(start, answer)]
 
     def _complete(self) -> list[WindowPrediction]:

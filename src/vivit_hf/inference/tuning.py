@@ -38,6 +38,7 @@ from ..data.video_identity import known_identity
 from ..data.whole_files import as_utf8, written_whole
 from ..modeling_vivit import check_pixel_values
 from ..video_processing_vivit import ViViTVideoProcessor
+from .clips import check_takes_masks
 from .fingerprints import loaded_fingerprint, processor_fingerprint
 from .finite_outputs import check_finite
 from .onednn import has_bfloat16_units, has_vnni
@@ -120,6 +121,7 @@ class TuningRun:
         self.videos, self.candidates = videos, {one.name: one for one in candidates}
         self.num_clips, self.batch_size = num_clips, batch_size
         self.clips: list[torch.Tensor] = []  # (frames, channels, height, width), uint8 as decoded
+        self.masks: list[torch.Tensor] = []  # bool (frames,), if the processor masks the ends of short videos
         self._models = {torch.float32: model}
         self._warm: set[tuple[str, int]] = set()  # settings and batch sizes that have run in this process
 
@@ -199,6 +201,7 @@ class TuningRun:
                 if error is None:
                     # Copied, because processes that decode lend their memory.
                     self.clips += [clip.clone() for clip in one.pixel_values]
+                    self.masks += [] if one.frame_mask is None else [mask.clone() for mask in one.frame_mask]
                     found["videos"] += [one.index] * len(one.pixel_values)
                 else:
                     found["errors"][str(one.index)] = error
@@ -222,6 +225,13 @@ class TuningRun:
         clips = torch.stack([self.clips[place] for place in places]).to(self.model.device)
         is_scaled = self.processor.do_rescale or self.processor.do_normalize
         return self.processor.rescale_and_normalize(clips) if is_scaled else clips
+
+    def _inputs(self, places: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Return the inputs of the model for clips, on the device."""
+        inputs = {"pixel_values": self._pixel_values(places)}
+        if self.masks:
+            inputs["frame_mask"] = torch.stack([self.masks[place] for place in places]).to(self.model.device)
+        return inputs
 
     # Settings
 
@@ -253,14 +263,15 @@ class TuningRun:
             try:
                 options: dict[str, Any] = {"int8": one.int8, "merge_tokens": one.merge_tokens}
                 report = optimize(model, **options, calibration=calibration, stored=False)
+                check_takes_masks(model, self.processor)
             except ValueError as error:
                 return {"setting": None, "megabytes": 0.0, "error": str(error)}
             scales = None if report.quantisation is None else report.quantisation.input_scales
             setting = OptimizationSetting(name, one.dtype, one.merge_tokens, scales)
             stored = setting.to_dict(self.weights, self.model.device)
-        pixel_values = self._pixel_values(self._places(0)).to(model.dtype)
+        inputs = _cast(self._inputs(self._places(0)), model.dtype)
         with torch.inference_mode():
-            grown = peak_of_tensors(model.device, lambda: model(pixel_values=pixel_values))
+            grown = peak_of_tensors(model.device, lambda: model(**inputs))
         return {"setting": stored, "megabytes": held_megabytes(model) + grown, "error": None}
 
     def _model_in(self, dtype: torch.dtype) -> Any:
@@ -307,18 +318,18 @@ class TuningRun:
             yield from [name for name in (PLAIN, *self.candidates) if name not in missing]
             if not missing:
                 continue
-            pixel_values = self._pixel_values(self._places(number))
-            plain = self._timed(PLAIN, pixel_values)  # also if it was measured before: speeds are those of one turn
-            check_finite(plain[1], self.model, pixel_values)
+            inputs = self._inputs(self._places(number))
+            plain = self._timed(PLAIN, inputs)  # also if it was measured before: speeds are those of one turn
+            check_finite(plain[1], self.model, inputs["pixel_values"])
             found[PLAIN] = Measurement((plain[0], plain[0]), plain[1])
             for name in missing:
                 if name != PLAIN:
-                    seconds, logits = self._timed(name, pixel_values)
+                    seconds, logits = self._timed(name, inputs)
                     found[name] = Measurement((seconds, plain[0]), logits)
                 yield name
             self._write_round(number, found)
 
-    def _timed(self, name: str, pixel_values: torch.Tensor) -> tuple[float, torch.Tensor]:
+    def _timed(self, name: str, inputs: dict[str, torch.Tensor]) -> tuple[float, torch.Tensor]:
         """Return the seconds of a setting for a batch, and its logits in float32 on the CPU."""
         setting = self.prepared(name).setting
         if setting is None:
@@ -327,14 +338,15 @@ class TuningRun:
         else:
             model = self._model_in(setting.dtype)
             optimize_as(model, setting)
-        pixel_values = pixel_values.to(model.dtype)
+        inputs = _cast(inputs, model.dtype)
+        size = len(inputs["pixel_values"])
         with torch.inference_mode():
-            if (name, len(pixel_values)) not in self._warm:  # kernels are chosen and compiled at the first call
-                model(pixel_values=pixel_values)
-                self._warm.add((name, len(pixel_values)))
+            if (name, size) not in self._warm:  # kernels are chosen and compiled at the first call
+                model(**inputs)
+                self._warm.add((name, size))
             _wait_for(model.device)
             start = time.perf_counter()
-            logits = model(pixel_values=pixel_values, return_dict=True).logits
+            logits = model(**inputs, return_dict=True).logits
             _wait_for(model.device)
             seconds = time.perf_counter() - start
         return seconds, logits.float().cpu()
@@ -392,6 +404,10 @@ def held_megabytes(model: torch.nn.Module) -> float:
         elif isinstance(module, QuantisedLinear):
             tensors += module._weight
     return sum(tensor.nbytes for tensor in tensors) / 1e6
+
+
+def _cast(inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
 
 def _wait_for(device: torch.device) -> None:

@@ -12,10 +12,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..video_processing_vivit import ViViTVideoProcessor
 from ..video_sources import VideoDecodingError
+from .clips import check_takes_masks, visible_steps
 from .finite_outputs import NonFiniteError
 from .optimization import optimized
 
 
+# `pixel_values` (videos, views, frames, channels, height, width), `frame_ids` and `frame_mask` (videos, views, frames),
+# which is None unless the processor masks -> (videos, ...)
+Compute = Callable[[torch.Tensor, np.ndarray, torch.Tensor | None], torch.Tensor]
 Result = TypeVar("Result", bound=Any)  # a dataclass with the fields `index` and `error`
 
 
@@ -27,12 +31,14 @@ class Views:
     `index`: the place of the video in the input.
     `pixel_values`: float32 (views, frames, channels, height, width), None after an error.
     `frame_ids`, `frame_times`: (views, frames), see `VideoFeatures`.
+    `frame_mask`: the visible frames, bool (views, frames), with short_video_policy="mask".
     """
 
     index: int
     pixel_values: torch.Tensor | None = None
     frame_ids: np.ndarray | None = None
     frame_times: np.ndarray | None = None
+    frame_mask: torch.Tensor | None = None
     error: str | None = None
 
 
@@ -60,7 +66,8 @@ def decode_views(processor: ViViTVideoProcessor, video: Any, index: int = 0, **s
         features = processor(video() if callable(video) else video, **settings)
     except (VideoDecodingError, OSError, ValueError) as error:
         return Views(index, error=str(error))
-    return Views(index, features["pixel_values"], features.frame_ids, features.frame_times)
+    frame_mask = features.get("frame_mask")
+    return Views(index, features["pixel_values"], features.frame_ids, features.frame_times, frame_mask)
 
 
 def load_views(
@@ -98,7 +105,7 @@ def run_on_views(
     model: Any,
     processor: ViViTVideoProcessor,
     videos: Sequence[Any],
-    compute: Callable[[torch.Tensor, np.ndarray], torch.Tensor],
+    compute: Compute,
     *,
     num_clips: int,
     num_crops: int,
@@ -110,39 +117,49 @@ def run_on_views(
 
     Args:
         model: in eval mode; it is optimised for the time of the iteration.
-        compute: is given `pixel_values` (videos, views, frames, channels, height, width) and `frame_ids` (videos,
-            views, frames), and returns (videos, ...).
+        compute: see `Compute`.
         batch_size: clips that the model sees at a time.
 
     Raises:
-        ValueError: if the processor cannot make these views.
+        ValueError: if the processor cannot make these views, or masks frames and the model does not take masks.
     """
     views = {"num_clips": num_clips, "num_crops": num_crops}
     loader = load_views(videos, processor, **views, batch_size=batch_size, num_workers=num_workers)
     with optimized(model):
-        for items in loader:
+        check_takes_masks(model, processor)
+        for loaded in loader:
+            items = [without_empty(one, model.config) for one in loaded]
             yield from zip(items, compute_on_views(model, items, compute), strict=True)
 
 
-def compute_on_views(
-    model: Any, items: Sequence[Views], compute: Callable[[torch.Tensor, np.ndarray], torch.Tensor]
-) -> list[torch.Tensor | None]:
+def without_empty(views: Views, config: Any) -> Views:
+    """Return the views, or an error in place of those with a clip of which the model sees no frame."""
+    if views.frame_mask is None or visible_steps(views.frame_mask, config).any(dim=1).all():
+        return views
+    frames = int(views.frame_mask.sum(dim=1).min())
+    reason = f"it has {frames} of the {config.num_frames} frames of a clip, and the model takes none of these"
+    return Views(views.index, error=f"The video is too short: {reason} (short_video_policy='mask').")
+
+
+def compute_on_views(model: Any, items: Sequence[Views], compute: Compute) -> list[torch.Tensor | None]:
     """
     Return what `compute` returns for each video, None for one without views; the videos are computed together.
 
     Args:
         model, compute: see `run_on_views`.
     """
-    good: list[tuple[torch.Tensor, Any]] = [
-        (one.pixel_values, one.frame_ids) for one in items if one.pixel_values is not None
+    good: list[tuple[torch.Tensor, Any, Any]] = [
+        (one.pixel_values, one.frame_ids, one.frame_mask) for one in items if one.pixel_values is not None
     ]
     # Without a crop, videos can differ in size.
-    is_one_size = len({pixel_values.shape for pixel_values, _ in good}) == 1
+    is_one_size = len({pixel_values.shape for pixel_values, _, _ in good}) == 1
     rows: list[torch.Tensor] = []
     with torch.inference_mode():
         for group in [good] if is_one_size else [[one] for one in good]:
-            pixel_values = torch.stack([one for one, _ in group]).to(model.device, model.dtype)
-            rows += compute(pixel_values, np.stack([ids for _, ids in group])).cpu()
+            clips, ids, masks = zip(*group, strict=True)
+            pixel_values = torch.stack(clips).to(model.device, model.dtype)
+            frame_mask = None if masks[0] is None else torch.stack(masks).to(model.device)
+            rows += compute(pixel_values, np.stack(ids), frame_mask).cpu()
     remaining = iter(rows)
     return [None if one.pixel_values is None else next(remaining) for one in items]
 

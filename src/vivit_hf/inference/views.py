@@ -21,7 +21,11 @@ AVERAGINGS = ("probabilities", "logits")
 
 
 def predict_views(
-    model: torch.nn.Module, pixel_values: torch.Tensor, max_clips: int = BATCH, frame_ids: np.ndarray | None = None
+    model: torch.nn.Module,
+    pixel_values: torch.Tensor,
+    max_clips: int = BATCH,
+    frame_ids: np.ndarray | None = None,
+    frame_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Return the logits of every view of a batch of videos, float (batch, views, num_labels).
@@ -30,9 +34,11 @@ def predict_views(
         pixel_values: floats (batch, views, frames, channels, height, width).
         max_clips: clips that the model sees at a time.
         frame_ids: int64 (batch, views, frames), see `predict_clips`. Views of the same video share their tubelets.
+        frame_mask: bool (batch, views, frames), see `predict_clips`.
     """
     ids = None if frame_ids is None else unique_frame_ids(frame_ids)
-    return predict_clips(model, pixel_values.flatten(0, 1), ids, max_clips).unflatten(0, pixel_values.shape[:2])
+    mask = None if frame_mask is None else frame_mask.flatten(0, 1)
+    return predict_clips(model, pixel_values.flatten(0, 1), ids, max_clips, mask).unflatten(0, pixel_values.shape[:2])
 
 
 def average_views(logits: torch.Tensor, label_map: LabelMap, averaging: str = "probabilities") -> torch.Tensor:

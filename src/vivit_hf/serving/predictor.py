@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..inference.clips import check_takes_masks
 from ..inference.finite_outputs import NonFiniteError, check_finite
 from ..inference.optimization import optimized
 from ..inference.prediction import Answers, VideoPrediction
@@ -78,7 +79,8 @@ class Predictor:
         metrics: counts batches, and measures how long they take.
 
     Raises:
-        ValueError: if the processor cannot make these views, or the rule for unknown videos is damaged.
+        ValueError: if the processor cannot make these views or masks frames for a model that does not take masks, or
+            the rule for unknown videos is damaged.
         NonFiniteError: if the scores of a clip of zeros are NaN or infinite.
     """
 
@@ -97,6 +99,7 @@ class Predictor:
     ):
         self.views: dict[str, Any] = {"num_clips": num_clips, "num_crops": num_crops}
         processor.settings.updated(self.views)  # which checks them
+        check_takes_masks(model, processor)
         self.processor = processor
         self._model = model
         self._answers = Answers.of(model, averaging, batch_size)
