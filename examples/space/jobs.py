@@ -29,6 +29,7 @@ from vivit_hf.inference import (
     predict_views,
     video_timeline,
 )
+from vivit_hf.inference.clips import check_takes_masks
 from vivit_hf.inference.finite_outputs import check_finite
 from vivit_hf.inference.optimization import optimized
 from vivit_hf.inference.unknown import UNKNOWN, UnknownRule, classifier_inputs
@@ -135,6 +136,7 @@ class Answer:
     label: str
     class_index: int
     pixel_values: torch.Tensor  # (1, frames, channels, height, width)
+    frame_mask: torch.Tensor | None  # bool (1, frames), if the processor masks the ends of short videos
     place: int  # of the clip in the video
     score: float  # of the label for this clip
 
@@ -144,10 +146,13 @@ def classify(model: Any, processor: ViViTVideoProcessor, path: Path) -> Answer:
     features = processor(path, num_clips=num_clips(processor), num_crops=1)
     views = features["pixel_values"].to(model.device, model.dtype)  # (clips, frames, channels, height, width)
     ids = None if features.frame_ids is None else np.asarray(features.frame_ids)[None]
+    mask = features.get("frame_mask")  # (clips, frames)
+    check_takes_masks(model, processor)
     label_map = LabelMap.from_config(model.config)
     rule = UnknownRule.of(model)
     with torch.inference_mode(), classifier_inputs(model) as seen:
-        logits = predict_views(model, views[None], frame_ids=ids)
+        masks = None if mask is None else mask[None]
+        logits = predict_views(model, views[None], frame_ids=ids, frame_mask=masks)
         check_finite(logits, model, views)
         probabilities = to_probabilities(average_views(logits, label_map)[0].cpu(), label_map)
         of_clips = to_probabilities(logits[0].float().cpu(), label_map)  # (clips, labels)
@@ -158,9 +163,9 @@ def classify(model: Any, processor: ViViTVideoProcessor, path: Path) -> Answer:
     labels = sorted(zip(names, probabilities.tolist(), strict=True), key=lambda one: -one[1])[:TOP_K]
     if rule is not None and rule.is_unknown(float(rule.scores(logits, torch.cat(seen)[None])), logits.shape[1]):
         labels = [(UNKNOWN, 1.0)]
-    return Answer(
-        dict(labels), names[best], best, views[place : place + 1].clone(), place, float(of_clips[place, best])
-    )
+    one = slice(place, place + 1)
+    clip, clip_mask = views[one].clone(), None if mask is None else mask[one]
+    return Answer(dict(labels), names[best], best, clip, clip_mask, place, float(of_clips[place, best]))
 
 
 def timeline(model: Any, processor: ViViTVideoProcessor, clip: Clip) -> list[Segment]:
@@ -195,7 +200,7 @@ def answer(job: Job) -> Iterator[dict[str, Any]]:
         yield {"labels": found.labels}
         yield {"segments": timeline(network, processor, clip)}
     target = found.class_index if job.method == "gradient" else None
-    explanation = explain_clip(network, processor, found.pixel_values, job.method, target, TOP_K)
+    explanation = explain_clip(network, processor, found.pixel_values, job.method, target, TOP_K, found.frame_mask)
     pictures = [str(save_explanation(Path(job.folder, name), explanation)) for name in ("seen.gif", "sheet.png")]
     total = num_clips(processor)
     caption = "The frames that the model saw, and where it looked."

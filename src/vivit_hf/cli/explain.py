@@ -51,8 +51,9 @@ def explain(
     part |= {"bytes": options.standard_input(), "path": "-"} if video == "-" else {"path": video}
     on_lost = "repeat_last" if on_error == "warn" else "raise"
     with video_errors(video):
-        pixel_values = processor(part, num_clips=1, num_crops=1, on_error=on_lost)["pixel_values"]
-        explanation = explain_clip(classifier, processor, pixel_values, method, index, top_k)
+        features = processor(part, num_clips=1, num_crops=1, on_error=on_lost)
+        mask = features.get("frame_mask")
+        explanation = explain_clip(classifier, processor, features["pixel_values"], method, index, top_k, mask)
     try:
         save_explanation(output, explanation)
     except OSError as error:

@@ -37,7 +37,7 @@ def draw_explanation(explanation: Explanation, max_steps: int = 8) -> Image.Imag
     """
     check_positive_integer("max_steps", max_steps)
     frames, space = explanation.frames, explanation.relevance.space[0].numpy()
-    steps, per_step = len(space), len(frames) // len(space)
+    steps, per_step, numbers = len(space), len(frames) // len(space), _numbers(explanation)
     shown = evenly_spaced(steps, max_steps)
     cell = min(_WIDEST_CELL, max(_CELL, (_LEAST_WIDTH + _GAP) // len(shown) - _GAP))
     cell_height = max(1, round(frames.shape[1] * cell / frames.shape[2]))
@@ -60,13 +60,13 @@ def draw_explanation(explanation: Explanation, max_steps: int = 8) -> Image.Imag
         canvas.paste(Image.fromarray(cells[frame]), (left, grid_top))
         canvas.paste(Image.fromarray(heated[frame]), (left, grid_top + cell_height + _GAP))
         below = grid_top + 2 * (cell_height + _GAP)
-        write_text(draw, (left, below), f"frame {frame}", _SMALL_SIZE, _GREY, cell)
+        write_text(draw, (left, below), f"frame {numbers[frame]}", _SMALL_SIZE, _GREY, cell)
 
     write_text(draw, (_MARGIN, bars_top - 22), "How much each moment counts (line: all alike)", _TEXT_SIZE, _INK, inner)
     box = (_MARGIN, bars_top + 6, _MARGIN + inner, bars_top + 6 + bars_height)
     _draw_moments(draw, box, explanation.relevance.time[0].numpy(), set(shown.tolist()))
-    write_text(draw, (_MARGIN, box[3] + 4), "frame 0", _SMALL_SIZE, _GREY, inner // 3)
-    write_text(draw, (box[2], box[3] + 4), f"frame {len(frames) - 1}", _SMALL_SIZE, _GREY, inner // 3, to_left=True)
+    write_text(draw, (_MARGIN, box[3] + 4), f"frame {numbers[0]}", _SMALL_SIZE, _GREY, inner // 3)
+    write_text(draw, (box[2], box[3] + 4), f"frame {numbers[-1]}", _SMALL_SIZE, _GREY, inner // 3, to_left=True)
     if explanation.labels:
         write_text(draw, (_MARGIN, labels_top - 26), "What the model says", _TEXT_SIZE, _INK, inner)
         _draw_labels(draw, (_MARGIN, labels_top, _MARGIN + inner), explanation, row)
@@ -121,14 +121,17 @@ def _write_mp4(path: Path, frames: Iterator[np.ndarray], fps: float) -> None:
 
 
 def _captioned_frames(explanation: Explanation) -> Iterator[np.ndarray]:
-    """Yield the frames of a video, uint8 (height, width, 3), with even sides."""
+    """Yield the frames of a video, each once, uint8 (height, width, 3), with even sides."""
     frames, space = explanation.frames, explanation.relevance.space[0].numpy()
     weights, per_step = explanation.relevance.time[0].numpy(), len(frames) // len(space)
     scale = max(1.0, _VIDEO_SIDE / min(frames.shape[1:3]))
     height, width = (max(2, 2 * round(side * scale / 2)) for side in frames.shape[1:3])
     panel, margin = 104, 12
     heated = draw_overlay(_resized(frames, height, width), space)
+    numbers = _numbers(explanation)
     for index, frame in enumerate(heated):
+        if index and numbers[index] == numbers[index - 1]:  # in the place of a masked one
+            continue
         canvas = Image.new("RGB", (width, height + panel), _BACKGROUND)
         canvas.paste(Image.fromarray(frame), (0, 0))
         draw = ImageDraw.Draw(canvas)
@@ -137,6 +140,11 @@ def _captioned_frames(explanation: Explanation) -> Iterator[np.ndarray]:
         box = (margin, height + 54, width - margin, height + panel - 10)
         _draw_moments(draw, box, weights, {index // per_step})
         yield np.asarray(canvas)
+
+
+def _numbers(explanation: Explanation) -> np.ndarray:
+    numbers = explanation.frame_numbers
+    return np.arange(len(explanation.frames)) if numbers is None else numbers
 
 
 def _resized(frames: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..data.labels import LabelMap, to_probabilities
+from ..inference.clips import visible_steps
 from ..inference.finite_outputs import check_finite
 from ..inference.optimization import optimized
 from ..modeling_vivit import check_pixel_values
@@ -50,17 +51,22 @@ class Merged(NamedTuple):
 
 
 class Recorded(dict[nn.Module, torch.Tensor]):
-    """The attention of each dot product for one clip, averaged over heads: (sequences, tokens, tokens)."""
+    """
+    The attention of each dot product for one clip, averaged over heads: (sequences, tokens, tokens).
 
-    def __init__(self) -> None:
+    `visible`: the time steps that take part, bool (time,).
+    """
+
+    def __init__(self, visible: torch.Tensor) -> None:
         super().__init__()
+        self.visible = visible
         self.merged: dict[nn.Module | None, Merged] = {}
 
 
 @dataclass
 class Relevance:
     """
-    The share of every token of a clip in the output, never negative.
+    The share of every token of a clip in the output, never negative, and 0 for masked time steps.
 
     `space`: float32 (batch, time, height, width) in tokens; it sums to 1 for each clip.
     `time`: float32 (batch, time), the sum of `space` over height and width.
@@ -70,7 +76,7 @@ class Relevance:
     time: torch.Tensor
 
 
-def attention_rollout(model: Any, pixel_values: torch.Tensor) -> Relevance:
+def attention_rollout(model: Any, pixel_values: torch.Tensor, frame_mask: torch.Tensor | None = None) -> Relevance:
     """
     Compute attention rollout: how much the pooled output attends to each token, whatever the class.
 
@@ -94,13 +100,14 @@ def attention_rollout(model: Any, pixel_values: torch.Tensor) -> Relevance:
     Args:
         model: a `ViViTModel` or `ViViTForVideoClassification`, with any attention implementation, on any device.
         pixel_values: (batch, frames, channels, height, width), floats as the model takes them.
+        frame_mask: the visible frames, bool (batch, frames); None for all.
 
     Returns:
         The relevance, on the device of `pixel_values`.
 
     Raises:
         TypeError: if the model is not a ViViT.
-        ValueError: if the model does not accept `pixel_values`.
+        ValueError: if the model does not accept `pixel_values` or `frame_mask`.
         NonFiniteError: if its attention is not finite.
 
     Source: Abnar and Zuidema, "Quantifying Attention Flow in Transformers", ACL 2020, section 3.
@@ -109,17 +116,21 @@ def attention_rollout(model: Any, pixel_values: torch.Tensor) -> Relevance:
     space = pixel_values.new_empty(len(pixel_values), *backbone.config.grid_size, dtype=torch.float32)
     with evaluating(model), optimized(model):
         for index in range(len(pixel_values)):
-            clip = pixel_values[index : index + 1].detach()
-            with torch.no_grad(), _recording(model, backbone, _keep_mean) as recorded:
-                backbone(clip.to(model.device), output_attentions=True)
+            clip, mask = _one_clip(pixel_values, frame_mask, index)
+            visible = _visible_of(backbone, mask)
+            with torch.no_grad(), _recording(model, backbone, _keep_mean, visible) as recorded:
+                backbone(clip.to(model.device), frame_mask=mask, output_attentions=True)
                 relevance = _rollout(backbone, recorded)
                 check_finite(relevance.sum(), model, clip)
-                space[index] = _shares(relevance)
+                space[index] = _shares(relevance, visible)
     return Relevance(space, space.sum(dim=(2, 3)))
 
 
 def gradient_relevance(
-    model: Any, pixel_values: torch.Tensor, class_index: int | Sequence[int] | torch.Tensor | None = None
+    model: Any,
+    pixel_values: torch.Tensor,
+    class_index: int | Sequence[int] | torch.Tensor | None = None,
+    frame_mask: torch.Tensor | None = None,
 ) -> Relevance:
     """
     Compute attention weighted by gradients: how much each token supports one class.
@@ -138,13 +149,14 @@ def gradient_relevance(
         pixel_values: (batch, frames, channels, height, width), floats as the model takes them.
         class_index: the class, one for all clips or (batch,), as an index into the logits (with `label_groups`, of all
             groups). None uses the most likely class of each clip.
+        frame_mask: the visible frames, bool (batch, frames); None for all.
 
     Returns:
         The relevance, on the device of `pixel_values`; equal shares if no token supports the class.
 
     Raises:
         TypeError: if the model is not a ViViT, or has no classifier.
-        ValueError: if the model does not accept `pixel_values`, or a class does not exist.
+        ValueError: if the model does not accept `pixel_values` or `frame_mask`, or a class does not exist.
         NonFiniteError: if the logits or the gradients are not finite.
 
     Source: Chefer et al., "Generic Attention-model Explainability for Interpreting Bi-Modal and Encoder-Decoder
@@ -160,12 +172,14 @@ def gradient_relevance(
     label_map = LabelMap.from_config(model.config)
     space = pixel_values.new_empty(len(pixel_values), *backbone.config.grid_size, dtype=torch.float32)
     for index in range(len(pixel_values)):
-        clip = pixel_values[index : index + 1].detach()
+        clip, mask = _one_clip(pixel_values, frame_mask, index)
+        visible = _visible_of(backbone, mask)
+        recording = _recording(model, backbone, _keep_gradient, visible)
         # Enable gradients even if the caller has disabled them. They flow to the clip, since every parameter may be
         # frozen.
-        with torch.inference_mode(False), torch.enable_grad(), _recording(model, backbone, _keep_gradient) as recorded:
+        with torch.inference_mode(False), torch.enable_grad(), recording as recorded:
             leaf = clip.clone().to(model.device).requires_grad_()
-            logits = model(leaf, output_attentions=True, return_dict=True).logits[0]
+            logits = model(leaf, frame_mask=mask, output_attentions=True, return_dict=True).logits[0]
             check_finite(logits, model, clip)
             chosen = classes[index]
             if chosen is None:
@@ -174,7 +188,7 @@ def gradient_relevance(
         with torch.no_grad():
             relevance = _gradient_rule(backbone, recorded)
             check_finite(relevance.sum(), model, clip)
-            space[index] = _shares(relevance)
+            space[index] = _shares(relevance, visible)
     return Relevance(space, space.sum(dim=(2, 3)))
 
 
@@ -186,6 +200,21 @@ def backbone_for(model: Any, pixel_values: Any) -> Any:
         raise TypeError(f"Expected a ViViTModel or ViViTForVideoClassification of this package, got {type(model)}.")
     check_pixel_values(pixel_values, backbone.config, any_size=False)
     return backbone
+
+
+def _one_clip(
+    pixel_values: torch.Tensor, frame_mask: torch.Tensor | None, index: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return a batch of one clip, and its mask."""
+    one = slice(index, index + 1)
+    return pixel_values[one].detach(), None if frame_mask is None else frame_mask[one]
+
+
+def _visible_of(backbone: Any, mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the time steps of a clip that take part, bool (time,), by its mask (1, frames)."""
+    if mask is None:
+        return torch.ones(backbone.config.grid_size[0], dtype=torch.bool)
+    return visible_steps(mask.cpu(), backbone.config)[0]
 
 
 def _class_indices(class_index: Any, batch: int, num_labels: int) -> Sequence[int | None]:
@@ -215,18 +244,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _recording(
-    model: Any, backbone: Any, keep: Callable[[Recorded, nn.Module, torch.Tensor], None]
+    model: Any, backbone: Any, keep: Callable[[Recorded, nn.Module, torch.Tensor], None], visible: torch.Tensor
 ) -> Iterator[Recorded]:
     """Record what `keep` extracts from the attention of every dot product, in evaluation mode."""
-    recorded = Recorded()
+    recorded = Recorded(visible)
 
     def hook(module: nn.Module, inputs: Any, output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, None]:
         context, weights = output
         keep(recorded, module, weights)
         return context, None  # transformers' recorder, the next hook, keeps nothing
 
-    def pooler_hook(module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        recorded[module] = module.weights(inputs[0].detach()).detach()  # type: ignore[operator]
+    def pooler_hook(module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        tokens, *visible = inputs
+        recorded[module] = module.weights(tokens.detach(), *visible).detach()  # type: ignore[operator]
 
     def merging_hook(module: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         _, merged_sizes, successors = output
@@ -308,12 +338,18 @@ def _pass_back(
     return relevance, attended
 
 
-def _pooled(pooling: str, shares: torch.Tensor, num_tokens: int, num_registers: int = 0) -> torch.Tensor:
-    """Spread the shares of the pooled outputs (sequences,) over the pooled tokens: (sequences, prefix + num_tokens)."""
+def _pooled(pooling: str, shares: torch.Tensor, visible: torch.Tensor, num_registers: int = 0) -> torch.Tensor:
+    """
+    Spread the shares of the pooled outputs (sequences,) over the pooled tokens: (sequences, prefix + tokens).
+
+    Args:
+        visible: the tokens that are pooled unless there is a class token, bool (tokens,).
+    """
     registers = shares.new_zeros(len(shares), num_registers)
     if pooling != "cls":
-        return torch.cat([registers, (shares / num_tokens)[:, None].repeat(1, num_tokens)], dim=1)
-    return torch.cat([shares[:, None], registers, shares.new_zeros(len(shares), num_tokens)], dim=1)
+        even = visible.to(shares) / visible.sum().to(shares)  # (tokens,)
+        return torch.cat([registers, shares[:, None] * even], dim=1)
+    return torch.cat([shares[:, None], registers, shares.new_zeros(len(shares), len(visible))], dim=1)
 
 
 def _start(backbone: Any, recorded: Recorded, kept: float, passed: float) -> torch.Tensor:
@@ -323,19 +359,20 @@ def _start(backbone: Any, recorded: Recorded, kept: float, passed: float) -> tor
     space = height * width
     registers = getattr(config, "num_register_tokens", 0)  # the code of older releases has none
     whole = torch.ones(1, device=next(iter(recorded.values())).device)
+    visible = recorded.visible.repeat_interleave(space)  # (time * space,)
     if config.is_token_grid:
-        return (whole / (time * space)).repeat(time, space)
+        return _pooled("mean", whole, visible).reshape(time, space)
     if config.attention_type == "spatio_temporal":
-        return _pooled(config.pooling, whole, time * space, registers)
+        return _pooled(config.pooling, whole, visible, registers)
     has_encoder = backbone.temporal_encoder is not None
     pooler: Any = getattr(backbone, "temporal_pooler", None)
     steps = recorded.get(pooler)  # (1, time)
     if steps is None:
         pooling = getattr(config, "pooling_over_time", config.pooling if has_encoder else "mean")
-        steps = _pooled(pooling, whole, time)  # (1, [1 +] time)
+        steps = _pooled(pooling, whole, recorded.visible)  # (1, [1 +] time)
     if has_encoder:
         steps, _ = _pass_back(backbone.temporal_encoder, recorded, steps, kept, passed)
-    return _pooled(config.pooling, steps[0, -time:], space, registers)
+    return _pooled(config.pooling, steps[0, -time:], torch.ones(space, dtype=torch.bool), registers)
 
 
 def _rollout(backbone: Any, recorded: Recorded) -> torch.Tensor:
@@ -360,6 +397,10 @@ def _gradient_rule(backbone: Any, recorded: Recorded) -> torch.Tensor:
     return attended[:, -grid[1] * grid[2] :].reshape(grid)
 
 
-def _shares(relevance: torch.Tensor) -> torch.Tensor:
+def _shares(relevance: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """Return shares that sum to 1 from relevance (time, height, width): equal ones of visible steps without any."""
     total = relevance.sum()
-    return relevance / total if total > 0 else torch.full_like(relevance, 1 / relevance.numel())
+    if total > 0:
+        return relevance / total
+    even = torch.ones_like(relevance) * visible[:, None, None].to(relevance)
+    return even / even.sum()
