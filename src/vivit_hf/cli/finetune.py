@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import typer
 
 from ..data.escaping import printable
-from .output import quiet_libraries, say
+from .output import escape_logs, quiet_libraries, say
 
 
 def finetune(context: typer.Context) -> None:
@@ -34,12 +34,15 @@ def run_training(command: str, module: str, argv: Sequence[str] | None) -> None:
             `_arguments` (which does not import torch) and `_parser`.
         argv: the arguments, by default those of the process.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        escape_logs()  # a script runs the command alone
+        argv = sys.argv[1:]
     module, run = f"vivit_hf.training.{module}", None
     if {"-h", "--help"} & set(argv):
         _echo(importlib.import_module(f"{module}_arguments").help_text())
         raise SystemExit
     parse_arguments = importlib.import_module(f"{module}_parser").parse_arguments
+    from ..inference.finite_outputs import NonFiniteError
     from ..video_sources import VideoDecodingError
 
     try:
@@ -53,6 +56,8 @@ def run_training(command: str, module: str, argv: Sequence[str] | None) -> None:
     except VideoDecodingError as error:
         reason = str(error).rpartition("VideoDecodingError: ")[2].strip()  # without the traceback of a worker
         raise SystemExit(printable(f"{command}: {reason}")) from error
+    except NonFiniteError as error:
+        raise SystemExit(printable(f"{command}: {error}")) from error
     except KeyboardInterrupt:
         checkpoint = None if run is None else run.last_checkpoint()
         then = "there is no checkpoint yet" if checkpoint is None else f"run again to continue from {checkpoint}"

@@ -19,14 +19,16 @@ def check_finite(output: torch.Tensor, model: Any, pixel_values: torch.Tensor | 
     """
     if output.isfinite().all():
         return
-    broken = [
-        name for name, parameter in model.named_parameters() if not parameter.is_meta and not parameter.isfinite().all()
-    ]
-    if broken:
-        names = ", ".join(broken[:3]) + (f" and {len(broken) - 3} more" if len(broken) > 3 else "")
-        cause = f"So do its weights ({names}): the checkpoint is damaged or its training diverged."
+    if broken := broken_weights(model):
+        cause = f"So do its weights ({broken}): the checkpoint is damaged or its training diverged."
     elif pixel_values is not None and not pixel_values.isfinite().all():
         cause = "So do its `pixel_values`: check the frames and the scaling of the processor."
     else:
         cause = f"Its weights do not: its numbers overflow in {model.dtype}; try float32, and check the frames."
     raise NonFiniteError(f"The output of the {type(model).__name__} contains NaN or infinite numbers. {cause}")
+
+
+def broken_weights(model: Any) -> str:
+    """Return the first names of the parameters with NaN or infinite numbers; empty if there are none."""
+    names = [name for name, one in model.named_parameters() if not one.is_meta and not one.isfinite().all()]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

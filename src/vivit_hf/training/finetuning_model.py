@@ -13,6 +13,7 @@ import torch
 
 from ..configuration_vivit import ViViTConfig
 from ..data.labels import LabelMap
+from ..inference.finite_outputs import NonFiniteError, broken_weights
 from ..initialisation.from_image import InitialisationReport, config_from_vit, initialise_from_vit, list_unused
 from ..initialisation.image_arrays import ImageSource
 from ..initialisation.image_features import default_image_size
@@ -136,6 +137,11 @@ def build_model(
     if stored_dtype != wanted.dtype:
         say(f"{source}: stored in {stored_dtype}, trained and saved in {wanted.dtype} (--dtype)")
     model = start.model.to(getattr(torch, wanted.dtype))
+    if broken := broken_weights(model):
+        raise NonFiniteError(
+            f"The weights of {source} contain NaN or infinite numbers in {wanted.dtype} ({broken}): the checkpoint is "
+            "damaged or its training diverged."
+        )
     if wanted.attn_implementation is not None:
         model.set_attn_implementation(wanted.attn_implementation)
     limits = start.processor.video_limits or {}

@@ -12,6 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, In
 from transformers.utils import logging
 
 from ..data.labels import IGNORED, LabelMap
+from ..inference.finite_outputs import NonFiniteError, broken_weights, check_finite
 from ..inference.metrics import classification_metrics, collapsed_class
 from ..inference.views import average_views, predict_views
 from ..modeling_vivit import video_classification_loss
@@ -47,6 +48,8 @@ class ClipTrainer(Trainer):
     - A moving average of the weights can be evaluated and saved in place of the weights.
     - A teacher's predictions can be targets beside the labels; evaluation has the loss of the labels alone.
     - Ctrl-C waits until a checkpoint is whole; if writing it fails, it is removed.
+    - Gradients, weights to save and scores that are not finite raise a `NonFiniteError`. `Trainer` alone would log
+      other losses in place of NaN, and save the weights.
 
     Args:
         label_map: the labels of the data set.
@@ -242,6 +245,8 @@ class ClipTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *arguments: Any, **settings: Any) -> None:
         if "loss" in logs:
+            if self.accelerator.scaler is None and not all(norm.isfinite() for norm in self._gradient_norms.values()):
+                raise self._diverged("gradients are")  # with a scaler, the step is skipped
             logs |= {f"grad_norm/{part}": norm.item() for part, norm in self._gradient_norms.items() if part != "total"}
             self._gradient_norms = {}
             if self._seen:
@@ -261,6 +266,14 @@ class ClipTrainer(Trainer):
                 "heart (overfit_one_batch)."
             )
 
+    def _diverged(self, what: str) -> NonFiniteError:
+        settings = f"learning_rate={self.args.learning_rate:g}, max_grad_norm={self.args.max_grad_norm:g}"
+        return NonFiniteError(
+            f"Training has diverged: at step {self.state.global_step}, {what} NaN or infinite ({settings}). Nothing "
+            "was saved at this step. Take a lower learning rate or a longer warm-up, and clip gradients; checkpoints "
+            "of earlier steps are whole, but may have begun to diverge."
+        )
+
     # Checkpoints
 
     def _save_checkpoint(self, *arguments: Any, **settings: Any) -> None:
@@ -275,6 +288,9 @@ class ClipTrainer(Trainer):
 
     def save_model(self, *arguments: Any, **settings: Any) -> None:
         with self.weight_average.applied():
+            is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            if not is_sharded and (broken := broken_weights(self.model)):
+                raise self._diverged(f"the weights {broken} are")
             super().save_model(*arguments, **settings)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -304,8 +320,8 @@ class ClipTrainer(Trainer):
     def evaluate(self, *arguments: Any, **settings: Any) -> dict[str, float]:
         try:
             return super().evaluate(*arguments, **settings)
-        except Exception:
-            if self.is_in_train:  # keep the weights even if they cannot be scored
+        except Exception as error:
+            if self.is_in_train and not isinstance(error, NonFiniteError):  # keep weights that cannot be scored
                 self._save_checkpoint(self.model, trial=None)
             raise
 
@@ -347,6 +363,7 @@ class ClipTrainer(Trainer):
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         logits, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+        check_finite(torch.from_numpy(logits), self.model)
         if not self.label_map.has_several and not self.label_map.is_grouped:
             counted = labels >= 0
             self._warn_of_collapse(logits[counted].argmax(axis=1), labels[counted], "the validation videos")
