@@ -15,7 +15,8 @@ from hub_server import HubServer
 from tuned_models import tune_folder
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor, demo_model_path
-from vivit_hf.inference.fingerprints import model_fingerprint
+from vivit_hf.inference import BatchPredictor, fingerprints
+from vivit_hf.inference.fingerprints import hub_commit, model_fingerprint
 
 
 pytestmark = pytest.mark.slow
@@ -170,3 +171,15 @@ def test_answers_with_and_without_a_setting_of_tune_do_not_mix(model, tmp_path, 
     retrain(model)
     with pytest.raises(SystemExit, match=r"have changed since.*Or give --dtype float32"):
         classify_dataset.main(options(model, tmp_path / "others"))
+
+
+@pytest.mark.parametrize("model", ["my_vivit", "nowhere/at-all"])
+def test_a_model_that_is_nowhere_is_named_at_once(model, tmp_path, monkeypatch):
+    """Without this, transformers asks an unreachable Hub again and again, for half a minute."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fingerprints, "cached_file", lambda *_: pytest.fail("asks the Hub"), raising=False)
+    for use in (hub_commit, BatchPredictor):
+        with pytest.raises(OSError, match=f"there is no folder '{model}', and"):
+            use(model)
+    with pytest.raises(SystemExit, match=f"^classify-dataset: there is no folder '{model}', and"):
+        classify_dataset.main(options(model, tmp_path / "labels"))

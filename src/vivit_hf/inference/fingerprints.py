@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import extract_commit_hash
 
 from ..calibration_vivit import KNOWN_FEATURES
 from ..configuration_vivit import ViViTConfig
+from ..initialisation.weight_files import find_file
 
 
 _CHUNK_BYTES = 1 << 22
@@ -25,10 +26,13 @@ _NO_LOGITS = (
 
 
 def hub_commit(model: str | os.PathLike[str]) -> str | None:
-    """Return the current commit of a Hub id, or None for a folder. Raises OSError if it is neither."""
+    """Return the current commit of a Hub id, or None for a folder. Raises OSError at once if it is neither."""
     if os.path.isdir(model):
         return None
-    return extract_commit_hash(cached_file(str(model), CONFIG_NAME), None)
+    path = find_file(str(model), CONFIG_NAME)
+    if path is None:
+        raise OSError(f"{model} has no {CONFIG_NAME}, so it is no model.")
+    return extract_commit_hash(str(path), None)
 
 
 def model_fingerprint(
