@@ -9,6 +9,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from paths import EXAMPLES
 from tiny_models import make_model, tiny_config
 from typer.testing import CliRunner
 from video_files import damage_packet, write_video
@@ -117,6 +118,20 @@ def test_warnings_are_escaped(tmp_path):
     command = [sys.executable, "-m", "vivit_hf", "timeline", str(path)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert process.returncode == 0 and r"v\x1b[31m.mp4 is damaged" in process.stderr
+    assert RED not in process.stdout + process.stderr
+
+
+@pytest.mark.slow
+def test_warnings_of_the_training_script_are_escaped(tmp_path):
+    for name in ("a/1.mp4", "b/2.mp4", f"b/v{RED}.mp4"):
+        (tmp_path / "v" / name).parent.mkdir(parents=True, exist_ok=True)
+        write_video(tmp_path / "v" / name, num_frames=20)
+    (tmp_path / "v" / f"b/v{RED}.mp4").write_bytes(b"broken")
+    command = "--model_name_or_path vivit-tiny --train_dir v --train_val_split 0 --max_steps 1 --num_frames 4 --use_cpu"
+    command += " --image_size 32 --report_to none --dataloader_num_workers 0 --disable_tqdm true --output_dir out"
+    command = [sys.executable, str(EXAMPLES / "finetune.py"), *command.split()]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert process.returncode == 0 and r"v\x1b[31m.mp4: " in process.stderr, process.stderr[-2000:]
     assert RED not in process.stdout + process.stderr
 
 

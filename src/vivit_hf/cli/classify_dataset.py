@@ -12,6 +12,7 @@ import typer
 
 from ..data.escaping import printable
 from . import options
+from .output import escape_logs
 
 
 HELP = """\
@@ -40,6 +41,8 @@ def classify_dataset(context: typer.Context) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command with these arguments, by default those of the process."""
+    if argv is None:
+        escape_logs()  # a script runs the command alone
     arguments = parse_arguments(argv)
     try:
         run(arguments)
