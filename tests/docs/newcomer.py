@@ -1,11 +1,15 @@
 """Play the newcomer: `make test-docs`. It takes half an hour, and installs everything twice from the package index.
 
+    python tests/docs/newcomer.py                   everything
+    python tests/docs/newcomer.py docs/video.md     the code of these pages alone, in a new environment
+
 1. A fresh clone. `make demo` in it, with only what it installs itself, under four CPU minutes.
 2. `make docs`: the strict build, and a search for the words of its task finds each page.
 3. A new virtual environment with the wheel, as from PyPI. Every command and snippet of README.md and docs/, in order,
    as it stands, in a folder that holds what the pages speak of. Code that is marked with `needs` is printed as skipped.
 
-The Hub's models are stand-ins of one layer in folders with their names, so nothing but packages is downloaded.
+Training takes one epoch; the rest is as on the page. The Hub's models are stand-ins of one layer in folders with their
+names, so nothing but packages is downloaded.
 """
 
 import contextlib
@@ -28,6 +32,7 @@ from pages import PAGES, ROOT, SERVER, Block, blocks, cleaned, name_of, without_
 
 
 DEMO_CPU_SECONDS = 240
+ONE_EPOCH = "--num_train_epochs 1 --use_cpu --dataloader_num_workers 0"
 # Page of the site: the words of its task. The page must be among the first three that a search finds.
 SEARCHES = {
     "quickstart": "install classify first video",
@@ -176,7 +181,7 @@ class Newcomer:
             self.skipped.append(f"{line}: {'above' if line == 'make demo' else 'in every CI run'}")
             return ""
         make_room(line, folder, self.folder / "template")
-        return self.shell(line, folder)
+        return self.shell(f"{line} {ONE_EPOCH}" if re.search(r" (finetune|pretrain) -?-?\w", line) else line, folder)
 
     def snippet(self, block: Block, text: str, folder: Path) -> str:
         """Run a Python block after those above it, whose names it may use and whose output is left out."""
@@ -245,19 +250,22 @@ def stem(word: str) -> str:
 
 
 def main() -> None:
+    chosen = [page for page in PAGES if name_of(page) in sys.argv]
     if "--in-clone" not in sys.argv:
         with tempfile.TemporaryDirectory() as temporary:
             subprocess.run(["git", "clone", "--quiet", str(ROOT), f"{temporary}/clone"], check=True)
             script = f"{temporary}/clone/{Path(__file__).resolve().relative_to(ROOT).as_posix()}"
-            raise SystemExit(subprocess.run([sys.executable, script, "--in-clone", temporary]).returncode)
+            command = [sys.executable, script, *sys.argv[1:], "--in-clone", temporary]
+            raise SystemExit(subprocess.run(command).returncode)
     begun = time.monotonic()
     newcomer = Newcomer(ROOT, Path(sys.argv[-1]))
-    newcomer.demo()
-    newcomer.site()
+    if not chosen:
+        newcomer.demo()
+        newcomer.site()
     newcomer.install()
-    for page in PAGES:
+    for page in chosen or PAGES:
         newcomer.page(page)
-    print(f"\n{len(PAGES)} pages in {(time.monotonic() - begun) / 60:.0f} minutes. Not run:")
+    print(f"\n{len(chosen or PAGES)} pages in {(time.monotonic() - begun) / 60:.0f} minutes. Not run:")
     print(*newcomer.skipped, sep="\n")
     if newcomer.failures:
         print(f"{len(newcomer.failures)} failures:", *newcomer.failures, sep="\n\n")
