@@ -294,7 +294,7 @@ def _clips_of_file(source: Any, settings: ProcessorSettings, generator: np.rando
     with VideoReader(source, limits=VideoLimits(**(settings.video_limits or {})), num_threads=num_threads) as reader:
         clips = None
         while clips is None:
-            indices, mask = _choose_frames(reader.timestamps, source, settings, generator)
+            indices, mask = choose_frames(reader.timestamps, source, settings, generator)
             with contextlib.suppress(FramesChangedError):  # at most once: choose again by the new timestamps
                 clips = reader.frames_at(indices, size=size, window=window, on_lost=on_lost)
         times = reader.timestamps[indices] - reader.timestamps[0]
@@ -304,7 +304,7 @@ def _clips_of_file(source: Any, settings: ProcessorSettings, generator: np.rando
     return _Clips(clips, indices, times, mask, reader.report)
 
 
-def _choose_frames(
+def choose_frames(
     timestamps: np.ndarray, source: Any, settings: ProcessorSettings, generator: np.random.Generator | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return frame indices and mask, (clips, frames), of a file, within the part of it that the source asks for."""

@@ -24,8 +24,6 @@ from transformers import Trainer, TrainingArguments, VivitConfig, VivitForVideoC
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vivit_hf import ViViTForPreTraining, ViViTForVideoClassification, ViViTModel
-from vivit_hf.data.annotations import ONE_GROUP
-from vivit_hf.data.labels import LabelMap
 from vivit_hf.frame_sampling import sample_frames_uniformly
 from vivit_hf.inference import blockwise_attention, optimize, restore
 from vivit_hf.modeling_vivit import (
@@ -35,9 +33,6 @@ from vivit_hf.modeling_vivit import (
     mask_tokens,
     pool_tokens,
 )
-from vivit_hf.training.mixing import ClipCollator
-from vivit_hf.training.pretraining import TubeMaskCollator
-from vivit_hf.training.trainer import ClipTrainer
 
 
 MASKED_CASES: dict[str, dict[str, Any]] = {
@@ -441,25 +436,6 @@ def test_pretraining_refuses_masks(variant):
     config = tiny_config(variant)
     with pytest.raises(ValueError, match="Pretraining takes no `frame_mask`"):
         ViViTForPreTraining(config)(make_clips(config), frame_mask=torch.ones(2, 8).bool())
-
-
-def test_training_of_the_package_refuses_what_it_would_drop(tmp_path):
-    config, labels = tiny_config("factorised_encoder"), LabelMap({ONE_GROUP: tuple("abcde")})
-    item = {"pixel_values": make_clips(config, 1)[0], "frame_mask": torch.ones(8).bool(), "labels": torch.tensor(1)}
-    with pytest.raises(ValueError, match="ClipCollator does not take `frame_mask`"):
-        ClipCollator(labels)([item])
-    with pytest.raises(ValueError, match="TubeMaskCollator does not take `frame_mask`"):
-        TubeMaskCollator(config)([{**item, "epoch": 0, "index": 0}])
-    model, arguments = make_model(config), TrainingArguments(tmp_path, use_cpu=True, report_to=[])
-    trainer = ClipTrainer(model, arguments, label_map=labels)
-    batch = {name: value[None] for name, value in item.items()}
-    assert trainer.compute_loss(model, batch).item() > 0  # training passes it on
-    with pytest.raises(ValueError, match="evaluation of ClipTrainer does not take `frame_mask`"):
-        trainer.prediction_step(model, {**batch, "pixel_values": batch["pixel_values"][None]}, False)
-    for part in (model.vivit.embeddings, model.vivit.encoder, model.vivit.layernorm):
-        part.requires_grad_(False)
-    with pytest.raises(ValueError, match="frozen spatial encoder does not take `frame_mask`"):
-        trainer.compute_loss(model, batch)
 
 
 @torch.no_grad()

@@ -220,7 +220,7 @@ def cached(files, folder, model, is_training=True, **settings):
 
 
 def fill(clips, model, **settings):
-    return clips.fill(lambda pixels: encode_clips(model, pixels), **settings)
+    return clips.fill(lambda pixels, mask: encode_clips(model, pixels, frame_mask=mask), **settings)
 
 
 def test_each_view_comes_up_once_in_as_many_epochs_and_in_an_order_of_the_seed(
@@ -238,8 +238,8 @@ def test_each_view_comes_up_once_in_as_many_epochs_and_in_an_order_of_the_seed(
             found.append(clips[index]["steps"])
             orders[index].append(taken.pop())
             path = clips.store.path(clips.identities[index], orders[index][-1])
-            assert torch.equal(found[-1], clips.store.read(path))
-    views = [clips.store.read(clips.store.path(clips.identities[0], view)) for view in range(4)]
+            assert torch.equal(found[-1], clips.store.read(path)["steps"])
+    views = [clips.store.read(clips.store.path(clips.identities[0], view))["steps"] for view in range(4)]
     distinct = [one for place, one in enumerate(views) if not any(torch.equal(one, other) for other in views[:place])]
     assert len(distinct) >= 3, "views are drawn at random, and two may happen to be equal"
     for order in orders.values():
@@ -256,7 +256,7 @@ def test_items_are_what_the_spatial_encoder_gives_for_the_views(files, frozen_mo
     clips = cached(files, tmp_path, frozen_model, is_training=False, num_clips=2, num_crops=3)
     fill(clips, frozen_model)
     with torch.no_grad():
-        pixels = clips._make(files[0].video, None)
+        pixels = clips._make(files[0].video, None)["pixel_values"]
         expected = frozen_model.vivit.encode_steps(pixels)
     item = clips[0]
     torch.testing.assert_close(item["steps"], expected, atol=1e-5, rtol=0)
@@ -333,8 +333,7 @@ def test_a_changed_or_damaged_file_is_computed_anew(files, frozen_model, tmp_pat
         clips[0]
     with pytest.raises(FeatureCacheError, match="cannot be read"):
         clips[1]
-    expected = clips.fill(lambda pixels: encode_clips(frozen_model, pixels))
-    assert expected == 2 and clips[0]["steps"].isfinite().all()
+    assert fill(clips, frozen_model) == 2 and clips[0]["steps"].isfinite().all()
 
 
 def test_the_store_is_of_the_frozen_weights_and_settings_alone(frozen_model):
@@ -356,15 +355,14 @@ def test_stale_stores_and_what_killed_processes_left_are_removed(tmp_path):
     old = StepStore(tmp_path, {"weights": "a", "processor": {}, "views": {"num_clips": 2}})
     for store in (new, old):
         store.start()
-        store.write(store.path("video", 0), torch.ones(2, 3))
+        store.write(store.path("video", 0), {"steps": torch.ones(2, 3)})
     left = new.path("video", 1).with_name(".x.safetensors.1.unfinished")
     left.parent.mkdir(exist_ok=True)
     left.write_bytes(b"half")
     (tmp_path / "damaged").mkdir()
     assert remove_stale(tmp_path, [new]) == ["views, weights", "settings.json"]
-    assert (
-        not left.exists() and not old.folder.exists() and torch.equal(new.read(new.path("video", 0)), torch.ones(2, 3))
-    )
+    stored = new.read(new.path("video", 0))["steps"]
+    assert not left.exists() and not old.folder.exists() and torch.equal(stored, torch.ones(2, 3))
 
 
 # Frozen parts run in evaluation mode

@@ -34,6 +34,7 @@ def processor_for(
     frame_stride: int | None = None,
     frames_per_second: float | None = None,
     frame_sampling: str | None = None,
+    short_video_policy: str | None = None,
 ) -> ViViTVideoProcessor:
     """
     Return a processor that turns videos of any shape into clips of the model's size.
@@ -49,6 +50,7 @@ def processor_for(
         frame_stride, frames_per_second: replace those of `source`; at most one of the two.
         frame_sampling: "clip", frames at that distance, or "uniform", frames spread over the whole video; replaces that
             of `source`.
+        short_video_policy: "repeat_last", "loop", "mask" or "error"; replaces that of `source`.
 
     Raises:
         ValueError: for a short side below that of the crop, settings that exclude each other, a stride or rate with
@@ -68,6 +70,7 @@ def processor_for(
         stored = source or {}
         kept = ProcessorSettings(**{name: stored[name] for name in _PIXEL_SETTINGS if stored.get(name) is not None})
     sampling = {"frame_stride": frame_stride, "frames_per_second": frames_per_second, "frame_sampling": frame_sampling}
+    sampling["short_video_policy"] = short_video_policy
     if frame_sampling == "uniform":
         sampling["num_clips"] = 1  # it spreads one clip over the whole video
     settings = vars(kept.updated(sampling))

@@ -1,7 +1,7 @@
 """Data sets of clips from video files: deterministic per (seed, epoch, index), and tolerant of damaged files."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
+from ..configuration_vivit import ViViTConfig
 from ..data.annotations import LabelledVideo
 from ..data.labels import LabelMap, balanced_weights
+from ..modeling_vivit import visible_steps
 from ..video_processing_vivit import ViViTVideoProcessor
 from ..video_sources import VideoDecodingError, source_name
 from .augmentation import ClipAugmentation, clip_generator
@@ -18,6 +20,9 @@ from .augmentation import ClipAugmentation, clip_generator
 
 _ORDER, _REPLACEMENT = 0x6F72646572, 0x7265706C  # separate these random numbers from those of the augmentation
 _BLANK_SIZE = (64, 64)  # pixels
+_OF_A_VIDEO = ("pixel_values", "frame_mask", "labels", "file")  # in an item, beside the place that it fills
+
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(eq=False)
@@ -40,27 +45,58 @@ class _Clips:
     def set_epoch(self, epoch: int) -> None:
         self._epoch[0] = int(epoch)
 
-    def _make(self, video: Any, generator: np.random.Generator) -> torch.Tensor:
-        """Return the `pixel_values` of a random clip of a video, or without an augmentation of all views."""
+    def _make(self, video: Any, generator: np.random.Generator) -> Tensors:
+        """Return `pixel_values` and `frame_mask` of a random clip, or without an augmentation of all views."""
         if self.augmentation is None:
-            return self.processor(video, num_clips=self.num_clips, num_crops=self.num_crops)["pixel_values"]
+            return dict(self.processor(video, num_clips=self.num_clips, num_crops=self.num_crops))
         # The whole frame as uint8: the augmentation crops it.
         raw: dict[str, Any] = dict.fromkeys(("do_center_crop", "do_rescale", "do_normalize"), False)
         raw |= {"clip_start": "random", "num_clips": 1, "num_crops": 1, "return_tensors": "np"}
         features = self.processor(video, generator=generator, **raw)
         frames = features["pixel_values"][0].transpose(0, 2, 3, 1)  # (frames, height, width, channels)
-        clip = self.augmentation(np.ascontiguousarray(frames), generator)
+        masks = {name: features[name][0] for name in ("frame_mask",) if name in features}
+        clip = _augmented(frames, masks.get("frame_mask"), self.augmentation, generator)
         values = torch.from_numpy(np.require(clip, requirements="W"))  # arrays from Pillow are read-only
-        return self.processor.rescale_and_normalize(values.permute(0, 3, 1, 2))
+        pixel_values = self.processor.rescale_and_normalize(values.permute(0, 3, 1, 2))
+        return {"pixel_values": pixel_values, **{name: torch.from_numpy(mask) for name, mask in masks.items()}}
 
-    def empty(self) -> torch.Tensor:
-        """Return zeros in the shape of a clip or of the views."""
+    def empty(self) -> Tensors:
+        """Return zeros in the shape of a clip or of the views; they count as visible."""
         if self.augmentation is not None:
-            return torch.zeros(self.processor.num_frames, 3, *self.augmentation.crop_size)
-        # Process a blank video to learn the size of a clip.
-        blank = np.zeros((self.processor.num_frames, *_BLANK_SIZE, 3), dtype=np.uint8)
-        clip = self.processor(blank, do_sample_frames=False, num_clips=1, num_crops=1)["pixel_values"]
-        return torch.zeros(self.num_clips * self.num_crops, *clip.shape[1:])
+            pixel_values = torch.zeros(self.processor.num_frames, 3, *self.augmentation.crop_size)
+        else:
+            # Process a blank video to learn the size of a clip.
+            blank = np.zeros((self.processor.num_frames, *_BLANK_SIZE, 3), dtype=np.uint8)
+            clip = self.processor(blank, do_sample_frames=False, num_clips=1, num_crops=1)["pixel_values"]
+            pixel_values = torch.zeros(self.num_clips * self.num_crops, *clip.shape[1:])
+        if self.processor.short_video_policy != "mask":
+            return {"pixel_values": pixel_values}
+        return {"pixel_values": pixel_values, "frame_mask": torch.ones(pixel_values.shape[:-3], dtype=torch.bool)}
+
+
+def shown_masks(frame_mask: torch.Tensor, config: ViViTConfig) -> torch.Tensor:
+    """
+    Return masks of frames, bool (..., frames), with every frame visible of clips that have no visible time step.
+
+    Uniform frame sampling may take none of the frames of a very short video. The model then sees the last one, which
+    fills the clip.
+    """
+    masks = frame_mask.flatten(0, -2)
+    has_steps = visible_steps(masks, config).any(dim=1, keepdim=True)
+    return (masks | ~has_steps).reshape(frame_mask.shape)
+
+
+def _augmented(
+    frames: np.ndarray, mask: np.ndarray | None, augmentation: ClipAugmentation, generator: np.random.Generator
+) -> np.ndarray:
+    """
+    Augment frames (frames, height, width, channels). If some are masked, the visible ones are augmented by themselves,
+    so that brightness and contrast are theirs, and masked frames repeat the last visible one.
+    """
+    if mask is None or mask.all():
+        return augmentation(np.ascontiguousarray(frames), generator)
+    visible = augmentation(np.ascontiguousarray(frames[mask]), generator)
+    return visible[np.maximum(np.cumsum(mask) - 1, 0)]
 
 
 @dataclass(eq=False)
@@ -70,7 +106,8 @@ class VideoClips(_Clips, Dataset):
     With an augmentation (training), an item is a random clip: `pixel_values` (frames, channels, height, width). Without
     one (evaluation), it has all views of its video: (views, frames, channels, height, width). An item also has
     `labels` (see `LabelMap.encode`), `file`, the name of the video, `index`, `epoch`, and `damaged_files`, a list of
-    (file, reason).
+    (file, reason). With short_video_policy="mask" of the processor, it has `frame_mask`, bool (frames,) or
+    (views, frames), True where a frame is visible. Masked frames repeat the last visible one, also when augmented.
 
     A file that cannot be read is replaced in training by another video, chosen by (seed, epoch, index), and in
     evaluation by zeros with ignored labels. `damaged_files` names it in both cases.
@@ -84,8 +121,6 @@ class VideoClips(_Clips, Dataset):
         num_clips, num_crops: the views of the evaluation.
         max_replacements: how many damaged files in a row are replaced before an error is raised.
     """
-
-    input_name = "pixel_values"  # in an item
 
     videos: Sequence[LabelledVideo]
     _: KW_ONLY
@@ -111,13 +146,13 @@ class VideoClips(_Clips, Dataset):
             one = self.videos[chosen]
             try:
                 clip = self.read(chosen, epoch, generator)
-                return {self.input_name: clip, "labels": self.targets[chosen], "file": _name_of(one), **common}
+                return {**clip, "labels": self.targets[chosen], "file": _name_of(one), **common}
             except (VideoDecodingError, OSError) as error:
                 damaged.append(_damage(one, error))
                 replacement = np.random.default_rng((_REPLACEMENT, self.seed, epoch, index, attempt))
                 chosen = int(replacement.integers(len(self)))
         if self.augmentation is None:
-            ignored = {self.input_name: self.empty(), "labels": self.label_map.ignored()}
+            ignored = {**self.empty(), "labels": self.label_map.ignored()}
             return {**ignored, "file": _name_of(self.videos[index]), **common}
         listed = "; ".join(f"{name}: {reason}" for name, reason in damaged[:3])
         raise VideoDecodingError(
@@ -125,7 +160,7 @@ class VideoClips(_Clips, Dataset):
             "`vivit-hf scan` lists what is wrong with a folder."
         )
 
-    def read(self, index: int, epoch: int, generator: np.random.Generator) -> torch.Tensor:
+    def read(self, index: int, epoch: int, generator: np.random.Generator) -> Tensors:
         """Return a random clip of a video with random numbers from `generator`, or its views without augmentation."""
         return self._make(self.videos[index].source(), generator)
 
@@ -199,9 +234,9 @@ class StreamedClips(_Clips, IterableDataset):
             if self.augmentation is not None and readable:
                 key = (_REPLACEMENT, self.seed, item["epoch"], item["index"])
                 chosen = readable[int(np.random.default_rng(key).integers(len(readable)))]
-                item |= {name: chosen[name] for name in ("pixel_values", "labels", "file")}
+                item |= {name: value for name, value in chosen.items() if name in _OF_A_VIDEO}
             else:
-                item["pixel_values"], item["labels"] = self.empty(), self.label_map.ignored()
+                item |= {**self.empty(), "labels": self.label_map.ignored()}
         return items
 
     def _item(self, one: StreamedVideo) -> dict[str, Any]:
@@ -212,7 +247,7 @@ class StreamedClips(_Clips, IterableDataset):
             return item
         item["labels"], item["file"] = self.label_map.encode(one.video), _name_of(one.video)
         try:
-            item["pixel_values"] = self._make(one.video.source(), clip_generator(self.seed, one.epoch, one.place))
+            item |= self._make(one.video.source(), clip_generator(self.seed, one.epoch, one.place))
         except (VideoDecodingError, OSError) as error:
             item["damaged_files"] = [_damage(one.video, error)]
         return item
@@ -239,10 +274,17 @@ class ClipSampler(Sampler):
         dataset: the data set; `set_epoch` also sets its epoch.
         seed: seed of the order.
         is_balanced: draw with replacement, so that all labels come up equally often; otherwise each video comes once.
+        arrange: rearranges the order of an epoch with random numbers from a generator, see `group_by_length`.
     """
 
-    def __init__(self, dataset: VideoClips, seed: int = 0, is_balanced: bool = False):
-        self.dataset, self.seed, self.epoch = dataset, seed, 0
+    def __init__(
+        self,
+        dataset: VideoClips,
+        seed: int = 0,
+        is_balanced: bool = False,
+        arrange: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
+    ):
+        self.dataset, self.seed, self.epoch, self.arrange = dataset, seed, 0, arrange
         self.weights = balanced_weights(dataset.targets, dataset.label_map).numpy() if is_balanced else None
 
     def set_epoch(self, epoch: int) -> None:
@@ -258,4 +300,6 @@ class ClipSampler(Sampler):
             order = generator.permutation(len(self))
         else:
             order = generator.choice(len(self), size=len(self), p=self.weights / self.weights.sum())
+        if self.arrange is not None:
+            order = self.arrange(order, generator)
         return iter(order.tolist())

@@ -4,7 +4,8 @@ Distillation: a trained teacher's soft predictions as targets beside the labels 
     loss = (1 - weight) * loss of the labels + weight * temperature² * KL(teacher / temperature ‖ student / temperature)
 
 as in DeiT (Touvron et al., 2021, equation 2). The teacher sees the student's clips, mixed ones as well, in its own
-normalisation, frame size and number of frames.
+normalisation, frame size and number of frames. A ViViT sees short clips with the student's mask; to other teachers they
+end with their last visible frame, repeated.
 """
 
 import json
@@ -26,13 +27,14 @@ from ..hub.model_card import linked
 from ..inference.finite_outputs import check_finite
 from ..initialisation.weight_files import find_weights, has_processor, loading_problems, read_config, read_json
 from ..limits_vivit import LIMITS, check_count, check_labels
-from ..modeling_vivit import ViViTForVideoClassification
+from ..modeling_vivit import ViViTForVideoClassification, nearest_visible_frames
 from ..processor_settings import ProcessorSettings
 from ..video_frames import rescale_and_normalize
 from ..video_processing_vivit import ViViTVideoProcessor
+from .clips import shown_masks
 from .feature_cache import Autocast
 from .finetuning_arguments import Say
-from .finetuning_model import is_vivit, without_load_report
+from .finetuning_model import is_vivit, masks_refused, without_load_report
 
 
 DISTILLATION_FILE = "distillation.json"  # in a checkpoint
@@ -102,6 +104,7 @@ class Teacher:
     `size`: (height, width) of the teacher's frames.
     `scale`, `shift`: float32 (channels, 1, 1); the teacher's pixels are the student's * scale + shift.
     `outputs`: int64 (num_labels,), the teacher's output for each of the student's labels.
+    `takes_masks`: whether the model takes `frame_mask`.
     """
 
     model: Any
@@ -110,31 +113,51 @@ class Teacher:
     scale: torch.Tensor
     shift: torch.Tensor
     outputs: torch.Tensor
+    takes_masks: bool = False
 
-    def pixel_values(self, clips: torch.Tensor) -> torch.Tensor:
+    def pixel_values(self, clips: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor:
         """
         Turn clips of the student (batch, frames, channels, height, width) into clips of the teacher.
 
-        Frames of another size are resized, bilinear and antialiased, whatever their aspect ratio.
+        Frames of another size are resized, bilinear and antialiased, whatever their aspect ratio. Frames that are
+        masked in `frame_mask`, bool (batch, frames), show the nearest visible one.
         """
+        if frame_mask is not None:
+            rows = torch.arange(len(clips), device=clips.device)[:, None]
+            clips = clips[rows, nearest_visible_frames(frame_mask)]
         clips = clips[:, self.frames].float()
         if clips.shape[-2:] != self.size:
             images = interpolate(clips.flatten(0, 1), self.size, mode="bilinear", antialias=True)
             clips = images.unflatten(0, clips.shape[:2])  # (batch, frames, channels, height, width)
         return (clips * self.scale + self.shift).to(self.model.dtype)
 
+    def frame_mask(self, frame_mask: torch.Tensor) -> torch.Tensor:
+        """
+        Turn masks of the student's clips, bool (batch, frames), into masks of the teacher's.
+
+        A clip so short that none of the teacher's frames is visible is shown whole: its last frame, repeated.
+        """
+        return shown_masks(frame_mask[:, self.frames], self.model.config)
+
     @torch.no_grad()
-    def logits(self, clips: torch.Tensor, autocast: Autocast = nullcontext) -> torch.Tensor:
-        """Return the logits for clips of the student, float32 (batch, num_labels), in the order of its labels."""
-        pixel_values = self.pixel_values(clips)
+    def logits(
+        self, clips: torch.Tensor, autocast: Autocast = nullcontext, frame_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Return the logits for clips of the student, float32 (batch, num_labels), in the order of its labels.
+
+        `frame_mask`: the visible frames of the clips, bool (batch, frames).
+        """
+        pixel_values = self.pixel_values(clips, frame_mask)
+        masks = {} if frame_mask is None or not self.takes_masks else {"frame_mask": self.frame_mask(frame_mask)}
         with autocast():
-            logits = self.all_logits(pixel_values)
+            logits = self.all_logits(pixel_values, **masks)
         return logits[:, self.outputs].float()
 
     @torch.no_grad()
-    def all_logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def all_logits(self, pixel_values: torch.Tensor, **masks: torch.Tensor) -> torch.Tensor:
         """Return the logits of all outputs for clips of the teacher, (batch, outputs)."""
-        logits = self.model(**{self.model.main_input_name: pixel_values}).logits
+        logits = self.model(**{self.model.main_input_name: pixel_values}, **masks).logits
         return logits.flatten(1)  # VideoPrism's are (batch, 1, outputs)
 
 
@@ -173,17 +196,20 @@ def load_teacher(
     frames = _frames_for(source, config, processor.num_frames)
     scale, shift = _pixel_change(processor.settings, _pixel_settings(source, is_own))
     height, width = _frame_size(config)
+    has_masks = processor.short_video_policy == "mask"
     with torch.random.fork_rng(devices=[]):  # the student must not depend on the teacher
         model = _load_model(ViViTForVideoClassification if is_own else AutoModelForVideoClassification, source, dtype)
     model.eval().requires_grad_(False).to(device)
     places, labels = (torch.tensor(indices, device=device) for indices in (frames, outputs))
-    teacher = Teacher(model, places, (height, width), scale.to(device), shift.to(device), labels)
+    takes_masks = is_own and masks_refused(config) is None
+    teacher = Teacher(model, places, (height, width), scale.to(device), shift.to(device), labels, takes_masks)
     crop = processor.crop_size["height"], processor.crop_size["width"]
     _try(teacher, source, torch.zeros(1, processor.num_frames, 3, *crop, device=device), config.num_labels)
     say(
         f"Teacher {source}: {type(model).__name__}, {len(frames)} of the {processor.num_frames} frames of a clip, "
         f"{crop[0]} x {crop[1]} pixels{f' resized to {height} x {width}' if crop != (height, width) else ''}, "
         f"{len(outputs)} of its {config.num_labels} labels"
+        + (f", short clips {'masked' if takes_masks else 'ended by their last frame, repeated'}" * has_masks)
     )
     return teacher
 

@@ -2,8 +2,9 @@
 Keep the outputs of Model 2's frozen spatial encoder on disk, and train on them in place of pixels.
 
 Each view of a video is a file that is written whole or not at all, so that several processes can write at once and a
-killed run goes on where it stopped. Its name is a digest of everything that its tokens depend on: weights, processor,
-augmentation, dtype, and the name, size, time and ends of the video file. Labels are not part of it.
+killed run goes on where it stopped. With short_video_policy="mask", it also has the mask of the frames. Its name is a
+digest of everything that its tokens depend on: weights, processor, augmentation, dtype, and the name, size, time and
+ends of the video file. Labels are not part of it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from ..data.video_identity import identity_of
 from ..data.whole_files import written_whole
 from ..explain.relevance import evaluating
 from ..video_sources import VideoDecodingError
-from .clips import VideoClips
+from .clips import Tensors, VideoClips, shown_masks
 
 
 _AFTER_SPACE = ("temporal_", "pre_logits")  # the modules of `ViViTModel` that follow the spatial encoder
@@ -40,7 +41,7 @@ _NOT_SPATIAL = (
     "label_groups problem_type hidden_dropout_prob attention_probs_dropout_prob drop_path_rate initializer_range"
 ).split()
 _NOT_COMPARED = ("_name_or_path", "transformers_version", "auto_map")
-_SETTINGS, _STEPS, _CHECKSUM = "settings.json", "steps", "crc32"
+_SETTINGS, _STEPS, _MASK, _CHECKSUM = "settings.json", "steps", "frame_mask", "crc32"
 _VIEW, _ORDER = 0x76696577, 0x6F72646572  # separate the random numbers of views and of their order from others
 _HEADER_BYTES = 200  # of a file, about
 
@@ -69,15 +70,25 @@ def _spatial_parameters(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
 
 
 @torch.no_grad()
-def encode_clips(model: Any, pixel_values: torch.Tensor, autocast: Autocast = nullcontext) -> torch.Tensor:
+def encode_clips(
+    model: Any,
+    pixel_values: torch.Tensor,
+    autocast: Autocast = nullcontext,
+    frame_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
     """
     Encode clips (clips, frames, channels, height, width) as tokens of their time steps, (clips, time, hidden).
+
+    With `frame_mask`, bool (clips, frames), masked steps repeat visible ones, so that mixup mixes tokens as it mixes
+    pixels; the model takes the mask again with the tokens.
 
     Each clip runs by itself: a matrix product may round differently in a larger batch, and stored tokens must equal
     those of a run without a cache.
     """
+    masks = [None] * len(pixel_values) if frame_mask is None else shown_masks(frame_mask, model.config).split(1)
     with autocast():
-        return torch.cat([model.vivit.encode_steps(clip) for clip in pixel_values.split(1)])
+        pairs = zip(pixel_values.split(1), masks, strict=True)
+        return torch.cat([model.vivit.encode_steps(clip, mask) for clip, mask in pairs])
 
 
 def spatial_settings(model: Any) -> dict[str, Any]:
@@ -119,24 +130,29 @@ class StepStore:
         name = hashlib.sha256(f"{identity} {view}".encode()).hexdigest()[:32]
         return self.folder / name[:2] / f"{name}.safetensors"
 
-    def read(self, path: Path) -> torch.Tensor:
-        """Return the tokens in a file. Raises FeatureCacheError if it is missing or damaged."""
+    def read(self, path: Path) -> Tensors:
+        """
+        Return the `steps` in a file and, of clips that may be short, their `frame_mask`.
+
+        Raises FeatureCacheError if the file is missing or damaged.
+        """
         try:
             with safe_open(path, framework="pt") as file:
-                steps, checksum = file.get_tensor(_STEPS), (file.metadata() or {}).get(_CHECKSUM)
+                stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+                checksum = (file.metadata() or {}).get(_CHECKSUM)
         except (OSError, SafetensorError) as error:
             raise FeatureCacheError(f"{path} cannot be read ({error}): run again to compute it anew.") from error
-        if checksum != str(_checksum(steps)):
+        if _STEPS not in stored or checksum != str(_checksum(stored)):
             raise FeatureCacheError(f"{path} is damaged: run again to compute it anew.")
-        return steps
+        return stored
 
-    def write(self, path: Path, steps: torch.Tensor) -> None:
-        """Write tokens whole, or not at all. Raises FeatureCacheError if they cannot be written."""
-        steps = steps.detach().cpu().contiguous()
+    def write(self, path: Path, tensors: Tensors) -> None:
+        """Write `steps` and `frame_mask` whole, or not at all. Raises FeatureCacheError if they cannot be written."""
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         try:
             path.parent.mkdir(exist_ok=True)
             with written_whole(path) as unfinished:
-                save_file({_STEPS: steps}, unfinished, metadata={_CHECKSUM: str(_checksum(steps))})
+                save_file(tensors, unfinished, metadata={_CHECKSUM: str(_checksum(tensors))})
         except (OSError, SafetensorError) as error:
             raise FeatureCacheError(
                 f"{self.folder}: the tokens cannot be written ({error}). What is stored is whole: free some space and "
@@ -144,8 +160,11 @@ class StepStore:
             ) from error
 
 
-def _checksum(steps: torch.Tensor) -> int:
-    return zlib.crc32(steps.view(torch.uint8).numpy().tobytes())
+def _checksum(tensors: Tensors) -> int:
+    checksum = 0
+    for name in sorted(tensors, reverse=True):  # the steps first
+        checksum = zlib.crc32(tensors[name].view(torch.uint8).numpy().tobytes(), checksum)
+    return checksum
 
 
 def remove_stale(root: Path, stores: Sequence[StepStore]) -> list[str]:
@@ -180,7 +199,8 @@ class CachedClips(VideoClips):
 
     In training, `steps` (time, hidden) are those of one of `num_views` random clips of the video, which are drawn once.
     In `num_views` epochs each of them comes up once, in an order that depends on (seed, epoch, index) alone. In
-    evaluation, `steps` are those of all views, (views, time, hidden).
+    evaluation, `steps` are those of all views, (views, time, hidden). With short_video_policy="mask", items also have
+    `frame_mask`, as those of `VideoClips`; it is stored with the tokens.
 
     Args:
         arguments, settings: as for `VideoClips`.
@@ -189,8 +209,6 @@ class CachedClips(VideoClips):
         step_shape: (time, hidden) of the tokens of a clip.
         num_views: number of random clips of each video.
     """
-
-    input_name = "steps"
 
     def __init__(
         self,
@@ -209,9 +227,10 @@ class CachedClips(VideoClips):
         self.store = StepStore(root, {**frozen, "processor": processor, "views": views})
         self.num_views = 1 if self.augmentation is None else num_views
         self.unreadable: dict[tuple[int, int], str] = {}  # (index, view) -> reason
-        self._shape: tuple[int, ...] = step_shape
-        if self.augmentation is None:
-            self._shape = (self.num_clips * self.num_crops, *step_shape)
+        views_shape = (self.num_clips * self.num_crops,) if self.augmentation is None else ()
+        self._shapes = {_STEPS: (*views_shape, *step_shape)}
+        if self.processor.short_video_policy == "mask":
+            self._shapes[_MASK] = (*views_shape, self.processor.num_frames)
 
     @cached_property
     def identities(self) -> list[str | None]:
@@ -224,23 +243,28 @@ class CachedClips(VideoClips):
         except (OSError, VideoDecodingError):
             return None
 
-    def read(self, index: int, epoch: int, generator: np.random.Generator) -> torch.Tensor:
+    def read(self, index: int, epoch: int, generator: np.random.Generator) -> Tensors:
         if self.augmentation is None:
             return self._stored(index, 0)
         order = np.random.default_rng((_ORDER, self.seed, epoch // self.num_views, index)).permutation(self.num_views)
         return self._stored(index, int(order[epoch % self.num_views]))
 
-    def empty(self) -> torch.Tensor:
-        return torch.zeros(self._shape)
+    def empty(self) -> Tensors:
+        blank = {_STEPS: torch.zeros(self._shapes[_STEPS])}
+        return {**blank, _MASK: torch.ones(self._shapes[_MASK], dtype=torch.bool)} if _MASK in self._shapes else blank
 
-    def stored_views(self) -> tuple[torch.Tensor, list[int]]:
-        """Return the tokens of all views that can be read, (views, time, hidden), and the index of each one's video."""
+    def stored_views(self) -> tuple[Tensors, list[int]]:
+        """
+        Return the `steps` (views, time, hidden) and `frame_mask` (views, frames) of all views that can be read, and the
+        index of each one's video.
+        """
         views = [(index, view) for index in range(len(self)) for view in range(self.num_views)]
         readable = [one for one in views if one not in self.unreadable]
-        steps = [self._stored(*one) for one in readable]
-        return torch.stack(steps) if steps else torch.zeros(0, *self._shape), [index for index, _ in readable]
+        stored = [self._stored(*one) for one in readable] or [self.empty()]
+        stacked = {name: torch.stack([one[name] for one in stored])[: len(readable)] for name in self._shapes}
+        return stacked, [index for index, _ in readable]
 
-    def _stored(self, index: int, view: int) -> torch.Tensor:
+    def _stored(self, index: int, view: int) -> Tensors:
         if (reason := self.unreadable.get((index, view))) is not None:
             raise VideoDecodingError(reason, reason=reason)
         return self.store.read(self._path(index, view))
@@ -248,16 +272,16 @@ class CachedClips(VideoClips):
     def _path(self, index: int, view: int) -> Path:
         return self.store.path(str(self.identities[index]), view)
 
-    def pixels(self, index: int, view: int) -> torch.Tensor:
-        """Return the clips of a view (clips, frames, channels, height, width): one in training, else all views."""
+    def pixels(self, index: int, view: int) -> Tensors:
+        """Return the clips of a view, `pixel_values` and `frame_mask`: one clip in training, else all views."""
         digest = hashlib.sha256(str(self.identities[index]).encode()).digest()
         generator = np.random.default_rng((_VIEW, self.seed, view, *digest[:16]))
         clips = super().read(index, view, generator)
-        return clips if self.augmentation is None else clips[None]
+        return clips if self.augmentation is None else {name: clip[None] for name, clip in clips.items()}
 
     def fill(
         self,
-        encode: Callable[[torch.Tensor], torch.Tensor],
+        encode: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
         *,
         process_index: int = 0,
         num_processes: int = 1,
@@ -270,7 +294,8 @@ class CachedClips(VideoClips):
         Videos that cannot be read are noted in `unreadable`, for this run alone.
 
         Args:
-            encode: turns clips (clips, frames, channels, height, width) into tokens (clips, time, hidden).
+            encode: turns clips (clips, frames, channels, height, width), and their masks (clips, frames) or None, into
+                tokens (clips, time, hidden).
             process_index, num_processes: every `num_processes`-th view is this process's.
             num_workers: processes that decode.
 
@@ -280,7 +305,7 @@ class CachedClips(VideoClips):
         share = [(index, view) for index in range(len(self)) for view in range(self.num_views)]
         share = share[process_index::num_processes]
         missing = [one for one in share if not self._is_stored(*one)]
-        needed = len(missing) * (int(np.prod(self._shape)) * 4 + _HEADER_BYTES)
+        needed = len(missing) * (int(np.prod(self._shapes[_STEPS])) * 4 + _HEADER_BYTES)
         if (free := shutil.disk_usage(self.store.folder).free) < needed:
             raise FeatureCacheError(
                 f"{self.store.folder}: {free / 1e6:.1f} MB are free on its disk, and the tokens of {len(missing)} "
@@ -296,15 +321,20 @@ class CachedClips(VideoClips):
             if clips is None or self.identities[one[0]] is None:
                 self.unreadable[one] = reason or "it was not there when the run began"
                 continue
-            steps = encode(clips)
-            self.store.write(self._path(*one), steps if self.augmentation is None else steps[0])
+            frame_mask = clips.get(_MASK)
+            found = {_STEPS: encode(clips["pixel_values"], frame_mask)}
+            found |= {} if frame_mask is None else {_MASK: frame_mask}
+            if self.augmentation is not None:
+                found = {name: tensor[0] for name, tensor in found.items()}
+            self.store.write(self._path(*one), found)
         return len(missing)
 
     def _is_stored(self, index: int, view: int) -> bool:
         if self.identities[index] is None:
             return False
         try:
-            return tuple(self.store.read(self._path(index, view)).shape) == self._shape
+            stored = self.store.read(self._path(index, view))
+            return {name: tuple(tensor.shape) for name, tensor in stored.items()} == self._shapes
         except FeatureCacheError:
             return False
 
@@ -318,7 +348,7 @@ class _Views(Dataset):
     def __len__(self) -> int:
         return len(self.views)
 
-    def __getitem__(self, place: int) -> tuple[torch.Tensor | None, str]:
+    def __getitem__(self, place: int) -> tuple[Tensors | None, str]:
         try:
             return self.clips.pixels(*self.views[place]), ""
         except (VideoDecodingError, OSError) as error:
@@ -347,7 +377,9 @@ def fill_caches(trainer: Any, num_workers: int, say: Callable[[str], None]) -> N
         with evaluating(model), torch.random.fork_rng():
             for clips in caches:
                 count += clips.fill(
-                    lambda pixels: encode_clips(model, pixels.to(model.device), trainer.accelerator.autocast),
+                    lambda pixels, mask: encode_clips(
+                        model, pixels.to(model.device), trainer.accelerator.autocast, mask
+                    ),
                     process_index=args.process_index,
                     num_processes=args.world_size,
                     num_workers=num_workers,

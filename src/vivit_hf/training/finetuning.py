@@ -17,6 +17,7 @@ from ..inference.metrics import describe_chance
 from ..inference.views import describe_views
 from ..modeling_vivit import ViViTForVideoClassification
 from .augmentation import ClipAugmentation, names_with_sides
+from .clip_lengths import GROUP_BY_LENGTH, describe_lengths
 from .clips import StreamedClips, VideoClips
 from .distillation import Distillation, check_distillation, load_teacher
 from .feature_cache import CachedClips, FeatureCacheError, fill_caches, spatial_settings
@@ -149,6 +150,7 @@ def prepare(arguments: Arguments, echo: Say = print) -> FineTuning:
     start = build_model(model_arguments, data, splits.label_map, say, recipe=training.recipe)
     check_cache(arguments, start.model.config)
     check_views(arguments, start, splits, say)
+    check_lengths(training, start)
     frozen = [] if model_arguments.lora_rank else freeze(start.model, model_arguments.freeze)
     if training.do_train:
         check_start(training, start, model_arguments, checkpoint)
@@ -162,6 +164,8 @@ def prepare(arguments: Arguments, echo: Say = print) -> FineTuning:
     if checkpoint is not None:
         check_distillation(checkpoint, distillation)
     trainer, validation = make_trainer(arguments, splits, start.model, start.processor, say, distillation)
+    if training.do_train and training.train_sampling_strategy == GROUP_BY_LENGTH:
+        say(describe_lengths(trainer.clip_lengths, start.processor.num_frames))
     return FineTuning(arguments, start, trainer, checkpoint, push, say, validation)
 
 
@@ -204,6 +208,11 @@ def check_fit(training: FineTuningArguments, splits: Splits) -> None:
         return
     if isinstance(splits.train, list):
         return
+    if training.train_sampling_strategy == GROUP_BY_LENGTH:
+        raise ValueError(
+            f"--train_sampling_strategy {GROUP_BY_LENGTH} needs the lengths of the training videos, which a stream "
+            "does not list: leave it or --streaming out."
+        )
     for name in ("class_weights", "balanced_sampling"):
         if getattr(training, name):
             raise ValueError(
@@ -212,6 +221,16 @@ def check_fit(training: FineTuningArguments, splits: Splits) -> None:
             )
     if training.max_steps <= 0:
         raise ValueError("A streamed data set has no length: give --max_steps.")
+
+
+def check_lengths(training: FineTuningArguments, start: Start) -> None:
+    """Raise ValueError for batches by length if all clips have the same."""
+    policy = start.processor.short_video_policy
+    if training.train_sampling_strategy == GROUP_BY_LENGTH and policy != "mask":
+        raise ValueError(
+            f"--train_sampling_strategy {GROUP_BY_LENGTH}: with --short_video_policy {policy}, all clips have "
+            f"{start.processor.num_frames} frames. Add --short_video_policy mask, or leave it out."
+        )
 
 
 def check_views(arguments: Arguments, start: Start, splits: Splits, say: Say) -> None:
@@ -344,7 +363,12 @@ def draw_first_batch(trainer: ClipTrainer, path: str, say: Say) -> None:
         batch = next(iter(trainer.get_train_dataloader()))
     if trainer.args.process_index == 0:
         draw_batch(
-            batch["pixel_values"], batch["labels"], trainer.processing_class, trainer.label_map, batch["files"]
+            batch["pixel_values"],
+            batch["labels"],
+            trainer.processing_class,
+            trainer.label_map,
+            batch["files"],
+            batch.get("frame_mask"),
         ).save(path)
         say(f"The first batch as the model sees it: {path}")
 

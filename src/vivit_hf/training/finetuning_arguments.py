@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ..frame_sampling import SHORT_VIDEO_POLICIES
 from .recipes import RECIPES
 
 
@@ -194,6 +195,11 @@ class DataArguments:
         None,
         "clip: frames at that distance, or uniform: spread over the whole video (default: the start's, or clip)",
     )
+    short_video_policy: str | None = argument(
+        None,
+        "videos with too few frames for a clip: repeat_last, loop, mask (the model sees the frames that there are and "
+        "nothing else), or error (default: the start's, or repeat_last)",
+    )
     resize: int | None = argument(None, "short side before the crop, in pixels")
     resize_ratio: float | None = argument(
         None, "the same as a multiple of the crop (default: the start's or the recipe's, or 256 / 224)"
@@ -205,6 +211,8 @@ class DataArguments:
         check_choice("problem_type", self.problem_type, PROBLEM_TYPES)
         if self.frame_sampling is not None:
             check_choice("frame_sampling", self.frame_sampling, ("clip", "uniform"))
+        if self.short_video_policy is not None:
+            check_choice("short_video_policy", self.short_video_policy, SHORT_VIDEO_POLICIES)
         for name in ("max_train_samples", "max_eval_samples"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"--{name} {value}: expected at least 1.")
@@ -326,6 +334,8 @@ TRAINER_ARGUMENTS = {
     "max_grad_norm": "norm at which gradients are clipped",
     "optim": "optimiser: adamw_torch, sgd ...",
     "label_smoothing_factor": "share of each label that is spread over all classes",
+    "train_sampling_strategy": "random, or group_by_length: batches of clips of similar length, with "
+    "--short_video_policy mask",
     "seed": "seed of weights, order and augmentation",
     "bf16": "compute in bfloat16 with float32 weights",
     "gradient_checkpointing": "compute activations twice to save memory",

@@ -21,7 +21,12 @@ from ..initialisation.image_models import image_structure
 from ..initialisation.image_sources import read_image_source
 from ..initialisation.model_processor import processor_for, resize_ratio_of
 from ..initialisation.weight_files import find_file, has_processor, read_json
-from ..modeling_vivit import ViViTForPreTraining, ViViTForVideoClassification, ViViTPreTrainedModel
+from ..modeling_vivit import (
+    BIASED_ATTENTION,
+    ViViTForPreTraining,
+    ViViTForVideoClassification,
+    ViViTPreTrainedModel,
+)
 from ..video_processing_vivit import ViViTVideoProcessor
 from .finetuning_arguments import PROBLEM_TYPES, DataArguments, ModelArguments, Say
 from .finetuning_parser import Arguments
@@ -36,7 +41,8 @@ STRUCTURE = (
 )
 SIZES = ("num_frames", "image_size")
 _SAMPLING = (("frame_stride", "frames_per_second", "frame_sampling"), ("resize", "resize_ratio"))
-_SETTINGS = (*((name,) for name in (*STRUCTURE, *SIZES)), *_SAMPLING)
+_POLICY = "short_video_policy"
+_SETTINGS = (*((name,) for name in (*STRUCTURE, *SIZES)), *_SAMPLING, (_POLICY,))
 _INITS = {"tubelet_init": "central_frame", "temporal_attention_init": "zero_output", "temporal_encoder_init": None}
 GIVEN, DEFAULT = "given", "default"
 _TUBELETS = "vivit.embeddings.patch_embeddings.projection.weight"
@@ -144,6 +150,7 @@ def build_model(
         )
     if wanted.attn_implementation is not None:
         model.set_attn_implementation(wanted.attn_implementation)
+    _check_masks(model, start.processor)
     limits = start.processor.video_limits or {}
     start.processor.video_limits = {**limits, "allow_private_addresses": data.allow_private_addresses}
     has_random_tubelets = start.report is not None and start.report.parameters[_TUBELETS] == "newly initialised"
@@ -234,6 +241,7 @@ def _settings_of(config: ViViTConfig, processor: ViViTVideoProcessor | None) -> 
     if processor is not None:
         rate = _rate_of(processor)
         settings |= {rate: getattr(processor, rate), "resize_ratio": resize_ratio_of(processor.to_dict())}
+        settings[_POLICY] = processor.short_video_policy
     return settings
 
 
@@ -339,7 +347,8 @@ def _initialise(model: ViViTPreTrainedModel, image: ImageSource, arguments: Mode
 
 def _processor(config: ViViTConfig, stored: Any, settings: Settings, source: str) -> ViViTVideoProcessor:
     """Return the processor for clips of the model; `stored` has the settings that come from `source`."""
-    names = [name for group in _SAMPLING for name in group if settings.origins.get(name, source) != source]
+    groups = (*_SAMPLING, (_POLICY,))
+    names = [name for group in groups for name in group if settings.origins.get(name, source) != source]
     return processor_for(config, stored, **settings.of(*names))
 
 
@@ -354,7 +363,7 @@ def _say_settings(start: Start, settings: Settings, has_processor: bool, say: Sa
     shown = [(origins.get(name, DEFAULT), f"{name} {getattr(config, name)}") for name in names]
     if config.merge_tokens is not None:
         shown.append((origins.get("merge_tokens", start.source), f"merge_tokens {config.merge_tokens}"))
-    shown.append((origins.get(rate, DEFAULT), f"{rate} {getattr(processor, rate)}"))
+    shown += [(origins.get(name, DEFAULT), f"{name} {getattr(processor, name)}") for name in (rate, _POLICY)]
     resize = origins.get("resize") or origins.get("resize_ratio", DEFAULT)
     shown.append((resize, f"short side resized to {processor.size['shortest_edge']}"))
     mean, std = ([round(value, 3) for value in values] for values in (processor.image_mean, processor.image_std))
@@ -363,6 +372,24 @@ def _say_settings(start: Start, settings: Settings, has_processor: bool, say: Sa
     for origin in (GIVEN, *dict.fromkeys(one for one, _ in shown if one not in (GIVEN, DEFAULT)), DEFAULT):
         if texts := [text for one, text in shown if one == origin]:
             say(f"  {origin}: {', '.join(texts)}")
+
+
+def masks_refused(config: ViViTConfig) -> str | None:
+    """Return why a model takes no `frame_mask`, or None if it does."""
+    if config.attention_type == "spatio_temporal" and config.merge_tokens is not None:
+        return "merge_tokens of Model 1 would merge masked tokens into visible ones"
+    if (implementation := config._attn_implementation) not in (None, *BIASED_ATTENTION):
+        return f"attn_implementation {implementation} takes no masks; {', '.join(BIASED_ATTENTION[:2])} do"
+    return None
+
+
+def _check_masks(model: ViViTPreTrainedModel, processor: ViViTVideoProcessor) -> None:
+    """Raise ValueError if the processor masks the frames that a short video lacks and the model takes no masks."""
+    if processor.short_video_policy == "mask" and (reason := masks_refused(model.config)) is not None:
+        raise ValueError(
+            f"--short_video_policy mask: {reason}. Change that, or give --short_video_policy repeat_last, which fills "
+            "short clips."
+        )
 
 
 # Training a part of the weights

@@ -15,6 +15,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from ..data.annotations import AnnotationError
 from ..inference.views import AVERAGINGS
+from .clip_lengths import GROUP_BY_LENGTH
 from .finetuning_arguments import (
     DISTILLATION_TEMPERATURE,
     DISTILLATION_WEIGHT,
@@ -42,6 +43,7 @@ class VideoTrainingArguments(VideoDefaults, TrainingArguments):
             # Newer transformers has another name for this, and warns of the one that all versions know.
             if getattr(self, f"activation_checkpointing{suffix}", "older") is None:
                 setattr(self, f"activation_checkpointing{suffix}", getattr(self, f"gradient_checkpointing{suffix}"))
+        check_choice("train_sampling_strategy", self.train_sampling_strategy, ("random", GROUP_BY_LENGTH))
         super().__post_init__()
 
 

@@ -23,7 +23,7 @@ def refuse_frame_mask(columns: Iterable[str], who: str) -> None:
     if "frame_mask" in columns:
         raise ValueError(
             f"{who} does not take `frame_mask`: leave short clips out or fill them (`short_video_policy` of "
-            "ViViTVideoProcessor), or train with transformers' Trainer, which passes the column to the model."
+            "ViViTVideoProcessor)."
         )
 
 
@@ -75,11 +75,11 @@ def cutmix(
     return mixed, mixup(labels, labels, 1 - area)[0]
 
 
-def _of_one_size(clips: Sequence[torch.Tensor], labels: torch.Tensor) -> list[torch.Tensor]:
-    """Resize blank clips, whose labels are ignored, to the size of the other clips."""
+def _of_one_size(clips: Sequence[torch.Tensor], labels: torch.Tensor, value: int = 0) -> list[torch.Tensor]:
+    """Resize blank clips, whose labels are ignored, to the size of the other clips, and fill them with a value."""
     counts = (labels != IGNORED).reshape(len(labels), -1).all(dim=1).tolist()
     size = next((clip.shape for clip, is_counted in zip(clips, counts, strict=True) if is_counted), clips[0].shape)
-    return [clip if is_counted else clip.new_zeros(size) for clip, is_counted in zip(clips, counts, strict=True)]
+    return [clip if is_counted else clip.new_full(size, value) for clip, is_counted in zip(clips, counts, strict=True)]
 
 
 @dataclass(eq=False)
@@ -100,6 +100,10 @@ class ClipCollator:
     evaluation, are not mixed: `pixel_values` (batch, views, frames, channels, height, width) and labels as
     `LabelMap.encode` returns them. Items of `CachedClips` have `steps` in place of `pixel_values`: mixup then mixes
     tokens, and cutmix, which needs pixels, is refused.
+
+    If the items have `frame_mask`, so has the batch, bool (batch, [views,] frames). Where clips of different lengths
+    are mixed, a frame is visible if it is in one of the two, and the shorter clip adds its last visible frame to the
+    rest of the longer one. The weights of the labels are those of the pixels, whatever the lengths.
     """
 
     label_map: LabelMap
@@ -125,11 +129,12 @@ class ClipCollator:
         return bool(self.label_smoothing or self.mixup_alpha or self.cutmix_alpha) or self.class_weights is not None
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        refuse_frame_mask(items[0], "ClipCollator")
         labels = torch.stack([item["labels"] for item in items])
         name = "steps" if "steps" in items[0] else "pixel_values"
         clips = torch.stack(_of_one_size([item[name] for item in items], labels))
         batch: dict[str, Any] = {}
+        if "frame_mask" in items[0]:
+            batch["frame_mask"] = torch.stack(_of_one_size([item["frame_mask"] for item in items], labels, True))
         if any("damaged_files" in item for item in items):
             batch["damaged_files"] = [file for item in items for file in item.get("damaged_files", ())]
         if clips.ndim == (4 if name == "steps" else 6):  # views, for evaluation
@@ -142,6 +147,8 @@ class ClipCollator:
             labels = self._soft(labels)
         if (self.mixup_alpha or self.cutmix_alpha) and len(items) > 1:
             clips, labels = self._mixed(clips, labels, items)
+            if "frame_mask" in batch:
+                batch["frame_mask"] = batch["frame_mask"] | batch["frame_mask"].flip(0)
             if "files" in batch:
                 batch["files"] = [
                     f"{one} + {other}" for one, other in zip(batch["files"], reversed(batch["files"]), strict=True)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..data.labels import LabelMap
+from .clips import shown_masks
 
 
 @dataclass
@@ -59,7 +60,7 @@ def overfit_one_batch(
     Args:
         model: a `ViViTForVideoClassification`.
         batch: `pixel_values` (batch, frames, channels, height, width), unmixed `labels` from `LabelMap.encode`, and
-            `frame_mask`, if the model is to have one.
+            `frame_mask` if clips may be short.
         make_optimizer: makes the optimiser from `groups`.
         groups: groups of parameters, see `parameter_groups`.
         num_steps: maximum number of steps.
@@ -67,6 +68,8 @@ def overfit_one_batch(
     model.eval()  # no randomness, so that the loss falls in every step
     names = ("pixel_values", "frame_mask", "steps", "labels")
     batch = {name: batch[name].to(model.device) for name in names if name in batch}
+    if "frame_mask" in batch:
+        batch["frame_mask"] = shown_masks(batch["frame_mask"], model.config)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     optimizer = make_optimizer(groups)

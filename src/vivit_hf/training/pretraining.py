@@ -17,15 +17,16 @@ from ..data.escaping import counted
 from ..data.labels import LabelMap
 from ..data.whole_files import written_whole
 from ..explain.reconstruction_picture import draw_reconstructions
+from ..initialisation.weight_files import has_processor
 from ..modeling_vivit import ViViTForPreTraining, random_tube_masks
 from ..video_processing_vivit import ViViTVideoProcessor
 from .augmentation import ClipAugmentation
 from .clips import VideoClips
 from .finetuning_arguments import AugmentationArguments, DataArguments, ModelArguments, Say
-from .finetuning_model import Start, build_model
+from .finetuning_model import Start, build_model, is_vivit, stored_config
 from .finetuning_parser import speaker
 from .mixing import refuse_frame_mask
-from .pretraining_arguments import PretrainingDataArguments
+from .pretraining_arguments import PRETRAINING_POLICIES, PretrainingDataArguments
 from .pretraining_parser import PretrainingRun
 from .run_checks import check_machine, check_repository, check_start, find_checkpoint
 from .trainer import ClipTrainer
@@ -126,6 +127,7 @@ def prepare(arguments: PretrainingRun, echo: Say = print) -> Pretraining:
     """
     _, data, training = arguments
     say = speaker(training, echo)
+    check_policy(arguments)
     check_machine(training, say)
     videos = read_unlabelled_videos(data, say)
     push = check_repository(training)
@@ -134,6 +136,21 @@ def prepare(arguments: PretrainingRun, echo: Say = print) -> Pretraining:
     start = make_model(arguments, say)
     check_start(training, start, ModelArguments(), checkpoint)
     return Pretraining(arguments, start, make_trainer(arguments, videos, start, say), checkpoint, push, say)
+
+
+def check_policy(arguments: PretrainingRun) -> None:
+    """Raise ValueError if the processor of the start masks the frames that a short video lacks. Loads no weights."""
+    source = arguments.model.model_name_or_path
+    if arguments.data.short_video_policy is not None or source in ViViTConfig.presets:
+        return
+    if is_vivit(source, stored_config(source)) and has_processor(source):
+        policy = ViViTVideoProcessor.from_pretrained(source).short_video_policy
+        if policy not in PRETRAINING_POLICIES:
+            raise ValueError(
+                f"{source}: its processor has short_video_policy={policy!r}, but pretraining takes no `frame_mask`: "
+                "tube masks hide the same places in all time steps. Give --short_video_policy repeat_last, which fills "
+                "short clips."
+            )
 
 
 def read_unlabelled_videos(data: PretrainingDataArguments, say: Say) -> list[LabelledVideo]:
@@ -164,8 +181,9 @@ def make_model(arguments: PretrainingRun, say: Say) -> Start:
     own = ("mask_ratio", "decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads")
     fields = {name: getattr(wanted, name) for name in own if getattr(wanted, name) is not None}
     shared = {name: value for name, value in vars(wanted).items() if name not in own}
-    sampling = ("frame_stride", "frames_per_second", "resize", "resize_ratio", "allow_private_addresses")
-    clips = DataArguments(**{name: getattr(data, name) for name in sampling})
+    sampling = ("frame_stride", "frames_per_second", "short_video_policy", "resize", "resize_ratio")
+    others = ("allow_private_addresses",)
+    clips = DataArguments(**{name: getattr(data, name) for name in (*sampling, *others)})
     start = build_model(ModelArguments(**shared), clips, None, say, pretraining=fields)
     width, layers, heads = start.model.config.decoder_sizes
     say(

@@ -4,7 +4,20 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from .finetuning_arguments import SOURCES, TRAINER_ARGUMENTS, StartArguments, VideoDefaults, argument, format_help
+from ..frame_sampling import SHORT_VIDEO_POLICIES
+from .finetuning_arguments import (
+    SOURCES,
+    TRAINER_ARGUMENTS,
+    StartArguments,
+    VideoDefaults,
+    argument,
+    check_choice,
+    format_help,
+)
+
+
+# Tube masks hide the same places in all time steps of a clip, so no step is masked as a whole.
+PRETRAINING_POLICIES = tuple(policy for policy in SHORT_VIDEO_POLICIES if policy != "mask")
 
 
 @dataclass
@@ -41,6 +54,11 @@ class PretrainingDataArguments:
     allow_private_addresses: bool = argument(False, "allow downloads from this machine and the local network")
     frame_stride: int | None = argument(None, "distance between the frames of a clip (default: a ViViT's, or 2)")
     frames_per_second: float | None = argument(None, "frame rate of a clip, in place of a stride")
+    short_video_policy: str | None = argument(
+        None,
+        f"videos with too few frames for a clip: {', '.join(PRETRAINING_POLICIES)} (default: the start's, or "
+        "repeat_last)",
+    )
     resize: int | None = argument(None, "short side of a frame before the crop, in pixels")
     resize_ratio: float | None = argument(None, "the same as a multiple of the crop (default: 256 / 224)")
     horizontal_flip: str = argument("yes", "yes: flip half of the clips; or no")
@@ -49,6 +67,8 @@ class PretrainingDataArguments:
     def __post_init__(self) -> None:
         if str(self.horizontal_flip).lower() not in ("yes", "no"):
             raise ValueError(f"--horizontal_flip {self.horizontal_flip}: expected yes or no.")
+        if self.short_video_policy is not None:
+            check_choice("short_video_policy", self.short_video_policy, PRETRAINING_POLICIES)
 
 
 @dataclass
@@ -72,6 +92,7 @@ _NOT_HERE = (
     "label_smoothing_factor",
     "load_best_model_at_end",
     "metric_for_best_model",
+    "train_sampling_strategy",
 )
 _GROUPS = {"model": PretrainingModelArguments, "data": PretrainingDataArguments, "training": PretrainingDefaults}
 COMMON = {

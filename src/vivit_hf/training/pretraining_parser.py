@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from transformers import HfArgumentParser
 
+from .clip_lengths import GROUP_BY_LENGTH
 from .finetuning_arguments import Say
 from .finetuning_parser import VideoTrainingArguments, actions_of, print_help
 from .pretraining_arguments import (
@@ -26,6 +27,10 @@ class PretrainingArguments(PretrainingDefaults, VideoTrainingArguments):
             raise ValueError(f"--picture_steps {self.picture_steps}: expected a number of steps, or 0 for no pictures.")
         if self.eval_strategy != "no" or self.do_eval:
             raise ValueError("Pretraining has no evaluation: leave --eval_strategy and --do_eval out.")
+        if self.train_sampling_strategy == GROUP_BY_LENGTH:
+            raise ValueError(
+                f"--train_sampling_strategy {GROUP_BY_LENGTH}: clips of pretraining have one length, so leave it out."
+            )
         self.do_train = True
         super().__post_init__()
 

@@ -16,6 +16,7 @@ Cross-validation on the training videos chooses the strength of both. Both are l
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,8 @@ import torch
 
 from ..data.labels import units_of
 from ..explain.relevance import evaluating
+from ..modeling_vivit import mask_steps
+from .clips import Tensors, shown_masks
 from .feature_cache import CachedClips
 from .probe_heads import DEFAULT_PENALTY, Fold, choose_penalty, logistic_regression, norm_of, span
 from .probes import inner_folds
@@ -45,12 +48,14 @@ class _Transform:
 
     @classmethod
     def fit(cls, tokens: np.ndarray, labels: np.ndarray, shrinkage: float, weights: tuple[float, float]) -> _Transform:
+        """Tokens (clips, time, hidden); those of masked steps, all zeros, are no part of mean and covariance."""
         time = tokens.shape[1]
         average = np.full((time, time), 1 / time)
         of_mean, of_deviations = weights
         over_time = of_mean * average + of_deviations * (np.eye(time) - average)
-        mean = tokens.mean(axis=(0, 1))
-        return cls(mean, _whitening(tokens, labels, shrinkage), over_time)
+        known = np.where(tokens.any(axis=2, keepdims=True), tokens, np.nan)
+        mean = np.nanmean(known, axis=(0, 1))
+        return cls(mean, _whitening(known, labels, shrinkage), over_time)
 
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
         """(clips, time, hidden) -> (clips, time * hidden)."""
@@ -65,10 +70,18 @@ class _Transform:
 
 
 def _whitening(tokens: np.ndarray, labels: np.ndarray, shrinkage: float) -> np.ndarray:
-    """Return the inverse square root of the covariance within classes, shared by all time steps, (hidden, hidden)."""
+    """
+    Return the inverse square root of the covariance within classes, shared by all time steps, (hidden, hidden).
+
+    Tokens of masked steps are NaN.
+    """
     hidden = tokens.shape[2]
-    centred = np.concatenate([tokens[labels == label] - tokens[labels == label].mean(axis=0) for label in set(labels)])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)  # a class without a clip so long
+        of_classes = [tokens[labels == label] for label in set(labels)]
+        centred = np.concatenate([clips - np.nanmean(clips, axis=0) for clips in of_classes])
     rows = centred.reshape(-1, hidden)  # (clips * time, hidden)
+    rows = rows[~np.isnan(rows).any(axis=1)]
     covariance = rows.T @ rows / len(rows)
     scale = np.trace(covariance) / hidden
     if shrinkage == 1 or not scale:
@@ -152,13 +165,13 @@ def start_from_probe(model: Any, clips: CachedClips, seed: int) -> str:
     Raises:
         ValueError: if fewer than two classes have clips that can be read.
     """
-    steps, indices = clips.stored_views()
+    stored, indices = clips.stored_views()
     classes, labels = np.unique([int(clips.targets[index]) for index in indices], return_inverse=True)
     if len(classes) < 2:
         raise ValueError(
             f"--classifier_init probe: {len(indices)} clips of {len(classes)} classes can be read, expected two."
         )
-    tokens = _pooled(model, steps)
+    tokens = _pooled(model, stored)
     fitted = fit_classifier(tokens, labels, _folds(clips, indices, labels, seed))
     logits = fitted.logits(tokens)
     # A class without a clip gets the smallest logit there is.
@@ -176,15 +189,24 @@ def start_from_probe(model: Any, clips: CachedClips, seed: int) -> str:
     )
 
 
-def _pooled(model: Any, steps: torch.Tensor) -> np.ndarray:
-    """Return the inputs of the classifier, (clips, time, hidden); time is 1 unless they are concatenated steps."""
+def _pooled(model: Any, stored: Tensors) -> np.ndarray:
+    """
+    Return the inputs of the classifier, (clips, time, hidden), for the tokens and masks of `CachedClips.stored_views`.
+
+    Time is 1 unless they are concatenated steps; masked ones are zeros.
+    """
     parameter, found = model.classifier.weight, []
+    parts = [tensor.split(64) for tensor in stored.values()]
     with evaluating(model):
-        for part in steps.split(64):
-            _, pooled = model.vivit.encode_time(part.to(parameter), output_last_hidden_state=False)
+        for part in zip(*parts, strict=True):
+            tensors = dict(zip(stored, part, strict=True))
+            steps, visible = tensors["steps"].to(parameter), None
+            if "frame_mask" in tensors:
+                steps, visible = mask_steps(steps, shown_masks(tensors["frame_mask"], model.config), model.config)
+            _, pooled = model.vivit.encode_time(steps, visible, output_last_hidden_state=False)
             found.append(model.vivit.represent(pooled).float().cpu())
     keeps_order = model.config.pooling_over_time == "concatenate" and model.vivit.pre_logits is None
-    return torch.cat(found).unflatten(1, (steps.shape[1] if keeps_order else 1, -1)).numpy()
+    return torch.cat(found).unflatten(1, (stored["steps"].shape[1] if keeps_order else 1, -1)).numpy()
 
 
 def _folds(clips: CachedClips, indices: Sequence[int], labels: np.ndarray, seed: int) -> list[Fold]:

@@ -1,12 +1,13 @@
 """A `Trainer` for clips and views of videos."""
 
 import shutil
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import EarlyStoppingCallback, EvalPrediction, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, IntervalStrategy
 from transformers.utils import logging
@@ -14,14 +15,14 @@ from transformers.utils import logging
 from ..data.labels import IGNORED, LabelMap
 from ..inference.finite_outputs import NonFiniteError, broken_weights, check_finite
 from ..inference.metrics import classification_metrics, collapsed_class
-from ..inference.views import average_views, predict_views
+from ..inference.views import average_views
 from ..modeling_vivit import video_classification_loss
 from ..video_sources import VideoDecodingError
 from .checkpoints import deferred_interrupt
-from .clips import ClipSampler, StreamedClips, VideoClips
+from .clip_lengths import GROUP_BY_LENGTH, group_by_length, measure_lengths
+from .clips import ClipSampler, StreamedClips, VideoClips, shown_masks
 from .distillation import Distillation
 from .feature_cache import encode_clips, has_frozen_space
-from .mixing import refuse_frame_mask
 from .parameters import frozen_modules, gradient_norms, parameter_groups
 from .stream_loading import StreamBatches, StreamLoader, StreamPosition
 from .weight_average import WeightAverage
@@ -40,7 +41,8 @@ class ClipTrainer(Trainer):
     - Evaluation averages the views of a video, and returns top-1 and top-5, mean average precision, or noun, verb and
       action scores.
     - The learning rate can fall from layer to layer.
-    - The order of the videos depends only on seed and epoch.
+    - The order of the videos depends only on seed and epoch. With `train_sampling_strategy="group_by_length"`, clips of
+      similar visible length share a batch, see `group_by_length`.
     - Unreadable files are collected (`all_damaged_files`).
     - Modules that are frozen as a whole run in evaluation mode, without dropout and stochastic depth.
     - The log has the gradient norm of each part of the model, before clipping.
@@ -94,7 +96,25 @@ class ClipTrainer(Trainer):
         if isinstance(self.train_dataset, StreamedClips):
             return None
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return ClipSampler(self.train_dataset, seed, self.is_balanced)
+        arrange = None
+        if self.args.train_sampling_strategy == GROUP_BY_LENGTH:
+            size = self.args.train_batch_size * self.args.world_size
+            lengths = self.clip_lengths
+
+            def arrange(order: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+                return group_by_length(order, lengths, size, generator)
+
+        return ClipSampler(self.train_dataset, seed, self.is_balanced, arrange)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        # In order, whatever the order of training is; on several processes, `accelerate` divides the videos.
+        return SequentialSampler(eval_dataset) if self.args.world_size == 1 else None
+
+    @cached_property
+    def clip_lengths(self) -> np.ndarray:
+        """The number of visible frames in a clip of each training video, int64 (videos,); the first use opens them."""
+        processes = {"num_processes": self.args.world_size, "process_index": self.args.process_index}
+        return measure_lengths(self.train_dataset, num_workers=self.args.dataloader_num_workers, **processes)
 
     def get_train_dataloader(self) -> DataLoader:
         if isinstance(self.train_dataset, StreamedClips):
@@ -151,6 +171,8 @@ class ClipTrainer(Trainer):
         known = self.damaged_files["train" if self.model.training else "eval"]
         damaged = inputs.pop("damaged_files", ())
         inputs.pop("files", None)
+        if "frame_mask" in inputs:
+            inputs["frame_mask"] = shown_masks(inputs["frame_mask"], self.model.config)
         for file, reason in damaged:
             if file not in known:
                 known[file] = reason
@@ -191,8 +213,8 @@ class ClipTrainer(Trainer):
                 module.eval()
         targets = inputs.get("labels")  # masked pretraining has none
         if self.distillation is not None:
-            refuse_frame_mask(inputs, "Distillation")
-            teacher_logits = self.distillation.teacher.logits(inputs["pixel_values"], self.accelerator.autocast)
+            clips, frame_mask = inputs["pixel_values"], inputs.get("frame_mask")
+            teacher_logits = self.distillation.teacher.logits(clips, self.accelerator.autocast, frame_mask)
             inputs = {**inputs, "labels": (targets, teacher_logits)}  # both for `_distilled_loss`
         inputs = self._without_frozen_part(inputs)
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **settings)
@@ -222,11 +244,11 @@ class ClipTrainer(Trainer):
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if "steps" in inputs or is_sharded or not has_frozen_space(self.model):
             return inputs
-        refuse_frame_mask(inputs, "A frozen spatial encoder")
         others = {name: value for name, value in inputs.items() if name != "pixel_values"}
         *batch, frames, channels, height, width = inputs["pixel_values"].shape
         clips = inputs["pixel_values"].reshape(-1, frames, channels, height, width)
-        steps = encode_clips(self.model, clips, self.accelerator.autocast)  # (clips, time, hidden)
+        frame_mask = inputs["frame_mask"].reshape(-1, frames) if "frame_mask" in inputs else None
+        steps = encode_clips(self.model, clips, self.accelerator.autocast, frame_mask)  # (clips, time, hidden)
         return {**others, "steps": steps.unflatten(0, batch)}
 
     def training_step(self, model: Any, inputs: Any, *arguments: Any, **settings: Any) -> torch.Tensor:
@@ -342,15 +364,16 @@ class ClipTrainer(Trainer):
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        refuse_frame_mask(inputs, "The evaluation of ClipTrainer")
         inputs = self._without_frozen_part(self._prepare_inputs(inputs))
         labels = inputs["labels"]
+        # Each is (batch, views, ...).
+        views = {name: inputs[name] for name in ("pixel_values", "steps", "frame_mask") if name in inputs}
+        size = next(iter(views.values())).shape[:2]
+        split = [values.flatten(0, 1).split(max(self.args.eval_batch_size, 1)) for values in views.values()]
+        parts = [dict(zip(views, part, strict=True)) for part in zip(*split, strict=True)]
         with torch.no_grad(), self.compute_loss_context_manager():
-            if (steps := inputs.get("steps")) is None:
-                logits = predict_views(model, inputs["pixel_values"], max(self.args.eval_batch_size, 1))
-            else:  # (batch, views, time, hidden)
-                logits = model(steps=steps.flatten(0, 1), return_dict=True).logits.unflatten(0, steps.shape[:2])
-        logits = average_views(logits.float(), self.label_map, self.averaging)
+            logits = torch.cat([model(**part, return_dict=True).logits for part in parts])
+        logits = average_views(logits.unflatten(0, size).float(), self.label_map, self.averaging)
         loss = self._loss(logits, labels)
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
