@@ -1,10 +1,9 @@
-"""A page that classifies a clip and shows its timeline and where the model looked. See examples/app.py.
+"""A page that says what happens in a video, how sure that is, when, and where the model looked. See examples/app.py.
 
 It works offline: the page loads nothing from other hosts and sends no statistics.
 """
 
 import argparse
-import html
 import os
 import re
 import sys
@@ -16,30 +15,16 @@ from typing import Any
 import gradio as gr
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # jobs.py, and in a Space the package
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # the other files, and in a Space the package
 
-from jobs import DEMO, TOO_LARGE, TOP_K, Job, UserError, Worker, spoken
-
-from vivit_hf.inference import Segment
+from jobs import DEMO, TOO_LARGE, Job, Limits, UserError, Worker, spoken
+from story import CSS, box, what_html, when_html, where_html
 
 
 # A Space starts without arguments: these variables replace --model (names separated by spaces) and --only-listed (1).
 MODELS_VARIABLE, ONLY_LISTED_VARIABLE = "VIVIT_MODELS", "VIVIT_ONLY_LISTED"
 METHODS = {"what speaks for the label": "gradient", "attention rollout": "rollout"}
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-COLOURS = ("#4f46e5", "#d97706", "#059669", "#db2777", "#0284c7", "#7c3aed", "#65a30d", "#dc2626")
-
-CSS = """
-.message { border-left: 4px solid var(--color-accent); border-radius: 4px; background: var(--block-background-fill); }
-.message { padding: 10px 14px; overflow-wrap: anywhere; }
-.message.error { border-color: #dc2626; background: #dc262618; }
-#video video { max-height: 250px; }
-#bar .track { position: relative; height: 26px; border-radius: 4px; background: var(--background-fill-secondary); }
-#bar .track span { position: absolute; top: 0; bottom: 0; border-radius: 4px; box-shadow: inset -1px 0 #fff8; }
-#bar .ends { display: flex; justify-content: space-between; font-size: 12px; opacity: 0.7; }
-#bar .names { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 13px; margin-top: 4px; }
-#bar .names i { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 5px; }
-"""
 
 # Refuses large files in the browser, before they are sent. Gradio itself would only say "Error".
 SCRIPT = """<script>
@@ -75,166 +60,154 @@ def check_model(name: Any, offered: Sequence[str], only_listed: bool = False) ->
     return name
 
 
-def timeline_bar(segments: Sequence[Segment]) -> str:
-    """Return the segments as a coloured bar with a legend, in HTML."""
-    if not segments:
-        return ""
-    seconds = max(segments[-1].end, 1e-3)
-    names = list(dict.fromkeys(segment.label for segment in segments))
-    colour = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(names)}
-    parts = "".join(
-        f'<span style="left:{100 * one.start / seconds:.2f}%;width:{100 * (one.end - one.start) / seconds:.2f}%;'
-        f'background:{colour[one.label]}" title="{html.escape(f"{one.label} {one.score:.2f}")}"></span>'
-        for one in segments
-    )
-    legend = "".join(
-        f'<span><i style="background:{colour[name]}"></i>{html.escape(name)}</span>' for name in names[:TOP_K]
-    )
-    ends = f"<span>0 s</span><span>{seconds:.1f} s</span>"
-    return f'<div class="track">{parts}</div><div class="ends">{ends}</div><div class="names">{legend}</div>'
-
-
-def box(text: str, state: str = "busy") -> str:
-    """Return the status box in HTML, in the state "busy", "done" or "error". The text is escaped."""
-    role = "alert" if state == "error" else "status"
-    return f'<div class="message {state}" role="{role}">{html.escape(text)}</div>'
-
-
-def add_inputs(models: Sequence[str], only_listed: bool) -> tuple[list[Any], gr.Button]:
-    """Add the inputs, video, model and heat map, and the button."""
+def add_video() -> gr.Video:
+    """Add the video, which all tabs share, and the clips to try."""
     video = gr.Video(
         label="Video",
         show_label=False,  # it would cover the video
         sources=["upload", "webcam"],
-        height=320,
         include_audio=True,  # removing the sound would need the ffmpeg program
         webcam_options=gr.WebcamOptions(mirror=False),  # the model sees left and right as the camera does
         elem_id="video",
     )
-    with gr.Row():
-        model = gr.Dropdown(
-            list(models),
-            value=models[0],
-            allow_custom_value=not only_listed,
-            label="Model",
-            info="Choose one." if only_listed else "Choose one, or type a Hub id.",
-            min_width=200,
-            elem_id="model",
-        )
-        method = gr.Radio(
-            list(METHODS),
-            value=next(iter(METHODS)),
-            label="Heat map",
-            info="What its colours show.",
-            min_width=200,
-            elem_id="method",
-        )
-    button = gr.Button("Classify", variant="primary", elem_id="classify")
     gr.Examples(
         sorted([str(path)] for path in Path(__file__).parent.glob("clips/*.mp4")),
         [video],
-        label="For the demo model: shapes that move along a diagonal",
+        label="Shapes for the demo model",
         cache_examples=False,
     )
-    return [video, model, method], button
+    return video
 
 
-def add_answer() -> dict[str, Any]:
-    """Add status, labels and the timeline, which is hidden until there is one."""
-    status = gr.HTML(box("Upload or record a clip, then press Classify.", "done"), elem_id="status")
-    labels = gr.Label(num_top_classes=TOP_K, label="Labels of the whole video", elem_id="labels")
-    with gr.Column(visible=False) as times:
-        gr.Markdown("### What happens when")
-        bar = gr.HTML(elem_id="bar")
-        table = gr.Dataframe(
-            headers=["start (s)", "end (s)", "label", "score"],
-            datatype="str",
-            interactive=False,
-            max_height=220,
-            show_label=False,
-            buttons=[],
-            elem_id="timeline",
-        )
-    return {"status": status, "labels": labels, "times": times, "bar": bar, "table": table}
+def add_model(models: Sequence[str], only_listed: bool, label: str = "Model", elem_id: str = "model") -> gr.Dropdown:
+    return gr.Dropdown(
+        list(models),
+        value=models[0],
+        allow_custom_value=not only_listed,
+        label=label,
+        info="Choose one." if only_listed else "Choose one, or type a Hub id.",
+        min_width=200,
+        elem_id=elem_id,
+    )
 
 
-def add_pictures() -> dict[str, Any]:
-    """Add the pictures of the explained clip, which are hidden until they are drawn."""
-    with gr.Column(visible=False) as seen:
-        gr.Markdown("### What the model saw")
-        caption = gr.HTML(elem_id="caption")
+def add_status(text: str, elem_id: str) -> gr.HTML:
+    return gr.HTML(box(text, "done"), elem_id=elem_id)
+
+
+class ClassifyTab:
+    """What, how sure, when and where, from top to bottom."""
+
+    def __init__(self, models: Sequence[str], only_listed: bool):
+        self.models, self.only_listed = models, only_listed
         with gr.Row():
-            picture = {"type": "filepath", "show_label": False, "height": 460}
-            moving = gr.Image(
-                **picture, elem_id="overlay", buttons=[], min_width=280, alt_text="the clip with a heat map over it"
+            model = add_model(models, only_listed)
+            method = gr.Radio(
+                list(METHODS),
+                value=next(iter(METHODS)),
+                label="Heat map",
+                info="What its colours show.",
+                min_width=200,
+                elem_id="method",
             )
-            sheet = gr.Image(
-                **picture, elem_id="sheet", buttons=["fullscreen"], scale=2, alt_text="frames, moments and labels"
-            )
-    return {"seen": seen, "caption": caption, "moving": moving, "sheet": sheet}
+        self.inputs = [model, method]
+        self.button = gr.Button("Classify", variant="primary", elem_id="classify")
+        status = add_status("Upload or record a clip, then press Classify.", "status")
+        data = gr.JSON(visible=False)  # for programs
+        what, when = gr.HTML(elem_id="labels"), gr.HTML(elem_id="timeline")
+        with gr.Column(visible=False) as seen:
+            where = gr.HTML(elem_id="caption")
+            with gr.Row():
+                picture = {"type": "filepath", "show_label": False}
+                moving = gr.Image(
+                    **picture, elem_id="overlay", buttons=[], min_width=240, alt_text="the clip with a heat map over it"
+                )
+                sheet = gr.Image(
+                    **picture,
+                    elem_id="sheet",
+                    buttons=["fullscreen"],
+                    min_width=280,
+                    scale=2,
+                    alt_text="frames, moments and labels",
+                )
+        parts = {"status": status, "data": data, "what": what, "when": when, "seen": seen, "where": where}
+        self.outputs: dict[str, Any] = {**parts, "moving": moving, "sheet": sheet}
+
+    def empty(self) -> dict[str, Any]:
+        return {"data": None, "what": "", "when": "", "seen": gr.Column(visible=False)}
+
+    def job(self, path: str | None, limits: Limits, folder: str, name: Any, looks: Any) -> Job:
+        name = check_model(name, self.models, self.only_listed)
+        if not isinstance(looks, str) or looks not in METHODS:
+            raise UserError(f"The heat map is one of: {', '.join(METHODS)}.")
+        return Job("classify", path, (name,), limits, METHODS[looks], folder)
+
+    def updates(self, part: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        if "what" in part:
+            data |= {**part["what"], "sure": part["sure"]}
+            return {"data": dict(data), "what": what_html(part["what"], part["sure"])}
+        if "segments" in part:
+            data["segments"] = part["segments"]
+            return {"data": dict(data), "when": when_html(part["segments"])}
+        if "pictures" in part:
+            moving, sheet = part["pictures"]
+            shown = {"seen": gr.Column(visible=True), "where": where_html(part["caption"])}
+            return {**shown, "moving": moving, "sheet": sheet, "status": box(part["status"], "done")}
+        return {}
 
 
-def updates(part: dict[str, Any]) -> dict[str, Any]:
-    """Return what one part of a job's answer changes on the page, by the names of the outputs."""
-    if "error" in part:
-        return {"status": box(part["error"], "error")}
-    if "labels" in part:
-        return {"labels": part["labels"]}
-    if "segments" in part:
-        segments = part["segments"]
-        rows = [[f"{one.start:.2f}", f"{one.end:.2f}", one.label, f"{one.score:.3f}"] for one in segments]
-        return {"times": gr.Column(visible=bool(segments)), "bar": timeline_bar(segments), "table": rows}
-    if "pictures" in part:
-        moving, sheet = part["pictures"]
-        shown = {"seen": gr.Column(visible=True), "caption": html.escape(part["caption"])}
-        return {**shown, "moving": moving, "sheet": sheet, "status": box(part["status"], "done")}
-    return {"status": box(part["status"])} if "status" in part else {}
+def connect(tab: Any, video: gr.Video, worker: Worker, limits: Limits, api_name: str) -> None:
+    """Let the button of a tab run its job and fill its outputs."""
+
+    def run(path: str | None, *choices: Any) -> Iterator[dict[Any, Any]]:
+        """Fill the tab part by part. Every part repeats the ones before: API clients only get the last one."""
+        filled: dict[Any, Any] = {tab.outputs[key]: value for key, value in tab.empty().items()}
+        yield {**filled, tab.outputs["status"]: box("Reading the video ...")}
+        filled, data = {}, {}
+        with tempfile.TemporaryDirectory() as folder:  # Gradio copies the pictures before it asks for the next part
+            try:
+                job = tab.job(path, limits, folder, *choices)
+            except UserError as error:
+                yield {tab.outputs["status"]: box(str(error), "error")}
+                return
+            for part in worker.run(job):
+                if "end" in part:
+                    return
+                if "error" in part:
+                    found = {"status": box(part["error"], "error")}
+                else:
+                    found = {"status": box(part["status"])} if "status" in part else {}
+                    found |= tab.updates(part, data)
+                filled |= {tab.outputs[key]: value for key, value in found.items()}
+                yield filled
+
+    tab.button.click(
+        run,
+        [video, *tab.inputs],
+        list(tab.outputs.values()),
+        api_name=api_name,
+        show_progress="minimal",
+        concurrency_id="worker",  # one job at a time, from all tabs
+    )
 
 
-def build_page(
-    models: Sequence[str],
-    max_seconds: float,
-    max_megabytes: float,
-    job_seconds: float = 120.0,
-    only_listed: bool = False,
-) -> gr.Blocks:
-    worker, offered = Worker(job_seconds), [*models, DEMO]
+def build_page(models: Sequence[str], worker: Worker, limits: Limits, only_listed: bool = False) -> gr.Blocks:
+    offered = [*models, DEMO]
     with gr.Blocks(title="ViViT video classification", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(
             "# What happens in this video?\n"
-            "A video transformer (ViViT) names it, says when it happens, and shows where it looked. "
-            f"Clips can have up to {spoken(max_seconds)} and {max_megabytes:g} MB."
+            "A video transformer (ViViT) says what happens, how sure it is, when it happens, and where it looked. "
+            f"Clips can have up to {spoken(limits.max_seconds)} and {limits.max_megabytes:g} MB."
         )
         with gr.Row():
-            with gr.Column(min_width=320):
-                inputs, button = add_inputs(offered, only_listed)
-            with gr.Column(min_width=320):
-                answer = add_answer()
-        outputs = {**answer, **add_pictures()}
-
-        def run(path: str | None, name: Any, looks: Any) -> Iterator[dict[Any, Any]]:
-            """Fill the page part by part. Every part repeats the ones before: API clients only get the last one."""
-            hidden = {outputs[column]: gr.Column(visible=False) for column in ("times", "seen")}
-            yield {**hidden, outputs["labels"]: None, outputs["status"]: box("Reading the video ...")}
-            try:
-                name = check_model(name, offered, only_listed)
-                if not isinstance(looks, str) or looks not in METHODS:
-                    raise UserError(f"The heat map is one of: {', '.join(METHODS)}.")
-            except UserError as error:
-                yield {outputs["status"]: box(str(error), "error")}
-                return
-            filled: dict[Any, Any] = {}
-            with tempfile.TemporaryDirectory() as folder:  # Gradio copies the pictures before it asks for the next part
-                for part in worker.run(Job(path, name, METHODS[looks], folder, max_seconds, max_megabytes)):
-                    filled |= {outputs[key]: value for key, value in updates(part).items()}
-                    if "end" not in part:
-                        yield filled
-
-        button.click(run, inputs, list(outputs.values()), api_name="classify", show_progress="minimal")
+            with gr.Column(min_width=300, scale=2, elem_id="inputs"):
+                video = add_video()
+            with gr.Column(min_width=300, scale=3):
+                connect(ClassifyTab(offered, only_listed), video, worker, limits, "classify")
     return page.queue(max_size=32)
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A page that classifies uploaded or recorded video clips.")
     parser.add_argument(
         "--model",
@@ -256,24 +229,31 @@ def main() -> None:
     for name in ("max_seconds", "max_megabytes", "job_seconds"):
         if not getattr(arguments, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0, got {getattr(arguments, name):g}")
+    arguments.model = arguments.model or os.environ.get(MODELS_VARIABLE, "").split()
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    models = arguments.model or os.environ.get(MODELS_VARIABLE, "").split()
-    limit = f"{arguments.max_megabytes:g}"
+    limits = Limits(arguments.max_seconds, arguments.max_megabytes, arguments.job_seconds)
+    limit = f"{limits.max_megabytes:g}"
     text = TOO_LARGE.format(name="${large.name}", megabytes="${(large.size / 1e6).toFixed(1)}", limit=limit)
     system = ("ui-sans-serif", "system-ui", "sans-serif")
-    page = build_page(
-        models, arguments.max_seconds, arguments.max_megabytes, arguments.job_seconds, arguments.only_listed
-    )
+    worker = Worker()
+    page = build_page(arguments.model, worker, limits, arguments.only_listed)
     page.launch(
         server_name=arguments.host,
         server_port=arguments.port,
-        max_file_size=round(arguments.max_megabytes * 1e6),
+        max_file_size=round(limits.max_megabytes * 1e6),
         theme=gr.themes.Soft(font=system, font_mono=("ui-monospace", "monospace")),
-        css=CSS,
-        head=SCRIPT % {"limit": limit, "text": text},
+        head=f"<style>{CSS}</style>" + SCRIPT % {"limit": limit, "text": text},  # `css` would reach less of the page
         footer_links=[],
         ssr_mode=False,  # needs Node.js
+        prevent_thread_lock=True,
     )
+    worker.start()  # so that the first visitor does not wait for torch
+    page.block_thread()
 
 
 if __name__ == "__main__":
