@@ -100,6 +100,7 @@ bench: .venv/ready
 
 readme: .venv/ready
 	.venv/bin/python tests/docs/update_pages.py
+	.venv/bin/python docs/pictures/draw.py
 	.venv/bin/python docs/notebooks/run.py
 
 .venv/ready-docs: .venv/ready-demo

@@ -114,7 +114,7 @@ class PageRunner:
 
 def new_pictures(page: Path, folder: Path) -> list[Path]:
     """Return the pictures of a page that its commands have drawn in a folder, and that look different now."""
-    names = re.findall(r"examples/pictures/([\w.-]+)\)", page.read_text(encoding="utf-8"))
+    names = re.findall(r"\bpictures/([\w.-]+)\)", page.read_text(encoding="utf-8"))
     drawn = [folder / name for name in names if (folder / name).exists()]
     return [picture for picture in drawn if not looks_like(PICTURES / picture.name, picture)]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 SERVER = "http://127.0.0.1:8000"  # in the pages; here it has another port
 TIMES = re.compile(r"in [\d.]+ s, [\d.]+ per second")
-PICTURES = ROOT / "examples" / "pictures"
+PICTURES = ROOT / "docs" / "pictures"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>output|output of|needs)(?:: (?P<words>.+?))? -->\n)?"

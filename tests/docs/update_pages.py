@@ -1,4 +1,4 @@
-"""Put what commands and snippets print today into the pages, and what they draw into examples/pictures.
+"""Put what commands and snippets print today into the pages, and what they draw into docs/pictures.
 
     python tests/docs/update_pages.py            all pages
     python tests/docs/update_pages.py README.md docs/video.md
