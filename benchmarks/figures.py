@@ -21,8 +21,11 @@ def draw_figures(rows: Sequence[Row], path: Path) -> None:
     panels = [panel for panel in (_shares, _speeds, _times, _memory) if panel(rows, None)]
     if not panels:
         return
-    figure = Figure(figsize=(5.8 * len(panels), 4.2), layout="constrained")
-    for panel, ax in zip(panels, np.atleast_1d(figure.subplots(1, len(panels))), strict=True):
+    # One below the other, so that the text can be read in a page of 700 pixels.
+    heights = [0.24 * len(_speed_rows(rows)) + 1 if panel is _speeds else 3.2 for panel in panels]
+    figure = Figure(figsize=(7.4, sum(heights)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, gridspec_kw={"height_ratios": heights})
+    for panel, ax in zip(panels, np.atleast_1d(axes), strict=True):
         panel(rows, ax)
         ax.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
@@ -41,29 +44,33 @@ def _shares(rows: Sequence[Row], ax: Axes | None) -> bool:
             places = [VARIANTS.index(name) + (number - (len(dtypes) - 1) / 2) * 0.8 / len(dtypes) for name in of]
             values = [row.value for row in of.values()]
             bars = ax.bar(places, values, 0.75 / len(dtypes), color=COLOURS[number], label=dtype)
-            ax.bar_label(bars, fmt="%.2f", fontsize=8)
+            ax.bar_label(bars, fmt="%.2f", fontsize=10)
             target = next((row.target for row in of.values() if row.target), None)
             if target:
                 ax.axhline(target, color=COLOURS[number], linestyle="--", linewidth=1)
-        ax.set(title="Share of the matrix product's rate", xticks=range(4), xticklabels=VARIANTS, ylim=(0, 1.2))
-        ax.legend(frameon=False, ncols=2, loc="upper left", title="dashed: target", fontsize=8, title_fontsize=8)
+        ax.set(title="Share of the matrix product's rate", xticks=range(4), xticklabels=VARIANTS, ylim=(0, 1.45))
+        ax.legend(frameon=False, ncols=2, loc="upper left", title="dashed: target", fontsize=10, title_fontsize=10)
     return bool(found)
 
 
+def _speed_rows(rows: Sequence[Row]) -> list[tuple[re.Match[str], Row]]:
+    return _matching(rows, r"(\w+), batch 1: (Model \d) optimised, speed over (.+)")
+
+
 def _speeds(rows: Sequence[Row], ax: Axes | None) -> bool:
-    found = _matching(rows, r"(\w+), batch 1: (Model \d) optimised, speed over (.+)")
+    found = _speed_rows(rows)
     if ax is not None:
         labels = [f"{match[2]}, {match[1]}, over {match[3]}" for match, _ in found]
         values = [row.value for _, row in found]
         colours = [COLOURS[VARIANTS.index(match[2])] for match, _ in found]
         bars = ax.barh(labels, values, color=colours)
-        ax.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+        ax.bar_label(bars, fmt="%.2f", fontsize=10, label_type="center")  # clear of the targets
         for place, (_, row) in enumerate(found):
             if row.target is not None:
                 ax.plot([row.target] * 2, [place - 0.4, place + 0.4], color="black", linewidth=1.5)
         ax.axvline(1, color="grey", linewidth=0.8)
         ax.invert_yaxis()
-        ax.tick_params(axis="y", labelsize=6.5)
+        ax.tick_params(axis="y", labelsize=10)
         ax.set(title="Speed over the peers (black: target)")
     return bool(found)
 
