@@ -244,7 +244,8 @@ def _check_frame_mask(frame_mask: Any, batch: int, frames: int | None) -> None:
 
 
 def _has_shape(frame_mask: torch.Tensor, batch: int, frames: int | None) -> bool:
-    return frame_mask.ndim == 2 and len(frame_mask) == batch and frames in (None, frame_mask.shape[1])
+    # Not `len`, which fixes the batch size of a graph.
+    return frame_mask.ndim == 2 and frame_mask.shape[0] == batch and frames in (None, frame_mask.shape[1])
 
 
 def mask_tokens(attention_mask: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor | None:

@@ -12,7 +12,7 @@ from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor, demo_mode
 from vivit_hf.explain import explain_clip, save_explanation
 from vivit_hf.explain.pixels import to_uint8
 from vivit_hf.explain.relevance import attention_rollout, gradient_relevance
-from vivit_hf.inference.clips import visible_steps
+from vivit_hf.modeling_vivit import visible_steps
 
 
 METHODS = {"rollout": attention_rollout, "gradient": gradient_relevance}

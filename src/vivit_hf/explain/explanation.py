@@ -8,10 +8,9 @@ import torch
 
 from ..data.labels import LabelMap, to_probabilities
 from ..frame_sampling import sample_frames_uniformly
-from ..inference.clips import visible_steps
 from ..inference.finite_outputs import check_finite
 from ..limits_vivit import check_choice, check_positive_integer
-from ..modeling_vivit import nearest_visible_frames
+from ..modeling_vivit import nearest_visible_frames, visible_steps
 from ..video_processing_vivit import ViViTVideoProcessor
 from .pixels import to_uint8
 from .relevance import Relevance, attention_rollout, backbone_for, evaluating, gradient_relevance

@@ -16,10 +16,9 @@ import torch
 from torch import nn
 
 from ..data.labels import LabelMap, to_probabilities
-from ..inference.clips import visible_steps
 from ..inference.finite_outputs import check_finite
 from ..inference.optimization import optimized
-from ..modeling_vivit import check_pixel_values
+from ..modeling_vivit import check_pixel_values, visible_steps
 
 
 class Sublayer(NamedTuple):

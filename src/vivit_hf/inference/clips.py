@@ -59,13 +59,6 @@ def check_takes_masks(model: Any, processor: Any, merging: Sequence[int] | None 
         )
 
 
-def visible_steps(frame_mask: torch.Tensor, config: Any) -> torch.Tensor:
-    """Return the time steps with a visible frame, bool (clips, time), of a mask of frames (clips, frames)."""
-    starts = torch.from_numpy(step_starts(config))
-    places = starts[:, None] + torch.arange(config.tubelet_size[0])  # (time, tubelet)
-    return frame_mask[:, places].any(dim=2)
-
-
 @dataclass(frozen=True)
 class Steps:
     """

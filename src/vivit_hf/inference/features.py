@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from ..configuration_vivit import ViViTConfig
-from ..modeling_vivit import check_pixel_values, mask_frames
+from ..modeling_vivit import check_pixel_values, mask_frames, visible_steps
 from ..video_processing_vivit import ViViTVideoProcessor
-from .clips import shared_steps, split_mask, step_starts, unique_frame_ids, visible_steps
+from .clips import shared_steps, split_mask, step_starts, unique_frame_ids
 from .finite_outputs import check_finite
 from .view_batches import each_or_error, run_on_views
 

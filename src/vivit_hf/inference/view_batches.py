@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from ..modeling_vivit import visible_steps
 from ..video_processing_vivit import ViViTVideoProcessor
 from ..video_sources import VideoDecodingError
-from .clips import check_takes_masks, visible_steps
+from .clips import check_takes_masks
 from .finite_outputs import NonFiniteError
 from .optimization import optimized
 
