@@ -11,9 +11,10 @@ import torch
 
 from ..configuration_vivit import ViViTConfig
 from ..data.scan import find_videos
+from ..inference.clips import step_starts
 from ..initialisation.weight_files import ConversionError
 from ..video_processing_vivit import ViViTVideoProcessor
-from .onnx_models import INPUT, Clip, name_of
+from .onnx_models import INPUT, MASK, Clip, name_of
 from .parity import clip_shape, random_clip
 
 
@@ -49,7 +50,8 @@ def choose_clips(
             raise ConversionError(f"{args.calibration} has {len(videos)} video files; --calibration needs more.")
         calibration = _clips_of(args.calibration, taken, len(videos), config, processor)
     if folder is None:
-        clips: list[Clip] = [partial(random_clip, config, seed) for seed in range(args.num_clips_checked)]
+        is_masked = processor.short_video_policy == "mask"
+        clips: list[Clip] = [partial(_random_inputs, config, is_masked, seed) for seed in range(args.num_clips_checked)]
         description = f"{len(clips)} random ones, which say little about videos: see --videos"
         return ClipSet(clips, description, []), calibration
     all_videos, seen = find_videos(folder), {path.resolve() for path in taken}
@@ -76,12 +78,21 @@ def _clips_of(
     )
 
 
-def _read_clip(path: Path, config: ViViTConfig, processor: ViViTVideoProcessor) -> torch.Tensor:
-    clip = processor(path, num_clips=1, num_crops=1, on_error="raise", generator=0)[INPUT]
-    expected = (1, *clip_shape(config))
-    if tuple(clip.shape) != expected:
+def _random_inputs(config: ViViTConfig, is_masked: bool, seed: int) -> dict[str, torch.Tensor]:
+    """Return a random clip, and a mask whose number of visible time steps depends on the seed."""
+    inputs = {INPUT: random_clip(config, seed)}
+    if is_masked:
+        ends = step_starts(config) + config.tubelet_size[0]
+        inputs[MASK] = torch.arange(config.num_frames)[None] < int(ends[len(ends) - 1 - seed % len(ends)])
+    return inputs
+
+
+def _read_clip(path: Path, config: ViViTConfig, processor: ViViTVideoProcessor) -> dict[str, torch.Tensor]:
+    inputs = dict(processor(path, num_clips=1, num_crops=1, on_error="raise", generator=0))
+    expected, shape = (1, *clip_shape(config)), tuple(inputs[INPUT].shape)
+    if shape != expected:
         raise ConversionError(
-            f"The processor makes a clip of {tuple(clip.shape)} from {path}, but the model takes {expected}; correct "
+            f"The processor makes a clip of {shape} from {path}, but the model takes {expected}; correct "
             "`size` or `crop_size` in preprocessor_config.json."
         )
-    return clip
+    return inputs

@@ -17,6 +17,7 @@ from ..configuration_vivit import ViViTConfig
 from ..data.escaping import counted
 from ..data.labels import LabelMap, to_probabilities
 from ..inference.agreement import compare_answers
+from ..inference.clips import check_takes_masks
 from ..inference.token_merging import describe_merging, merging_config, set_merging
 from ..initialisation.model_processor import describe_processor, processor_for
 from ..initialisation.weight_files import ConversionError, read_config
@@ -25,7 +26,7 @@ from ..video_processing_vivit import ViViTVideoProcessor
 from . import onnx_int8, onnx_models
 from .convert_transformers import load_ours
 from .export_clips import BATCHES, ClipSet, choose_clips
-from .onnx_models import INPUT, LEAST_OPSET, MOST_BYTES_IN_ONE_FILE, OUTPUT, Clip, describe_shape, input_shape
+from .onnx_models import INPUT, LEAST_OPSET, MASK, MOST_BYTES_IN_ONE_FILE, OUTPUT, Clip, describe_shape, input_shape
 from .parity import compare
 from .results import read_processor, whole_folder
 from .terminal import print_table, progress
@@ -49,6 +50,7 @@ class Export:
         rows = [
             ("model", f"{report['attention_type']}, {labels}, opset {report['opset']}"),
             ("input", f"{INPUT} {describe_shape(report['input']['shape'])}, float32"),
+            *[("", f"{MASK} {describe_shape(mask['shape'])}, bool") for mask in [report.get("mask")] if mask],
             ("processor", self.processor),
             ("clips", report["clips"]["description"]),
             ("float32", f"{_describe_file(report['float32'])}, {self.parity}"),
@@ -83,9 +85,11 @@ def convert(args: argparse.Namespace) -> Export:
     with progress(steps=4 + is_merging + 2 * args.int8) as begin, whole_folder(args.output) as folder:
         begin(f"reading {args.model}")
         model, processor = _load(args)
-        config = model.config
+        config, is_masked = model.config, processor.short_video_policy == "mask"
         clips, calibration = choose_clips(args, config, processor)
         report = _report(args, config, clips, calibration)
+        if is_masked:
+            report["mask"] = {"name": MASK, "dtype": "bool", "shape": onnx_models.mask_shape(config)}
 
         begin("running the model")
         given = expected = torch_logits(model, clips.clips)
@@ -99,7 +103,7 @@ def convert(args: argparse.Namespace) -> Export:
         begin("exporting")
         metadata = onnx_models.onnx_metadata(args.model, config, processor)
         path = folder / MODEL_FILE
-        onnx_models.write_onnx(model, path, args.opset, metadata)
+        onnx_models.write_onnx(model, path, args.opset, metadata, is_masked)
         if args.int8:
             begin("quantising")
             facts = _quantise(model, calibration, path, folder / INT8_FILE)
@@ -156,7 +160,7 @@ def _quantise(
     if calibration is None:
         onnx_int8.write_dynamic_int8(path, int8_path, is_large)
         return {"scales": "at run time"}
-    scales, kept = onnx_int8.static_scales(model, [clip() for clip in calibration.clips])
+    scales, kept = onnx_int8.static_scales(model, [clip()[INPUT] for clip in calibration.clips])
     onnx_int8.write_static_int8(path, int8_path, scales, is_large)
     return {"scales": "fixed", "float32_layers": kept}
 
@@ -189,7 +193,13 @@ def _load(args: argparse.Namespace) -> tuple[ViViTForVideoClassification, ViViTV
                 f"{args.model} has problem_type='regression', and so no classes whose agreement {option} could "
                 f"measure; leave {option} out."
             )
-    return model, _processor_of(args.model, config)
+    processor = _processor_of(args.model, config)
+    merging = config if args.merge_tokens is None else merging_config(config, args.merge_tokens)
+    try:
+        check_takes_masks(model, processor, merging.merging_schedule)
+    except ValueError as error:
+        raise ConversionError(f"{args.model}: {error}") from None
+    return model, processor
 
 
 def _processor_of(source: str, config: ViViTConfig) -> ViViTVideoProcessor:
@@ -209,7 +219,7 @@ def _processor_of(source: str, config: ViViTConfig) -> ViViTVideoProcessor:
 @torch.no_grad()
 def torch_logits(model: ViViTForVideoClassification, clips: Sequence[Clip]) -> torch.Tensor:
     """Return the logits (clips, num_labels), float32, that PyTorch computes."""
-    return torch.cat([model(pixel_values=clip()).logits for clip in clips])
+    return torch.cat([model(**clip()).logits for clip in clips])
 
 
 def measure_agreement(actual: torch.Tensor, expected: torch.Tensor, label_map: LabelMap) -> dict[str, float]:

@@ -32,11 +32,12 @@ with needs_extra("export"):
     from onnxruntime.capi import onnxruntime_pybind11_state
 
 
-INPUT, OUTPUT = "pixel_values", "logits"
+INPUT, MASK, OUTPUT = "pixel_values", "frame_mask", "logits"
 LEAST_OPSET = 18  # the oldest that torch exports to by itself
 MOST_BYTES_IN_ONE_FILE = 2_000_000_000  # protobuf files, graph included, are limited to 2 GiB
 
-Clip = Callable[[], torch.Tensor]  # loads one clip (1, frames, channels, height, width)
+# Loads the inputs of one clip: INPUT (1, frames, channels, height, width), and MASK, bool (1, frames), if there is one.
+Clip = Callable[[], dict[str, torch.Tensor]]
 
 # onnxruntime has an error class for every status code, but no common base class.
 _KINDS = [kind for kind in vars(onnxruntime_pybind11_state).values() if isinstance(kind, type)]
@@ -50,38 +51,47 @@ class _Logits(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model(pixel_values=pixel_values).logits
+    def forward(self, pixel_values: torch.Tensor, frame_mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self.model(pixel_values=pixel_values, frame_mask=frame_mask).logits
 
 
 def write_onnx(
-    model: ViViTForVideoClassification, path: Path, opset: int, metadata: dict[str, str] | None = None
+    model: ViViTForVideoClassification,
+    path: Path,
+    opset: int,
+    metadata: dict[str, str] | None = None,
+    takes_masks: bool = False,
 ) -> None:
     """
     Write the graph from `pixel_values` (batch, frames, channels, height, width) to `logits` (batch, num_labels).
 
-    Both are float32, and the batch size is free. Matrix products of linear layers have the names of the layers. Weights
-    beyond 2 GB go into a second file beside `path`.
+    Both are float32, and the batch size is free. With masks, `frame_mask`, bool (batch, frames), is a second input.
+    Matrix products of linear layers have the names of the layers. Weights beyond 2 GB go into a second file beside
+    `path`.
 
     Args:
         model: in float32 and eval mode.
         opset: version of the ONNX operators, `LEAST_OPSET` or newer.
         metadata: written to the file's `metadata_props`.
+        takes_masks: whether the graph has the input `frame_mask`.
 
     Raises:
         ConversionError: if torch cannot export the model to this opset.
     """
-    clips = torch.zeros(2, *clip_shape(model.config))  # a batch of 1 would become a constant
+    inputs = {INPUT: torch.zeros(2, *clip_shape(model.config))}  # a batch of 1 would become a constant
+    if takes_masks:
+        inputs[MASK] = torch.ones(2, model.config.num_frames, dtype=torch.bool)
+    batch = torch.export.Dim("batch")  # one for all inputs: they have the same
     try:
         with quietly(), torch.no_grad():
             program: Any = torch.onnx.export(
                 _Logits(model).eval(),
-                (clips,),
+                tuple(inputs.values()),
                 dynamo=True,
                 opset_version=opset,
-                input_names=[INPUT],
+                input_names=list(inputs),
                 output_names=[OUTPUT],
-                dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
+                dynamic_shapes=tuple({0: batch} for _ in inputs),
                 verbose=False,
             )
     except RuntimeError as error:
@@ -175,8 +185,9 @@ def onnx_logits(path: Path, clips: Sequence[Clip], batches: Sequence[int]) -> to
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         for start, end in zip(ends - sizes, ends, strict=True):
-            pixel_values = torch.cat([clip() for clip in clips[start:end]]).numpy()
-            rows += session.run([OUTPUT], {INPUT: pixel_values})
+            loaded = [clip() for clip in clips[start:end]]
+            inputs = {name: torch.cat([one[name] for one in loaded]).numpy() for name in loaded[0]}
+            rows += session.run([OUTPUT], inputs)
     except _RUNTIME_ERRORS as error:
         raise ConversionError(
             f"onnxruntime {onnxruntime.__version__} cannot run {path.name}; nothing was written. Another --opset may "
@@ -196,6 +207,10 @@ def input_shape(config: ViViTConfig) -> list[str | int]:
 
 def describe_shape(shape: Sequence[str | int]) -> str:
     return f"({', '.join(map(str, shape))})"
+
+
+def mask_shape(config: ViViTConfig) -> list[str | int]:
+    return ["batch", config.num_frames]
 
 
 def labels_by_index(config: ViViTConfig) -> dict[str, str]:
@@ -222,6 +237,9 @@ def onnx_metadata(source: str, config: ViViTConfig, processor: ViViTVideoProcess
         "id2label": json.dumps(labels_by_index(config), ensure_ascii=False),
         "vivit_hf_version": vivit_hf.__version__,
     }
+    if processor.short_video_policy == "mask":
+        mask = describe_shape(mask_shape(config))
+        metadata["expects_mask"] = f"{MASK} {mask} of bool: true where a frame is visible, and not past the video's end"
     if config.problem_type is not None:
         metadata["problem_type"] = config.problem_type
     if config.label_groups is not None:
