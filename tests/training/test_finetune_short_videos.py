@@ -161,7 +161,7 @@ def test_one_batch_is_learnt_by_heart(data, tmp_path, capsys):
         ({"train_sampling_strategy": "sequential"}, "expected one of random, group_by_length"),
         (
             {**MASKED, "attention_type": "spatio_temporal", "merge_tokens": "1"},
-            r"--short_video_policy mask: merge_tokens of Model 1.*give --short_video_policy repeat_last",
+            r"takes no `frame_mask`: it merges tokens.*use short_video_policy='repeat_last'",
         ),
     ],
 )

@@ -34,7 +34,7 @@ from ..video_processing_vivit import ViViTVideoProcessor
 from .clips import shown_masks
 from .feature_cache import Autocast
 from .finetuning_arguments import Say
-from .finetuning_model import is_vivit, masks_refused, without_load_report
+from .finetuning_model import is_vivit, without_load_report
 
 
 DISTILLATION_FILE = "distillation.json"  # in a checkpoint
@@ -201,7 +201,7 @@ def load_teacher(
         model = _load_model(ViViTForVideoClassification if is_own else AutoModelForVideoClassification, source, dtype)
     model.eval().requires_grad_(False).to(device)
     places, labels = (torch.tensor(indices, device=device) for indices in (frames, outputs))
-    takes_masks = is_own and masks_refused(config) is None
+    takes_masks = is_own and (config.merge_tokens is None or config.attention_type != "spatio_temporal")
     teacher = Teacher(model, places, (height, width), scale.to(device), shift.to(device), labels, takes_masks)
     crop = processor.crop_size["height"], processor.crop_size["width"]
     _try(teacher, source, torch.zeros(1, processor.num_frames, 3, *crop, device=device), config.num_labels)

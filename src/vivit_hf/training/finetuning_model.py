@@ -13,6 +13,7 @@ import torch
 
 from ..configuration_vivit import ViViTConfig
 from ..data.labels import LabelMap
+from ..inference.clips import check_takes_masks
 from ..inference.finite_outputs import NonFiniteError, broken_weights
 from ..initialisation.from_image import InitialisationReport, config_from_vit, initialise_from_vit, list_unused
 from ..initialisation.image_arrays import ImageSource
@@ -21,12 +22,7 @@ from ..initialisation.image_models import image_structure
 from ..initialisation.image_sources import read_image_source
 from ..initialisation.model_processor import processor_for, resize_ratio_of
 from ..initialisation.weight_files import find_file, has_processor, read_json
-from ..modeling_vivit import (
-    BIASED_ATTENTION,
-    ViViTForPreTraining,
-    ViViTForVideoClassification,
-    ViViTPreTrainedModel,
-)
+from ..modeling_vivit import ViViTForPreTraining, ViViTForVideoClassification, ViViTPreTrainedModel
 from ..video_processing_vivit import ViViTVideoProcessor
 from .finetuning_arguments import PROBLEM_TYPES, DataArguments, ModelArguments, Say
 from .finetuning_parser import Arguments
@@ -150,7 +146,7 @@ def build_model(
         )
     if wanted.attn_implementation is not None:
         model.set_attn_implementation(wanted.attn_implementation)
-    _check_masks(model, start.processor)
+    check_takes_masks(model, start.processor)
     limits = start.processor.video_limits or {}
     start.processor.video_limits = {**limits, "allow_private_addresses": data.allow_private_addresses}
     has_random_tubelets = start.report is not None and start.report.parameters[_TUBELETS] == "newly initialised"
@@ -372,24 +368,6 @@ def _say_settings(start: Start, settings: Settings, has_processor: bool, say: Sa
     for origin in (GIVEN, *dict.fromkeys(one for one, _ in shown if one not in (GIVEN, DEFAULT)), DEFAULT):
         if texts := [text for one, text in shown if one == origin]:
             say(f"  {origin}: {', '.join(texts)}")
-
-
-def masks_refused(config: ViViTConfig) -> str | None:
-    """Return why a model takes no `frame_mask`, or None if it does."""
-    if config.attention_type == "spatio_temporal" and config.merge_tokens is not None:
-        return "merge_tokens of Model 1 would merge masked tokens into visible ones"
-    if (implementation := config._attn_implementation) not in (None, *BIASED_ATTENTION):
-        return f"attn_implementation {implementation} takes no masks; {', '.join(BIASED_ATTENTION[:2])} do"
-    return None
-
-
-def _check_masks(model: ViViTPreTrainedModel, processor: ViViTVideoProcessor) -> None:
-    """Raise ValueError if the processor masks the frames that a short video lacks and the model takes no masks."""
-    if processor.short_video_policy == "mask" and (reason := masks_refused(model.config)) is not None:
-        raise ValueError(
-            f"--short_video_policy mask: {reason}. Change that, or give --short_video_policy repeat_last, which fills "
-            "short clips."
-        )
 
 
 # Training a part of the weights
