@@ -8,11 +8,11 @@ augmentation and checkpoints.
 
 import argparse
 
-from transformers import Trainer, TrainingArguments, ViTModel
+from transformers import Trainer, TrainingArguments
 
 from vivit_hf import ViViTForVideoClassification, config_from_vit, initialise_from_vit
 from vivit_hf.data import LabelMap, read_videos
-from vivit_hf.initialisation import processor_for
+from vivit_hf.initialisation import processor_for, read_image_source
 from vivit_hf.training import ClipAugmentation, ClipCollator, VideoClips
 
 
@@ -30,12 +30,15 @@ def main() -> None:
     videos = read_videos(arguments.videos).videos
     labels = LabelMap.of(videos)
 
-    # The ViT becomes a ViViT with a factorised encoder (Model 2), and its processor makes clips of the right size.
-    vit = ViTModel.from_pretrained(arguments.source)
-    config = config_from_vit(vit.config, num_frames=arguments.frames, num_temporal_layers=4, **labels.config_fields())
+    # The ViT becomes a ViViT with a factorised encoder (Model 2). The processor makes clips of the right size, with the
+    # pixel values that the ViT was trained on.
+    source = read_image_source(arguments.source)
+    config = config_from_vit(
+        source.vit.config, num_frames=arguments.frames, num_temporal_layers=4, **labels.config_fields()
+    )
     model = ViViTForVideoClassification(config)
-    initialise_from_vit(model, vit)
-    processor = processor_for(config)
+    initialise_from_vit(model, source.vit)
+    processor = processor_for(config, source.processor_settings)
 
     # An item is a random clip of a video; the collator makes batches of them.
     augmentation = ClipAugmentation(crop_size=config.frame_size, scale_jitter=(0.9, 1.33))
