@@ -28,6 +28,7 @@ LINKS = sorted(
 )
 PROGRAM = get_command(app)
 OTHER_PROGRAMS = {"pip", "make", "curl", "ffmpeg", "docker", "torchrun", "accelerate", "python", "cd", "git"}
+OTHER_PROGRAMS |= {"hf", "tar", "cat"}
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 
 
@@ -123,7 +124,9 @@ def test_code_that_does_not_run_here_is_marked_with_a_reason_and_imports_what_ex
 
 def test_few_blocks_are_left_out():
     """A page that marks its code as unable to run proves nothing."""
-    code = [block for block in BLOCKS if block.language in ("python", "bash")]
+    # tests/hub/test_real_model_page.py runs that page against a Hub on this machine.
+    here = [block for block in BLOCKS if block.page != "docs/real_model.md"]
+    code = [block for block in here if block.language in ("python", "bash")]
     left_out = [block for block in code if block.mark == "needs"]
     assert len(code) >= 40 and len(left_out) <= len(code) / 3
     assert not [block.place for block in left_out if block.page == "README.md"]
