@@ -55,9 +55,10 @@ def handler_of(folder, monkeypatch):
     return module.EndpointHandler(str(folder))
 
 
-def save(folder, attention_type="factorised_encoder", **fields):
+def save(folder, attention_type="factorised_encoder", policy="repeat_last", **fields):
     make_model(tiny_config(attention_type, **fields)).save_pretrained(folder)
-    ViViTVideoProcessor(num_frames=8, frame_stride=1, size=30, crop_size=(24, 40)).save_pretrained(folder)
+    sizes = {"num_frames": 8, "frame_stride": 1, "size": 30, "crop_size": (24, 40)}
+    ViViTVideoProcessor(**sizes, short_video_policy=policy).save_pretrained(folder)
     return folder
 
 
@@ -90,6 +91,19 @@ def test_every_variant_answers_as_classify(variant, video, tmp_path, monkeypatch
     expected = classified(tmp_path, video, "--num-clips", 2, "--num-crops", 1, "--top-k", 2)
     assert [one["label"] for one in found] == [one["label"] for one in expected] and len(found) == 2
     assert [one["score"] for one in found] == pytest.approx([one["score"] for one in expected], abs=2e-4)
+
+
+def test_the_ends_of_short_videos_are_masked_as_by_classify(variant, tmp_path, monkeypatch):
+    short = write_video(tmp_path / "short.mp4", num_frames=3)
+    handler = handler_of(save(tmp_path, variant, "mask"), monkeypatch)
+    found = handler({"inputs": encoded(short)})
+    assert [one["score"] for one in found] == pytest.approx(
+        [one["score"] for one in classified(tmp_path, short)], abs=2e-4
+    )
+    repeating = handler_of(save(tmp_path, variant), monkeypatch)
+    assert [one["score"] for one in repeating({"inputs": encoded(short)})] != pytest.approx(
+        [one["score"] for one in found], abs=1e-3
+    )
 
 
 @pytest.fixture
@@ -144,8 +158,10 @@ def test_requirements_are_those_of_the_package(tmp_path):
     assert all(f'"{name}>={floor}' in declared for name, floor in names.items())
 
 
-def test_it_answers_where_the_package_is_not_installed(video, tmp_path):
-    folder = save(tmp_path / "model")
+@pytest.mark.parametrize("policy", ["repeat_last", "mask"])
+def test_it_answers_where_the_package_is_not_installed(policy, tmp_path):
+    video = write_video(tmp_path / "short.mp4", num_frames=5)
+    folder = save(tmp_path / "model", policy=policy)
     write_endpoint(folder)
     program = tmp_path / "program.py"
     program.write_text(
@@ -161,7 +177,9 @@ def test_it_answers_where_the_package_is_not_installed(video, tmp_path):
     process = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200, env=environment)
     assert process.returncode == 0, process.stderr[-3000:]
     found, has_package = json.loads(process.stdout.splitlines()[-1])
-    assert not has_package and [one["label"] for one in found] == [one["label"] for one in classified(folder, video)]
+    expected = classified(folder, video)
+    assert not has_package and [one["label"] for one in found] == [one["label"] for one in expected]
+    assert [one["score"] for one in found] == pytest.approx([one["score"] for one in expected], abs=2e-4)
 
 
 def test_a_model_without_classifier_has_no_endpoint():

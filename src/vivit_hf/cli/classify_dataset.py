@@ -112,6 +112,7 @@ def run(args: argparse.Namespace) -> None:
     settings = {name: getattr(args, name) for name in fixed} | {"num_videos": len(videos), "videos_digest": digest}
     settings |= {"dtype": args.dtype or "float32", "optimization": tuned_setting(args, config)}
     settings |= {"calibration": None if config.calibration is None else _digest(config.calibration)}
+    settings |= {"short_video_policy": processor.short_video_policy}
     settings |= model_fingerprint(args.model, config, processor, commit)
     join_run(folder, settings, args.overwrite, state)
 
