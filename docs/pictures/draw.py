@@ -1,6 +1,6 @@
 """Draw the pictures of the documentation that no command on a page draws (`make readme`).
 
-python docs/pictures/draw.py                 all of them
+python docs/pictures/draw.py                 all of them; the page needs chromium and chromium-driver
 python docs/pictures/draw.py sampling        this one
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 FOLDER = Path(__file__).resolve().parent
-NAMES = ("sampling", "attention", "reliability")
+NAMES = ("sampling", "attention", "reliability", "page")
 
 
 def main() -> None:
