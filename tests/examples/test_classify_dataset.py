@@ -94,6 +94,17 @@ def test_a_list_of_files_and_a_data_set(data, tmp_path):
     assert two[0]["video"] == f"{data / 'videos'}/test[0]"
 
 
+def test_another_policy_for_short_videos_is_refused_by_its_name(data, tmp_path):
+    shutil.copytree(data / "model", tmp_path / "model")
+    (tmp_path / "list.txt").write_text(f"{sorted((data / 'videos').rglob('*.mp4'))[0]}\n")
+    arguments = ["--model", str(tmp_path / "model"), "--videos", str(tmp_path / "list.txt"), "--use_cpu"]
+    arguments += ["--num_workers", "0", "--output_dir", str(tmp_path / "out")]
+    classify_dataset.main(arguments)
+    ViViTVideoProcessor.from_pretrained(data / "model", short_video_policy="mask").save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit, match="short_video_policy 'repeat_last' -> 'mask'"):
+        classify_dataset.main(arguments)
+
+
 def test_a_processor_that_does_not_fit_the_model_is_said(data, tmp_path):
     shutil.copytree(data / "model", tmp_path / "short")
     settings = {**ViViTVideoProcessor.from_pretrained(data / "model").to_dict(), "num_frames": 4}
