@@ -18,6 +18,9 @@ from vivit_hf.training.clip_lengths import group_by_length, measure_lengths
 from vivit_hf.training.clips import ClipSampler, StreamedClips, VideoClips
 from vivit_hf.training.distillation import Distillation, Teacher
 from vivit_hf.training.feature_cache import CachedClips, encode_clips, spatial_settings
+from vivit_hf.training.finetuning import check_fit
+from vivit_hf.training.finetuning_data import Splits
+from vivit_hf.training.finetuning_parser import FineTuningArguments
 from vivit_hf.training.mixing import ClipCollator
 from vivit_hf.training.overfitting import overfit_one_batch
 from vivit_hf.training.parameters import freeze
@@ -377,3 +380,11 @@ def test_the_sampler_groups_every_epoch_anew_and_alike_in_every_process(videos, 
         assert first == second and sorted(first) == list(range(24))
         orders.append(first)
     assert orders[0] != orders[1] and list(ClipSampler(clips, 42)) != orders[1]
+
+
+def test_a_stream_cannot_be_grouped(videos, tmp_path):
+    training = FineTuningArguments(tmp_path, use_cpu=True, max_steps=1, train_sampling_strategy="group_by_length")
+    training.do_train = True
+    check_fit(training, Splits(videos, None, LABELS))
+    with pytest.raises(ValueError, match="group_by_length needs the lengths of the training videos, which a stream"):
+        check_fit(training, Splits(iter(videos), None, LABELS))
