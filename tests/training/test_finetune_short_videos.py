@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
-from finetune_runs import losses, run, to_argv, write_data
+from finetune_runs import losses, run, settings_for, start, to_argv, write_data
+from labelled_videos import TORCHRUN
 from safetensors.torch import load_file
 from tiny_models import make_model, tiny_config
 from video_files import moving_frames, write_video
@@ -188,3 +190,17 @@ def test_pretraining_refuses_a_start_that_masks_unless_it_fills_short_clips(data
     assert stored["short_video_policy"] == "repeat_last"
     with pytest.raises(SystemExit, match="--short_video_policy mask: expected one of repeat_last, loop, error"):
         main([*argv, "--short_video_policy", "mask"])
+
+
+@pytest.mark.slow
+def test_two_processes_train_like_one_with_the_same_batch(data, tmp_path):
+    settings = {**GROUPED, "max_steps": 3, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant"}
+    one = settings_for(data, tmp_path / "one", **{**settings, "per_device_train_batch_size": 4})
+    two = settings_for(data, tmp_path / "two", **settings, ddp_backend="gloo")
+    for command, given in (([sys.executable], one), (TORCHRUN, two)):
+        process = start([*command, "-m", "vivit_hf", "finetune", *to_argv(given)])
+        assert process.returncode == 0, process.stderr[-3000:]
+        assert process.stdout.count("Batches by length: 6 of 8 videos") == 1
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-4)
+    scores = [json.loads((tmp_path / name / "all_results.json").read_text()) for name in ("one", "two")]
+    assert scores[0]["eval_loss"] == pytest.approx(scores[1]["eval_loss"], abs=2e-4)
