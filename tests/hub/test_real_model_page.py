@@ -27,7 +27,7 @@ from vit_models import make_dinov2, make_vit, write_layout
 from vivit_hf.conversion.scenic_releases import RELEASES
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # up to six commands one after the other, on a busy machine
 
 
 PAGE = (ROOT / "docs" / "real_model.md").read_text(encoding="utf-8")
@@ -174,7 +174,7 @@ def run_blocks(group, folder, hub):
     environment["PATH"] = f"{programs}{os.pathsep}{environment['PATH']}"
     commands = "\n".join(text for name, text in BLOCKS if name == group)
     process = subprocess.run(
-        ["bash", "-e", "-c", commands], cwd=folder, env=environment, capture_output=True, text=True, timeout=280
+        ["bash", "-e", "-c", commands], cwd=folder, env=environment, capture_output=True, text=True, timeout=580
     )
     assert process.returncode == 0, process.stderr[-4000:]
     return process.stdout
