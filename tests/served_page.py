@@ -115,20 +115,35 @@ class Page:
         # The player gets the address of the file when the server has it.
         self.until(lambda: self.all("#video video[src]"), "player")
 
-    def choose_model(self, name):
-        self.one("#model input").send_keys(Keys.CONTROL, "a")
-        self.one("#model input").send_keys(name, Keys.ENTER)
+    def choose_model(self, name, place="#model"):
+        (field,) = self.until(lambda: self.all(f"{place} input"), place)
+        field.send_keys(Keys.CONTROL, "a")
+        field.send_keys(name, Keys.ENTER)
+
+    def open_tab(self, name):
+        def tabs():
+            return [one for one in self.all("button[role=tab]") if one.text == name and one.is_displayed()]
+
+        self.until(tabs, f"tab {name}")[0].click()
 
     def classify(self, named):
-        """Presses the button; the status, when it names what it is about and is not that something is going on."""
-        self.one("#classify").click()
+        return self.press("#classify", "#status", named)
+
+    def press(self, button, status, named):
+        """Presses a button; the status, when it names what it is about and is not that something is going on."""
+        self.until(lambda: self.all(button), button)[0].click()
 
         def finished():
-            found = self.all("#status .done, #status .error")
-            return [one.text for one in found if named in one.text]
+            found = self.all(f"{status} .done, {status} .error")
+            texts = [one.text for one in found]  # Gradio may change the text before the class
+            return [text for text in texts if named in text and not text.endswith("...")]
 
         (text,) = self.until(finished, f"message about {named}")
-        return text, bool(self.all("#status .error"))
+        return text, bool(self.all(f"{status} .error"))
+
+    def overflow(self):
+        """The pixels by which the page is wider than the window."""
+        return self.driver.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
 
     def read(self, selector, pattern):
         """All that matches in a part of the page, once there is any: each part is drawn on its own, in any order."""

@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from certainty import how_sure
-from jobs import DEMO, TOO_LARGE, TOP_K, Job, Limits, UserError, spoken
+from comparison import compare
+from jobs import DEMO, MOST_PIXELS, TOO_LARGE, TOP_K, Job, Limits, UserError, spoken
+from similar import checking, load_index, matches_of
 
 from vivit_hf import VideoReader, ViViTForVideoClassification, ViViTVideoProcessor, demo_model_path
 from vivit_hf.calibration_vivit import Calibration
+from vivit_hf.data.escaping import counted
 from vivit_hf.data.labels import to_probabilities
 from vivit_hf.explain import explain_clip, save_explanation
 from vivit_hf.inference import StreamingClassifier, VideoPrediction, describe_views, video_timeline
@@ -38,7 +41,6 @@ BATCH = 8  # clips that the model sees at a time
 SHARE = 1 / 3  # of the deadline: for the views of a video, for its timeline, and for what is left
 # More than any slow-motion camera records. A short file that claims more frames is not worth reading.
 MOST_FRAMES_PER_SECOND = 1000
-MOST_PIXELS = 8_000_000_000  # of all frames of a file: ten minutes of 480p, or half a minute of 4K
 
 
 @dataclass(frozen=True)
@@ -291,7 +293,44 @@ def classification(job: Job) -> Iterator[dict[str, Any]]:
     yield {"pictures": pictures, "caption": caption_of(loaded, found, explanation.labels[0][0]), "status": status}
 
 
-TASKS: dict[str, Callable[[Job], Iterator[dict[str, Any]]]] = {"classify": classification}
+def comparison(job: Job) -> Iterator[dict[str, Any]]:
+    """Yield the labels of two models for one video, the time that each takes, and where they agree."""
+    clip = check_clip(job.path, job.limits)
+    yield {"status": f"{clip.summary}. Loading the models ..."}
+    both = [load_model(name) for name in job.models]
+    answers, known = [], []
+    for side, (name, loaded) in enumerate(zip(job.models, both, strict=True)):
+        yield {"status": f"{clip.summary}. Classifying with {name} ..."}
+        with optimized(loaded.model):
+            begin = time.perf_counter()
+            found = classify(loaded, clip.path, choose_views(loaded, job.limits))
+            seconds = time.perf_counter() - begin
+        shown, label_map = what(loaded, found), loaded.answers.label_map
+        answers.append(shown["answers"])
+        known.append([*label_map.names, *([] if found.prediction.unknown is None else [UNKNOWN])])
+        sure = [f"It took {seconds:.2g} seconds for this video, loading the model aside.", *sentences(loaded, found)]
+        yield {"side": side, "name": name, "what": shown, "sure": sure, "seconds": seconds}
+    text = compare(job.models, answers, known)
+    if any(loaded.answers.label_map.is_regression for loaded in both):
+        text = "Values are not compared in words: see the numbers of both models."
+    yield {"verdict": text, "status": f"{clip.summary}."}
+
+
+def search(job: Job) -> Iterator[dict[str, Any]]:
+    """Yield the videos most like the upload."""
+    clip = check_clip(job.path, job.limits)
+    yield {"status": f"{clip.summary}. Searching ..."}
+    index = load_index(job.features, job.features_model)
+    matches = matches_of(job, index, clip.path)
+    yield {"matches": matches, "status": f"{clip.summary}. Compared with {counted(len(index.names), 'video')}."}
+
+
+TASKS: dict[str, Callable[[Job], Iterator[dict[str, Any]]]] = {
+    "classify": classification,
+    "compare": comparison,
+    "search": search,
+    "check features": checking,
+}
 
 
 def answer(job: Job) -> Iterator[dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any
 
 DEMO = "demo (moving shapes)"
 TOP_K = 5
+MOST_PIXELS = 8_000_000_000  # of all frames of a file: ten minutes of 480p, or half a minute of 4K
 TOO_LARGE = (
     "{name} is too large: it has {megabytes} MB, and this page accepts up to {limit} MB. Cut out the part that "
     "matters, or save it in a smaller size."
@@ -45,6 +46,8 @@ class Job:
 
     `task`: a name in `answers.TASKS`.
     `method`, `folder`: of the explanation, and where its pictures are written.
+    `features`, `features_model`: the files to search, and where the model that made them is now (None: as they say).
+    `folders`: those whose videos may be shown.
     """
 
     task: str
@@ -53,6 +56,9 @@ class Job:
     limits: Limits
     method: str = "gradient"
     folder: str = ""
+    features: tuple[str, ...] = ()
+    features_model: str | None = None
+    folders: tuple[str, ...] = ()
 
 
 def _serve(connection: Any) -> None:

@@ -30,6 +30,9 @@ CSS = """
 .story .bar i { position: absolute; top: -3px; bottom: -3px; width: 2px; background: currentColor; }
 .story .number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 .story .row .number { text-align: right; }
+.story ol { margin: 0; padding: 0; list-style: none; }
+.story .match { padding: 8px 0; border-bottom: 1px solid var(--border-color-primary); }
+.story .match img { display: block; width: 100%; max-width: 480px; margin-top: 6px; border-radius: 4px; }
 .story ul { margin: 0; padding-left: 20px; list-style: disc; }
 .story li { margin: 3px 0; }
 .story .track { position: relative; height: 26px; border-radius: 4px; background: var(--background-fill-secondary); }
@@ -49,6 +52,7 @@ CSS = """
   #video { height: 228px !important; }
   #video video { max-height: 170px; }
   #inputs .gallery .container, #inputs .gallery video { height: 44px; }
+  button[role=tab] { padding: 0 7px !important; font-size: 13px !important; }
   #sheet .image-frame { overflow-x: auto; }
   #sheet img { width: 760px; max-width: none; }
 }
@@ -87,7 +91,7 @@ def _row(row: dict[str, Any]) -> str:
     name = f"<span>{escape(row['label'])}</span>"
     if row["is_value"]:
         return f'<div class="{kind}">{name}<span></span><span class="number">{row["score"]:.4g}</span></div>'
-    mark, number = "", f"{row['score']:.0%}"
+    mark, number = "", row.get("number", f"{row['score']:.0%}")
     if "threshold" in row:
         mark = f'<i style="left:{100 * row["threshold"]:.2f}%"></i>'
         number += f" (from {row['threshold']:.0%})"
@@ -125,3 +129,26 @@ def when_html(segments: Sequence[tuple[float, float, str, float]]) -> str:
 
 def where_html(caption: str) -> str:
     return f'<div class="story"><h3>Where the model looked</h3>{escape(caption)}</div>'
+
+
+def verdict_html(text: str) -> str:
+    return f'<div class="story"><h3>Where they agree</h3>{escape(text)}</div>'
+
+
+def matches_html(matches: Sequence[dict[str, Any]]) -> str:
+    """Return the results of a search, see `similar.matches_of`."""
+    rows = []
+    for one in matches:
+        start, end = one["part"]
+        where = (
+            []
+            if start is None and end is None
+            else [f"from {start or 0:.1f} s" + ("" if end is None else f" to {end:.1f} s")]
+        )
+        where += [] if one["time"] is None else [f"most alike at {one['time']:.1f} s"]
+        row = {"label": ", ".join([one["name"], *where]), "score": max(0.0, one["score"])}
+        row |= {"is_given": True, "is_value": False, "number": f"{one['score']:.3f}"}
+        picture = "" if one["picture"] is None else f'<img src="{escape(one["picture"])}" alt="frames of this video">'
+        rows.append(f'<li class="match">{_row(row)}{picture}</li>')
+    note = "The score is the cosine similarity of the features: 1 for the same video."
+    return f'<div class="story"><h3>Most similar videos</h3><ol>{"".join(rows)}</ol><p>{note}</p></div>'

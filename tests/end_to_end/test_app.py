@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import av
 import numpy as np
@@ -10,17 +11,57 @@ from moving_shapes import MOTIONS, Scene
 from paths import ROOT
 from PIL import Image
 from served_page import DEMO, Page, open_browser, serving, write_clip
+from typer.testing import CliRunner
 from video_files import write_video as write_any_video
+
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+from strange_videos import write_strange_videos
+
+from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor, demo_model_path
+from vivit_hf.cli.app import app
 
 
 pytestmark = pytest.mark.slow
 
 
+def other_model(folder):
+    """The demo model with another name for a label, and without a calibration."""
+    for cls in (ViViTForVideoClassification, ViViTVideoProcessor):
+        loaded = cls.from_pretrained(demo_model_path())
+        if cls is ViViTForVideoClassification:
+            loaded.config.calibration = None
+            loaded.config.id2label = {**loaded.config.id2label, 1: "to the lower right"}
+        loaded.save_pretrained(folder)
+    return folder
+
+
+def write_library(folder):
+    """Features of the demo model for two videos of a folder that may be shown, and one of a folder that may not."""
+    (folder / "shown").mkdir(parents=True)
+    (folder / "hidden").mkdir()
+    write_clip(folder / "shown" / "up.mp4", "up_left", seed=5)
+    write_clip(folder / "shown" / "down.mp4", "down_right", seed=5)
+    write_clip(folder / "hidden" / "secret.mp4", "down_right", seed=6)
+    parts = [str(folder / name) for name in ("shown", "hidden")]
+    result = CliRunner().invoke(app, ["embed", *parts, "--workers", "0", "--output", str(folder / "features.parquet")])
+    assert result.exit_code == 0, result.output
+    return folder
+
+
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("app")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("app")
+
+
+@pytest.fixture(scope="module")
+def address(folder):
     limits = ["--max-seconds", "3", "--max-megabytes", "0.5"]
-    with serving(folder, ROOT / "examples" / "app.py", *limits, "--model", "/nowhere/my_vivit") as where:
+    models = ["--model", "/nowhere/my_vivit", "--model", str(other_model(folder / "other"))]
+    library = write_library(folder / "library")
+    index = ["--features", str(library / "features.parquet"), "--show-from", str(library / "shown")]
+    with serving(folder, ROOT / "examples" / "app.py", *limits, *models, *index) as where:
         yield where
 
 
@@ -80,8 +121,7 @@ def test_an_uploaded_clip_gets_labels_a_timeline_and_pictures(page, tmp_path):
     screenshot = tmp_path / "page.png"
     page.driver.save_screenshot(str(screenshot))
     assert len(Image.open(screenshot).convert("RGB").getcolors(1 << 24)) > 1000  # not an empty page
-    wide = page.driver.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
-    assert wide <= 0
+    assert page.overflow() <= 0
     severe = [entry["message"] for entry in page.driver.get_log("browser") if entry["level"] == "SEVERE"]
     assert severe == []
     hosts = {host for host in requested_hosts(page.driver) if not host.startswith(("data:", "blob:", "chrome"))}
@@ -142,3 +182,71 @@ def test_a_page_without_a_video_and_a_model_that_is_not_there_say_so(page, tmp_p
     page.upload(write_clip(tmp_path / "shape.mp4", "up_left"))
     text, is_error = page.classify("/nowhere/my_vivit")  # the first on the list
     assert is_error and text.startswith("Cannot load the model '/nowhere/my_vivit': ")
+
+
+def test_a_strange_video_is_none_of_these(page, tmp_path):
+    page.upload(next(one for one in write_strange_videos(tmp_path, 1) if "noise" in one.name))
+    page.choose_model(DEMO)
+    _, is_error = page.classify("seconds")
+    assert not is_error and page.read("#labels", r"What happens\n(.*)") == ["none of these"]
+    (sentence,) = page.read("#labels", r"None of these: .*")
+    assert "unlike those that the model was trained on. Its nearest label is '" in sentence
+    assert not page.all("#labels .bar")
+
+
+def test_two_models_are_compared_side_by_side(page, folder, tmp_path):
+    page.upload(write_clip(tmp_path / "shape.mp4", "down_right"))
+    page.open_tab("Compare two models")
+    for place in ("#model-0", "#model-1"):
+        page.choose_model(DEMO, place)
+    text, is_error = page.press("#compare", "#compare-status", "same model")
+    assert is_error and "choose two different ones" in text
+    other = str(folder / "other")
+    page.choose_model(other, "#model-1")
+    text, is_error = page.press("#compare", "#compare-status", "24 frames")
+    assert not is_error and "shape.mp4" in text
+    (verdict,) = page.read("#verdict", r"The models .*")
+    assert verdict == (
+        f"The models differ: '{DEMO}' says 'down_right'; {other!r} says 'to the lower right'. '{DEMO}' cannot say "
+        f"'to the lower right'. {other!r} cannot say 'down_right'."
+    )
+    first, second = (page.read(f"#side-{number}", r"(?s).*")[0] for number in range(2))
+    assert "It took " in first and "calibrated on 200 labelled files" in first
+    assert "It took " in second and "not calibrated" in second
+    assert page.overflow() <= 0
+
+
+def test_similar_videos_are_found_and_only_those_in_allowed_folders_are_shown(page, tmp_path):
+    page.upload(write_clip(tmp_path / "shape.mp4", "down_right", seed=5))
+    page.open_tab("Search by video")
+    text, is_error = page.press("#search", "#search-status", "24 frames")
+    assert not is_error and "Compared with 3 videos" in text
+    rows = page.until(lambda: page.all("#matches .match"), "matches")
+    assert rows[0].text.split("\n") == ["shown/down.mp4", "1.000"]
+    assert {row.text.split("\n")[0]: len(row.find_elements("css selector", "img")) for row in rows} == {
+        "shown/down.mp4": 1,
+        "shown/up.mp4": 1,
+        "hidden/secret.mp4": 0,
+    }
+    picture = rows[0].find_element("css selector", "img")
+    assert picture.get_property("naturalWidth") > 200 and picture.get_attribute("src").startswith("data:image/jpeg")
+    assert "library" not in page.one("#matches").get_attribute("innerHTML")  # no path of the server
+
+
+def test_nothing_is_wider_than_a_phone(browser, address, tmp_path):
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        page = Page(browser, address)
+        bottom = page.driver.execute_script("return arguments[0].getBoundingClientRect().bottom", page.one("#classify"))
+        assert page.overflow() <= 0 and bottom <= 844  # the button can be seen without scrolling
+        page.upload(write_clip(tmp_path / "shape.mp4", "up_left"))
+        page.choose_model(DEMO)
+        assert not page.classify("shape.mp4")[1]
+        page.until(lambda: page.all("#sheet img"), "pictures")
+        assert page.overflow() <= 0
+        for tab, button in (("Search by video", "#search"), ("Compare two models", "#compare")):
+            page.open_tab(tab)
+            assert page.until(lambda button=button: page.all(button))[0].is_displayed() and page.overflow() <= 0
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
