@@ -14,7 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from moving_shapes import Scene, write_video
 
 from vivit_hf import VideoReader
-from vivit_hf.frame_sampling import fixed_crops, sample_clips, sample_clips_at_rate, sample_uniform_clip
+from vivit_hf.frame_sampling import (
+    fixed_crops,
+    mask_missing_frames,
+    sample_clips,
+    sample_clips_at_rate,
+    sample_uniform_clip,
+)
 
 
 WIDTH, MARGIN, CELL = 1050, 18, 42  # pixels
@@ -61,13 +67,14 @@ class Sheet:
         self.draw.text((middle, self.top), str(frame), fill=INK, font=SMALL, anchor="ma")
 
     def sequence(self, label: str, frames: np.ndarray) -> None:
-        """Draw the frames of a clip in its order."""
+        """Draw the frames of a clip in its order, and those that its mask hides faded and without a number."""
+        shown, mask = (one[0] for one in mask_missing_frames(frames[None]))
         self.draw.text((MARGIN, self.top + self.height // 2 - 10), label, fill=INK, font=TEXT)
-        for place, frame in enumerate(frames):
-            self.cell(place + 6, int(frame), True)
+        for place, (frame, is_visible) in enumerate(zip(shown, mask, strict=True)):
+            self.cell(place + 6, int(frame), bool(is_visible))
         self.top += self.height + 3
-        for place, frame in enumerate(frames):
-            self.number(place + 6, int(frame))
+        for place in np.flatnonzero(mask):
+            self.number(int(place) + 6, int(shown[place]))
         self.top += 27
 
     def save(self, path: Path) -> None:
@@ -121,7 +128,7 @@ def main(folder: Path) -> Path:
     sheet.strip(sample_uniform_clip(NUM_FRAMES, 8))
     draw_views(sheet, frames[12])
     sheet.title("short_video_policy", "a video of 10 frames, of which 8 frames with a stride of 2 need 15")
-    for policy in ("repeat_last", "loop"):
+    for policy in ("repeat_last", "loop", "mask"):
         sheet.sequence(f'"{policy}"', sample_clips(10, 8, 2, short_video_policy=policy)[0])
     path = folder / "sampling.png"
     sheet.save(path)
