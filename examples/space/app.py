@@ -292,7 +292,7 @@ def build_page(
                 with gr.Tab("Classify", id="classify"):
                     connect(ClassifyTab(offered, only_listed), video, worker, limits, "classify")
                 if len(offered) > 1 or not only_listed:
-                    with gr.Tab("Compare two models", id="compare"):
+                    with gr.Tab("Compare", id="compare"):
                         connect(CompareTab(offered, only_listed), video, worker, limits, "compare")
                 if library is not None:
                     with gr.Tab("Search by video", id="search"):

@@ -196,7 +196,7 @@ def test_a_strange_video_is_none_of_these(page, tmp_path):
 
 def test_two_models_are_compared_side_by_side(page, folder, tmp_path):
     page.upload(write_clip(tmp_path / "shape.mp4", "down_right"))
-    page.open_tab("Compare two models")
+    page.open_tab("Compare")
     for place in ("#model-0", "#model-1"):
         page.choose_model(DEMO, place)
     text, is_error = page.press("#compare", "#compare-status", "same model")
@@ -245,7 +245,7 @@ def test_nothing_is_wider_than_a_phone(browser, address, tmp_path):
         assert not page.classify("shape.mp4")[1]
         page.until(lambda: page.all("#sheet img"), "pictures")
         assert page.overflow() <= 0
-        for tab, button in (("Search by video", "#search"), ("Compare two models", "#compare")):
+        for tab, button in (("Search by video", "#search"), ("Compare", "#compare")):
             page.open_tab(tab)
             assert page.until(lambda button=button: page.all(button))[0].is_displayed() and page.overflow() <= 0
     finally:
