@@ -34,9 +34,9 @@ in seconds. Sampling follows google-research/scenic (projects/vivit) and DMVR, t
 import numpy as np
 
 from .limits_vivit import check_choice, check_positive_integer, check_positive_number
+from .presets_vivit import SHORT_VIDEO_POLICIES
 
 
-SHORT_VIDEO_POLICIES = ("repeat_last", "loop", "mask", "error")
 NO_FRAME = -1  # the index of a place in a clip without a frame, with the policy "mask"
 CLIP_STARTS = ("centre", "random")
 # Frame times are multiples of a clock tick, rounded to floats; a microsecond keeps 3 * (1 / 3) from falling below 1.

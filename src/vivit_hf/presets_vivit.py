@@ -1,7 +1,13 @@
-"""The fields of `ViViTConfig` for the sizes and variants of the paper, by name (see `ViViTConfig.from_preset`)."""
+"""
+Names that options accept, without imports that take time: presets and policies for short videos.
+
+A preset has the fields of `ViViTConfig` for a size and variant of the paper (see `ViViTConfig.from_preset`).
+"""
 
 from typing import Any
 
+
+SHORT_VIDEO_POLICIES = ("repeat_last", "loop", "mask", "error")  # see frame_sampling.py
 
 _BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 _LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}

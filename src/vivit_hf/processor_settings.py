@@ -22,7 +22,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, logging
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from .frame_sampling import CLIP_STARTS, SHORT_VIDEO_POLICIES
+from .frame_sampling import CLIP_STARTS
 from .limits_vivit import (
     LARGEST_SCALE,
     RATES,
@@ -39,6 +39,7 @@ from .limits_vivit import (
     setting,
 )
 from .model_files import named_json_errors
+from .presets_vivit import SHORT_VIDEO_POLICIES
 from .video_sources import VideoLimits
 
 

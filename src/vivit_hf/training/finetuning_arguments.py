@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..frame_sampling import SHORT_VIDEO_POLICIES
+from ..presets_vivit import SHORT_VIDEO_POLICIES
 from .recipes import RECIPES
 
 

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ..frame_sampling import SHORT_VIDEO_POLICIES
+from ..presets_vivit import SHORT_VIDEO_POLICIES
 from .finetuning_arguments import (
     SOURCES,
     TRAINER_ARGUMENTS,
