@@ -80,7 +80,10 @@ def test_a_vivit_keeps_its_structure_frames_size_and_stride_under_a_recipe(vivit
     assert clips_of(start) == (8, 32, 3, 34)
     assert start.model.config.num_temporal_layers == 2 and start.processor.image_mean == [0.4]
     assert f"  {vivit}: attention_type factorised_encoder, num_temporal_layers 2, " in printed
-    assert "num_frames 8, image_size 32, frame_stride 3, short side resized to 34, image_mean [0.4]" in printed
+    assert (
+        "num_frames 8, image_size 32, frame_stride 3, short_video_policy repeat_last, short side resized to 34, "
+        "image_mean [0.4]"
+    ) in printed
     line = next(line for line in printed.splitlines() if "overrides" in line)
     assert "overrides these settings of recipe small-data: " in line
     for text in ("num_temporal_layers 4", "num_frames 32", "image_size 224", "frame_stride 2", "resize_ratio 1.143"):
@@ -182,7 +185,8 @@ def test_a_recipe_decides_on_clips_from_an_image_vit(vit):
     assert start.processor.image_mean == [0.1, 0.2, 0.3] and start.model.config.num_temporal_layers == 4
     assert f"  {vit}: tubelet_size [2, 16, 16], image_mean [0.1, 0.2, 0.3]" in printed
     assert "  recipe small-data: attention_type factorised_encoder, num_temporal_layers 4, " in printed
-    assert "given" not in printed and "default" not in printed
+    assert "given" not in printed
+    assert [line for line in printed.splitlines() if "default" in line] == ["  default: short_video_policy repeat_last"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
