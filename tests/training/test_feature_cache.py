@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -221,6 +222,18 @@ def cached(files, folder, model, is_training=True, **settings):
 
 def fill(clips, model, **settings):
     return clips.fill(lambda pixels, mask: encode_clips(model, pixels, frame_mask=mask), **settings)
+
+
+def test_a_copy_of_the_videos_elsewhere_has_the_same_clips(files, frozen_model, tmp_path):
+    copies = []
+    for number, one in enumerate(files):
+        copy = shutil.copyfile(one.path(), tmp_path / f"copy of {number}.mp4")  # with another name and time of change
+        copies.append(replace(one, video=str(copy)))
+    clips, others = (cached(videos, tmp_path / "cache", frozen_model) for videos in (files, copies))
+    for index in (0, 1, 3):
+        assert clips.identities[index] != others.identities[index]
+        assert torch.equal(clips.pixels(index, 0)["pixel_values"], others.pixels(index, 0)["pixel_values"])
+    assert not torch.equal(clips.pixels(0, 0)["pixel_values"], clips.pixels(0, 1)["pixel_values"])
 
 
 def test_each_view_comes_up_once_in_as_many_epochs_and_in_an_order_of_the_seed(

@@ -39,6 +39,13 @@ def identity_of(source: Any) -> str:
     return json.dumps([*what, parts.get("start"), parts.get("end")])
 
 
+def content_of(identity: str) -> str:
+    """Return what copies of a video share: its identity without name, folder and time of change."""
+    parts = json.loads(identity)
+    is_file = len(parts) > 3
+    return json.dumps([parts[2], *parts[4:]] if is_file else parts)
+
+
 def known_identity(source: Any) -> str | None:
     """Return the `identity_of` a video; None if it cannot be opened, which reading it will report."""
     try:

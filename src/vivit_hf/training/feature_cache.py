@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
 from ..configuration_vivit import ViViTConfig
-from ..data.video_identity import identity_of
+from ..data.video_identity import content_of, identity_of
 from ..data.whole_files import written_whole
 from ..explain.relevance import evaluating
 from ..video_sources import VideoDecodingError
@@ -197,10 +197,10 @@ class CachedClips(VideoClips):
     """
     A data set like `VideoClips`, whose items have `steps` from a cache in place of `pixel_values`.
 
-    In training, `steps` (time, hidden) are those of one of `num_views` random clips of the video, which are drawn once.
-    In `num_views` epochs each of them comes up once, in an order that depends on (seed, epoch, index) alone. In
-    evaluation, `steps` are those of all views, (views, time, hidden). With short_video_policy="mask", items also have
-    `frame_mask`, as those of `VideoClips`; it is stored with the tokens.
+    In training, `steps` (time, hidden) are those of one of `num_views` random clips of the video, which are drawn once,
+    by seed and content of the video. In `num_views` epochs each of them comes up once, in an order that depends on
+    (seed, epoch, index) alone. In evaluation, `steps` are those of all views, (views, time, hidden). With
+    short_video_policy="mask", items also have `frame_mask`, as those of `VideoClips`; it is stored with the tokens.
 
     Args:
         arguments, settings: as for `VideoClips`.
@@ -274,7 +274,8 @@ class CachedClips(VideoClips):
 
     def pixels(self, index: int, view: int) -> Tensors:
         """Return the clips of a view, `pixel_values` and `frame_mask`: one clip in training, else all views."""
-        digest = hashlib.sha256(str(self.identities[index]).encode()).digest()
+        identity = self.identities[index]  # a copy of a data set has the same clips
+        digest = hashlib.sha256(("" if identity is None else content_of(identity)).encode()).digest()
         generator = np.random.default_rng((_VIEW, self.seed, view, *digest[:16]))
         clips = super().read(index, view, generator)
         return clips if self.augmentation is None else {name: clip[None] for name, clip in clips.items()}
