@@ -264,7 +264,10 @@ def test_the_road_as_the_readme_has_it(videos, tmp_path):
     run(["-m", "vivit_hf", "convert", "vit"], convert_command(source, "factorised_encoder", start))
     printed = run([finetune.__file__], finetune_command(start, videos, model, "--dataloader_num_workers", 2))
     assert f"  {start}: attention_type factorised_encoder, num_temporal_layers 1, " in printed
-    assert "num_frames 4, image_size 32, frame_stride 2, short side resized to 37" in printed
+    assert (
+        "num_frames 4, image_size 32, frame_stride 2, short_video_policy repeat_last, short side resized to 37"
+        in printed
+    )
     assert f"{start} overrides these settings of recipe small-data: num_temporal_layers 4" in printed
     run([EXAMPLES / "evaluate.py"], evaluate_command(model, videos, scores))
     classified = run(["-m", "vivit_hf"], classify_command(model, videos), returncode=1)  # one cannot be read
