@@ -54,6 +54,7 @@ CSS = """
   #inputs .gallery .container, #inputs .gallery video { height: 44px; }
   button[role=tab] { padding: 0 7px !important; font-size: 13px !important; }
   #sheet .image-frame { overflow-x: auto; }
+  #sheet .image-frame, #sheet .image-frame > * { justify-content: flex-start; }  /* the start can be scrolled to */
   #sheet img { width: 760px; max-width: none; }
 }
 @media (min-width: 900px) { #inputs { position: sticky; top: 12px; align-self: flex-start; } }
