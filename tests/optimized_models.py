@@ -1,5 +1,8 @@
 """Plain models and their optimised twins."""
 
+import io
+import pickle
+
 import torch
 from tiny_models import case_config, make_model
 
@@ -24,6 +27,12 @@ def optimised(model, machine):
                     if is_plain_linear(child):
                         PackedLinear.pack(child)
     return report
+
+
+def through_pickle(model):
+    buffer = io.BytesIO()
+    pickle.dump(model, buffer)
+    return pickle.loads(buffer.getvalue())
 
 
 def assert_close(actual, expected):

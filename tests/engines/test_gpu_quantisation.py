@@ -5,11 +5,10 @@ torchao computes the same numbers on a CPU, so only speed needs a GPU.
 """
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
+from optimized_models import through_pickle
 from tiny_models import CASES, case_config, make_clips, make_model, tiny_config
 from torch import nn
 
@@ -126,12 +125,6 @@ def test_exported_models_are_plain(pair):
     with torch.no_grad():
         exported = torch.export.export(twin, (clips,)).module()(clips).logits
         torch.testing.assert_close(exported, plain(clips).logits)
-
-
-def through_pickle(model):
-    buffer = io.BytesIO()
-    pickle.dump(model, buffer)
-    return pickle.loads(buffer.getvalue())
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, lambda model: model.to(torch.float64).float()])

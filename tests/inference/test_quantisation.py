@@ -1,14 +1,13 @@
 """int8 linear layers compute what their rounded numbers say, stay close to the plain ones, and can be undone."""
 
 import copy
-import io
-import pickle
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
 from moving_shapes import MOTIONS, Scene
+from optimized_models import through_pickle
 from tiny_models import CASES, case_config, make_clips, make_model, tiny_config
 from torch import nn
 
@@ -162,12 +161,6 @@ def test_hidden_states_and_attentions_are_there(pair):
     for name in ("hidden_states", "attentions"):
         one, other = (output[name] for output in outputs)
         assert [tensor.shape for tensor in one] == [tensor.shape for tensor in other]
-
-
-def through_pickle(model):
-    buffer = io.BytesIO()
-    pickle.dump(model, buffer)
-    return pickle.loads(buffer.getvalue())
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle, lambda model: model.to(torch.float64).float()])
