@@ -265,6 +265,7 @@ def test_errors_name_the_value_and_the_expectation(call, message):
 
 
 def test_sampling_needs_nothing_but_numpy():
+    """Of the package it takes only modules that import no torch, so its code can be read and used by itself."""
     tree = ast.parse(Path(frame_sampling.__file__).read_text())
     imported = {
         name
@@ -277,7 +278,7 @@ def test_sampling_needs_nothing_but_numpy():
             else []
         )
     }
-    assert imported == {"numpy", "limits_vivit"}
+    assert imported == {"numpy", "limits_vivit", "presets_vivit"}
 
 
 @pytest.mark.parametrize(("total", "stride"), [(5, 1), (7, 1), (8, 1), (20, 4), (29, 4), (30, 4), (1, 2)])
