@@ -65,8 +65,9 @@ def draw_reliability(columns: dict[str, dict[str, Reliability]], path: Path, tit
     """
     Save a reliability diagram. Needs matplotlib.
 
-    A row per group of labels; in each column, the share of right answers over their probability, as bars, the diagonal
-    where both are equal, and below it how many answers there are.
+    A row per group of labels; in each column, the share of right answers over their probability, as bars, with its
+    difference from the mean probability in colours of its own, the diagonal where both are equal, and below it how
+    many answers there are.
 
     Args:
         columns: by what to write over each column, such as "before", the reliability of each group.
@@ -89,9 +90,12 @@ def draw_reliability(columns: dict[str, dict[str, Reliability]], path: Path, tit
             counts, confidence, share = one.bins
             above, below = grid[2 * row][column], grid[2 * row + 1][column]
             bars = {"width": 1 / NUM_BINS, "align": "edge", "edgecolor": "white"}
-            above.bar(edges[:-1], share, color="#4f46e5", label="right answers", **bars)
-            gap = np.where(counts > 0, confidence - share, 0)
-            above.bar(edges[:-1], gap, bottom=share, color="#d97706", alpha=0.55, label="difference", **bars)
+            confidence = np.where(counts > 0, confidence, share)  # without answers there is no difference
+            both = np.minimum(share, confidence)
+            above.bar(edges[:-1], both, color="#4f46e5", label="right answers", **bars)
+            more, fewer = np.maximum(share - confidence, 0), np.maximum(confidence - share, 0)
+            above.bar(edges[:-1], more, bottom=both, color="#5eead4", label="more than the probability says", **bars)
+            above.bar(edges[:-1], fewer, bottom=both, color="#fdba74", label="fewer than it says", **bars)
             above.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1)
             above.set(xlim=(0, 1), ylim=(0, 1))
             above.set_title(f"{f'{group}, ' if group else ''}{name}: error {one.error:.3f}", fontsize=10)

@@ -19,6 +19,9 @@ _KINDS = {
     "int8 and merging": ("#aa3377", "p"),
 }
 
+# What a point's number takes of the width and the height of the diagram.
+_NUMBER_WIDTH, _NUMBER_HEIGHT = 0.03, 0.04
+
 
 def draw_trade_off(results: TuningResults, path: Path, min_agreement: float, chosen: str | None, title: str) -> None:
     """
@@ -31,7 +34,7 @@ def draw_trade_off(results: TuningResults, path: Path, min_agreement: float, cho
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 5.2), layout="constrained", dpi=100)
+    figure = Figure(figsize=(10.5, 4.8), layout="constrained", dpi=100)
     FigureCanvasAgg(figure)
     curve, certainty = figure.subplots(1, 2, width_ratios=(2.6, 1))
     _draw_curve(curve, results, min_agreement, chosen)
@@ -70,15 +73,37 @@ def _draw_curve(axes: Any, results: TuningResults, min_agreement: float, chosen:
         colour, marker = _KINDS[_kind(row)]
         is_chosen = row.name == chosen
         label = f"{number}  {row.name}" + ("  (chosen)" if is_chosen else "")
-        edge = {"edgecolors": "black", "linewidths": 2} if is_chosen else {}
-        axes.scatter(row.speed, row.agreement, s=190, color=colour, marker=marker, label=label, zorder=2, **edge)
-        place, centred = (row.speed, row.agreement), {"ha": "center", "va": "center"}
-        axes.annotate(str(number), place, color="white", fontsize=7, zorder=3, **centred)
-    axes.margins(0.08, 0.12)
+        edge = {"edgecolors": "black", "linewidths": 2} if is_chosen else {"edgecolors": "white", "linewidths": 0.5}
+        axes.scatter(row.speed, row.agreement, s=80, color=colour, marker=marker, label=label, zorder=2, **edge)
+    axes.margins(0.08, 0.2)
+    _number_points(axes, results)
     axes.grid(alpha=0.3)
     axes.set(xlabel="speed over the plain model (clips per second, without decoding)")
-    axes.set(ylabel="clips with the same answer as the plain model", title="What speed costs")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8, markerscale=0.7)
+    axes.set(ylabel="clips with the plain model's answer", title="What speed costs")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8.5)
+
+
+def _number_points(axes: Any, results: TuningResults) -> None:
+    """Write each point's number over it, and higher where the numbers of points beside it would be covered."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    taken: list[tuple[float, float]] = []
+    numbered = [(number, row) for number, row in enumerate(results.rows, start=1) if row.error is None]
+    for number, row in sorted(numbered, key=lambda point: point[1].speed):
+        x, y = (row.speed - left) / (right - left), (row.agreement - low) / (high - low)
+        near = [height for other, height in taken if abs(x - other) < _NUMBER_WIDTH]
+        above = 0
+        while any(abs(y + above * _NUMBER_HEIGHT - height) < 0.9 * _NUMBER_HEIGHT for height in near):
+            above += 1
+        taken.append((x, y + above * _NUMBER_HEIGHT))
+        axes.annotate(
+            str(number),
+            (row.speed, row.agreement),
+            xytext=(0, 7 + 11 * above),
+            textcoords="offset points",
+            color=_KINDS[_kind(row)][0],
+            fontsize=8.5,
+            ha="center",
+        )
 
 
 def _frontier(rows: list[TunedRow]) -> list[TunedRow]:
@@ -93,5 +118,5 @@ def _frontier(rows: list[TunedRow]) -> list[TunedRow]:
 def _draw_margins(axes: Any, results: TuningResults) -> None:
     axes.hist(results.margins.numpy(), bins=20, range=(0, 1), color="#4477aa")
     axes.axvline(float(results.margins.median()), color="#ee6677", linewidth=1.5, label="median")
-    axes.set(xlabel="margin of the answer", ylabel="clips", title="Margins of the plain model")
+    axes.set(xlabel="margin of the answer", ylabel="clips", title="The plain model")
     axes.legend(frameon=False, fontsize=8)
