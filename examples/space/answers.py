@@ -22,11 +22,11 @@ from vivit_hf.data.labels import to_probabilities
 from vivit_hf.explain import explain_clip, save_explanation
 from vivit_hf.inference import StreamingClassifier, VideoPrediction, describe_views, video_timeline
 from vivit_hf.inference.batch_predictor import stored_averaging
-from vivit_hf.inference.clips import check_takes_masks
+from vivit_hf.inference.clips import check_takes_masks, shown_masks
 from vivit_hf.inference.optimization import optimized
 from vivit_hf.inference.prediction import Answers
 from vivit_hf.inference.unknown import UNKNOWN, classifier_inputs
-from vivit_hf.inference.view_batches import Views, decode_views, without_empty
+from vivit_hf.inference.view_batches import Views, decode_views
 from vivit_hf.video_sources import VideoDecodingError, VideoLimitError, VideoLimits
 
 
@@ -185,7 +185,7 @@ class Found:
 def classify(loaded: Loaded, path: Path, num_views: dict[str, int]) -> Found:
     """Classify a video by its views, as `vivit-hf classify` does. Raises UserError if it cannot be read."""
     check_takes_masks(loaded.model, loaded.processor)
-    views = without_empty(decode_views(loaded.processor, str(path), **num_views), loaded.model.config)
+    views = decode_views(loaded.processor, str(path), **num_views)
     if views.error is not None:
         raise UserError(views.error)
     label_map = loaded.answers.label_map
@@ -252,6 +252,16 @@ def timeline(loaded: Loaded, clip: Clip, limits: Limits) -> list[tuple[float, fl
     return [(one.start, one.end, one.label, one.score) for one in video_timeline(model, processor, clip.path, hop=hop)]
 
 
+def note_of(found: Found, segments: list[tuple[float, float, str, float]]) -> str:
+    """Say why the timeline of a video has labels although the video as a whole has none."""
+    if not found.prediction.unknown or all(label == UNKNOWN for _, _, label, _ in segments):
+        return ""
+    return (
+        f"As a whole the video is {UNKNOWN!r}, yet parts of it show a label: it may show several things one after "
+        "the other."
+    )
+
+
 def caption_of(loaded: Loaded, found: Found, own_label: str) -> str:
     """Describe the view that is explained."""
     clips, crops = found.num_views["num_clips"], found.num_views["num_crops"]
@@ -280,10 +290,12 @@ def classification(job: Job) -> Iterator[dict[str, Any]]:
     with optimized(model):  # the explanation by gradients, below, needs the plain model
         found = classify(loaded, clip.path, choose_views(loaded, job.limits))
         yield {"what": what(loaded, found), "sure": sentences(loaded, found)}
-        yield {"segments": timeline(loaded, clip, job.limits)}
+        segments = timeline(loaded, clip, job.limits)
+        yield {"segments": segments, "note": note_of(found, segments)}
     target = found.class_index if job.method == "gradient" else None
     pixel_values = found.pixel_values.to(model.device, model.dtype)
-    explanation = explain_clip(model, processor, pixel_values, job.method, target, TOP_K, found.frame_mask)
+    mask = None if found.frame_mask is None else shown_masks(found.frame_mask, model.config)
+    explanation = explain_clip(model, processor, pixel_values, job.method, target, TOP_K, mask)
     pictures = [str(save_explanation(Path(job.folder, name), explanation)) for name in ("seen.gif", "sheet.png")]
     status = f"{clip.summary}."
     if model.config.optimization is not None:

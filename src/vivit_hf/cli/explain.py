@@ -37,6 +37,7 @@ def explain(
     """
     from ..explain.explanation import explain_clip
     from ..explain.pictures import save_explanation
+    from ..inference.clips import shown_masks
 
     _check_output(output, video)
     by_gradient = method == "gradient"
@@ -53,6 +54,7 @@ def explain(
     with video_errors(video):
         features = processor(part, num_clips=1, num_crops=1, on_error=on_lost)
         mask = features.get("frame_mask")
+        mask = None if mask is None else shown_masks(mask, classifier.config)
         explanation = explain_clip(classifier, processor, features["pixel_values"], method, index, top_k, mask)
     try:
         save_explanation(output, explanation)

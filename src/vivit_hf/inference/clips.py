@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..frame_sampling import sample_frames_uniformly
-from ..modeling_vivit import BIASED_ATTENTION, check_pixel_values, mask_frames, nearest_visible_frames
+from ..modeling_vivit import BIASED_ATTENTION, check_pixel_values, mask_frames, nearest_visible_frames, visible_steps
 
 
 # Tubelets or clips that go through the model at a time.
@@ -57,6 +57,18 @@ def check_takes_masks(model: Any, processor: Any, merging: Sequence[int] | None 
             f"The processor has short_video_policy='mask', and the model takes no `frame_mask`: {reason}. Change that, "
             "or use short_video_policy='repeat_last' or 'loop'."
         )
+
+
+def shown_masks(frame_mask: torch.Tensor, config: Any) -> torch.Tensor:
+    """
+    Return masks of frames, bool (..., frames), with every frame visible of clips that have no visible time step.
+
+    A model with uniform frame sampling may take none of the frames of a very short video. It then sees the last one,
+    which fills the clip.
+    """
+    masks = frame_mask.reshape(-1, frame_mask.shape[-1])
+    has_steps = visible_steps(masks, config).any(dim=1, keepdim=True)
+    return (masks | ~has_steps).reshape(frame_mask.shape)
 
 
 @dataclass(frozen=True)

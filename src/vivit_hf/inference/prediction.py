@@ -14,7 +14,7 @@ from ..data.labels import LabelMap, to_probabilities
 from ..video_processing_vivit import ViViTVideoProcessor
 from .finite_outputs import check_finite
 from .unknown import UnknownRule, classifier_inputs, energies
-from .view_batches import Views, compute_on_views, each_or_error, run_on_views, without_empty
+from .view_batches import Views, compute_on_views, each_or_error, run_on_views
 from .views import average_views, predict_views
 
 
@@ -164,7 +164,6 @@ class Answers:
             ValueError: if the model does not accept the clips.
             NonFiniteError: if scores are NaN or infinite.
         """
-        items = [without_empty(views, self.model.config) for views in items]
         rows = compute_on_views(self.model, items, self.compute)
         return [self.prediction(views, row) for views, row in zip(items, rows, strict=True)]
 

@@ -32,7 +32,7 @@ from ..data.labels import LabelMap, to_probabilities
 from ..frame_sampling import TIME_TOLERANCE, apply_short_video_policy, mask_missing_frames
 from ..modeling_vivit import check_frame_size, check_values
 from ..video_processing_vivit import ViViTVideoProcessor
-from .clips import BATCH, check_takes_masks, step_starts
+from .clips import BATCH, check_takes_masks, shown_masks, step_starts
 from .cuts import find_cut, frame_change
 from .finite_outputs import check_finite
 from .optimization import optimize_if_plain
@@ -323,7 +323,7 @@ class StreamingClassifier:
         places, mask = mask_missing_frames(places)
         inputs = {"pixel_values": self._pixels(start, frames)[places]}  # (1, frames, channels, height, width)
         if not mask.all():
-            inputs["frame_mask"] = torch.from_numpy(mask)
+            inputs["frame_mask"] = shown_masks(torch.from_numpy(mask), self.model.config)
         with torch.inference_mode():
             (answer,) = self._answers(**inputs)
         return [self._prediction(start, answer)]

@@ -38,7 +38,7 @@ from ..data.video_identity import known_identity
 from ..data.whole_files import as_utf8, written_whole
 from ..modeling_vivit import check_pixel_values
 from ..video_processing_vivit import ViViTVideoProcessor
-from .clips import check_takes_masks
+from .clips import check_takes_masks, shown_masks
 from .fingerprints import loaded_fingerprint, processor_fingerprint
 from .finite_outputs import check_finite
 from .onednn import has_bfloat16_units, has_vnni
@@ -230,7 +230,8 @@ class TuningRun:
         """Return the inputs of the model for clips, on the device."""
         inputs = {"pixel_values": self._pixel_values(places)}
         if self.masks:
-            inputs["frame_mask"] = torch.stack([self.masks[place] for place in places]).to(self.model.device)
+            masks = torch.stack([self.masks[place] for place in places])
+            inputs["frame_mask"] = shown_masks(masks, self.model.config).to(self.model.device)
         return inputs
 
     # Settings

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..modeling_vivit import visible_steps
 from ..video_processing_vivit import ViViTVideoProcessor
 from ..video_sources import VideoDecodingError
-from .clips import check_takes_masks
+from .clips import check_takes_masks, shown_masks
 from .finite_outputs import NonFiniteError
 from .optimization import optimized
 
@@ -129,17 +128,7 @@ def run_on_views(
     with optimized(model):
         check_takes_masks(model, processor)
         for loaded in loader:
-            items = [without_empty(one, model.config) for one in loaded]
-            yield from zip(items, compute_on_views(model, items, compute), strict=True)
-
-
-def without_empty(views: Views, config: Any) -> Views:
-    """Return the views, or an error in place of those with a clip of which the model sees no frame."""
-    if views.frame_mask is None or visible_steps(views.frame_mask, config).any(dim=1).all():
-        return views
-    frames = int(views.frame_mask.sum(dim=1).min())
-    reason = f"it has {frames} of the {config.num_frames} frames of a clip, and the model takes none of these"
-    return Views(views.index, error=f"The video is too short: {reason} (short_video_policy='mask').")
+            yield from zip(loaded, compute_on_views(model, loaded, compute), strict=True)
 
 
 def compute_on_views(model: Any, items: Sequence[Views], compute: Compute) -> list[torch.Tensor | None]:
@@ -159,7 +148,7 @@ def compute_on_views(model: Any, items: Sequence[Views], compute: Compute) -> li
         for group in [good] if is_one_size else [[one] for one in good]:
             clips, ids, masks = zip(*group, strict=True)
             pixel_values = torch.stack(clips).to(model.device, model.dtype)
-            frame_mask = None if masks[0] is None else torch.stack(masks).to(model.device)
+            frame_mask = None if masks[0] is None else shown_masks(torch.stack(masks), model.config).to(model.device)
             rows += compute(pixel_values, np.stack(ids), frame_mask).cpu()
     remaining = iter(rows)
     return [None if one.pixel_values is None else next(remaining) for one in items]

@@ -9,10 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
-from ..configuration_vivit import ViViTConfig
 from ..data.annotations import LabelledVideo
 from ..data.labels import LabelMap, balanced_weights
-from ..modeling_vivit import visible_steps
 from ..video_processing_vivit import ViViTVideoProcessor
 from ..video_sources import VideoDecodingError, source_name
 from .augmentation import ClipAugmentation, clip_generator
@@ -72,18 +70,6 @@ class _Clips:
         if self.processor.short_video_policy != "mask":
             return {"pixel_values": pixel_values}
         return {"pixel_values": pixel_values, "frame_mask": torch.ones(pixel_values.shape[:-3], dtype=torch.bool)}
-
-
-def shown_masks(frame_mask: torch.Tensor, config: ViViTConfig) -> torch.Tensor:
-    """
-    Return masks of frames, bool (..., frames), with every frame visible of clips that have no visible time step.
-
-    Uniform frame sampling may take none of the frames of a very short video. The model then sees the last one, which
-    fills the clip.
-    """
-    masks = frame_mask.flatten(0, -2)
-    has_steps = visible_steps(masks, config).any(dim=1, keepdim=True)
-    return (masks | ~has_steps).reshape(frame_mask.shape)
 
 
 def _augmented(

@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_VIDEO_CLASSIFICATIO
 from ..configuration_vivit import ViViTConfig
 from ..data.labels import IGNORED, LabelMap
 from ..hub.model_card import linked
+from ..inference.clips import shown_masks
 from ..inference.finite_outputs import check_finite
 from ..initialisation.weight_files import find_weights, has_processor, loading_problems, read_config, read_json
 from ..limits_vivit import LIMITS, check_count, check_labels
@@ -31,7 +32,6 @@ from ..modeling_vivit import ViViTForVideoClassification, nearest_visible_frames
 from ..processor_settings import ProcessorSettings
 from ..video_frames import rescale_and_normalize
 from ..video_processing_vivit import ViViTVideoProcessor
-from .clips import shown_masks
 from .feature_cache import Autocast
 from .finetuning_arguments import Say
 from .finetuning_model import is_vivit, without_load_report

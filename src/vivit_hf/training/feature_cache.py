@@ -30,8 +30,9 @@ from ..configuration_vivit import ViViTConfig
 from ..data.video_identity import content_of, identity_of
 from ..data.whole_files import written_whole
 from ..explain.relevance import evaluating
+from ..inference.clips import shown_masks
 from ..video_sources import VideoDecodingError
-from .clips import Tensors, VideoClips, shown_masks
+from .clips import Tensors, VideoClips
 
 
 _AFTER_SPACE = ("temporal_", "pre_logits")  # the modules of `ViViTModel` that follow the spatial encoder

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..data.labels import LabelMap
-from .clips import shown_masks
+from ..inference.clips import shown_masks
 
 
 @dataclass

@@ -26,8 +26,9 @@ import torch
 
 from ..data.labels import units_of
 from ..explain.relevance import evaluating
+from ..inference.clips import shown_masks
 from ..modeling_vivit import mask_steps
-from .clips import Tensors, shown_masks
+from .clips import Tensors
 from .feature_cache import CachedClips
 from .probe_heads import DEFAULT_PENALTY, Fold, choose_penalty, logistic_regression, norm_of, span
 from .probes import inner_folds

@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, In
 from transformers.utils import logging
 
 from ..data.labels import IGNORED, LabelMap
+from ..inference.clips import shown_masks
 from ..inference.finite_outputs import NonFiniteError, broken_weights, check_finite
 from ..inference.metrics import classification_metrics, collapsed_class
 from ..inference.views import average_views
@@ -20,7 +21,7 @@ from ..modeling_vivit import video_classification_loss
 from ..video_sources import VideoDecodingError
 from .checkpoints import deferred_interrupt
 from .clip_lengths import GROUP_BY_LENGTH, group_by_length, measure_lengths
-from .clips import ClipSampler, StreamedClips, VideoClips, shown_masks
+from .clips import ClipSampler, StreamedClips, VideoClips
 from .distillation import Distillation
 from .feature_cache import encode_clips, has_frozen_space
 from .parameters import frozen_modules, gradient_norms, parameter_groups
