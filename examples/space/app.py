@@ -168,7 +168,7 @@ class ClassifyTab:
             return {"data": dict(data), "what": what_html(part["what"], part["sure"])}
         if "segments" in part:
             data["segments"] = part["segments"]
-            return {"data": dict(data), "when": when_html(part["segments"])}
+            return {"data": dict(data), "when": when_html(part["segments"], part["note"])}
         if "pictures" in part:
             moving, sheet = part["pictures"]
             shown = {"seen": gr.Column(visible=True), "where": where_html(part["caption"])}

@@ -100,7 +100,7 @@ def _row(row: dict[str, Any]) -> str:
     return f'<div class="{kind}">{name}{bar}<span class="number">{number}</span></div>'
 
 
-def when_html(segments: Sequence[tuple[float, float, str, float]]) -> str:
+def when_html(segments: Sequence[tuple[float, float, str, float]], note: str = "") -> str:
     """Return segments, (start, end, label, score) each, as a coloured bar with a legend and as a table."""
     if not segments:
         return ""
@@ -120,8 +120,9 @@ def when_html(segments: Sequence[tuple[float, float, str, float]]) -> str:
         f'<td class="number">{score:.0%}</td></tr>'
         for start, end, label, score in segments
     )
+    note = f"<p>{escape(note)}</p>" if note else ""
     return (
-        f'<div class="story"><h3>When</h3><div class="track">{parts}</div>'
+        f'<div class="story"><h3>When</h3>{note}<div class="track">{parts}</div>'
         f'<div class="ends"><span>0 s</span><span>{seconds:.1f} s</span></div><div class="names">{legend}</div>'
         '<div class="table"><table><thead><tr><th>start (s)</th><th>end (s)</th><th>label</th><th>score</th></tr>'
         f"</thead><tbody>{rows}</tbody></table></div></div>"

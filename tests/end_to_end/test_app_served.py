@@ -5,6 +5,7 @@ import re
 import runpy
 import shutil
 
+import psutil
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
@@ -114,6 +115,14 @@ def test_a_served_page_refuses_uploads_that_are_too_large(strict_page, tmp_path)
 def test_a_served_page_names_heat_maps_that_it_does_not_have(strict_page):
     with pytest.raises(AppError):
         ask(strict_page, SPACE / "clips" / "up_left.mp4", DEMO, "x-ray")
+
+
+def test_the_page_starts_within_10_seconds(tmp_path):
+    """Of processor time, which other tests do not take away: about the time that an idle machine needs."""
+    with serving(tmp_path, ROOT / "examples" / "app.py"):
+        (page,) = [one for one in psutil.Process().children() if "app.py" in " ".join(one.cmdline())]
+        of_all = [one.cpu_times() for one in (page, *page.children(recursive=True))]
+        assert sum(times.user + times.system for times in of_all) < 10
 
 
 def test_a_name_is_text_whatever_is_in_it():
