@@ -88,6 +88,7 @@ class FineTuning(TrainingRun):
         """Save model and processor; with LoRA also the adapter, and merge it into the model to evaluate."""
         trainer, adapter = self.trainer, self.folder / _ADAPTER_FOLDER
         if self.arguments.model.lora_rank:
+            trainer.check_weights()
             if trainer.args.should_save:
                 trainer.model.save_pretrained(adapter)
             trainer.model = trainer.model_wrapped = trainer.model.merge_and_unload()

@@ -309,11 +309,15 @@ class ClipTrainer(Trainer):
                 shutil.rmtree(folder, ignore_errors=True)  # half a checkpoint would take up space for nothing
             raise
 
+    def check_weights(self) -> None:
+        """Raise NonFiniteError if weights are NaN or infinite; sharded ones are not looked at."""
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if not is_sharded and (broken := broken_weights(self.model)):
+            raise self._diverged(f"the weights {broken} are")
+
     def save_model(self, *arguments: Any, **settings: Any) -> None:
         with self.weight_average.applied():
-            is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            if not is_sharded and (broken := broken_weights(self.model)):
-                raise self._diverged(f"the weights {broken} are")
+            self.check_weights()
             super().save_model(*arguments, **settings)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
