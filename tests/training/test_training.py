@@ -2,7 +2,9 @@
 
 import json
 import logging
+import multiprocessing
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from vivit_hf.inference.prediction import predict_videos
 from vivit_hf.training import trainer as training
 from vivit_hf.training.augmentation import ClipAugmentation
 from vivit_hf.training.checkpoints import is_complete_checkpoint, last_complete_checkpoint
-from vivit_hf.training.clips import VideoClips
+from vivit_hf.training.clips import StreamedClips, VideoClips
 from vivit_hf.training.mixing import ClipCollator
 from vivit_hf.training.overfitting import overfit_one_batch
 from vivit_hf.training.parameters import depths, freeze, gradient_norms, parameter_groups, part_of
@@ -165,7 +167,7 @@ def videos(tmp_path_factory):
     return found
 
 
-def trainer_of(videos, folder, model=None, **settings):
+def trainer_of(videos, folder, model=None, clips=VideoClips, **settings):
     config = tiny_config("factorised_encoder", **LABELS.config_fields())
     torch.manual_seed(0)
     model = model or ViViTForVideoClassification(config)
@@ -190,7 +192,7 @@ def trainer_of(videos, folder, model=None, **settings):
     return ClipTrainer(
         model=model,
         args=TrainingArguments(**arguments),
-        train_dataset=VideoClips(videos, processor, LABELS, augmentation=ClipAugmentation((height, width))),
+        train_dataset=clips(videos, processor, LABELS, augmentation=ClipAugmentation((height, width))),
         eval_dataset=VideoClips(videos, processor, LABELS, num_clips=2, num_crops=3),
         data_collator=ClipCollator(LABELS, mixup_alpha=0.2),
         processing_class=processor,
@@ -250,6 +252,16 @@ def test_a_second_set_is_not_taken_for_the_first(videos, tmp_path):
     other = VideoClips(videos[:5], trainer.processing_class, LABELS)
     assert trainer.evaluate(other)["eval_loss"] != trainer.evaluate()["eval_loss"]
     assert len(trainer.get_eval_dataloader(other).dataset) == 5
+
+
+@pytest.mark.parametrize("clips", [VideoClips, StreamedClips])
+def test_no_process_stays_after_training_and_evaluation(videos, tmp_path, clips):
+    """Each would wait for another epoch with its memory, and end five seconds after it is dropped."""
+    workers = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "eval_strategy": "epoch"}
+    trainer = trainer_of(videos[:8], tmp_path, **workers, clips=clips)
+    for use in (trainer.train, trainer.evaluate, partial(trainer.predict, trainer.eval_dataset), trainer.train):
+        use()
+        assert multiprocessing.active_children() == []
 
 
 def test_a_run_resumed_after_an_epoch_goes_on_to_the_bit_with_persistent_workers(videos, tmp_path):

@@ -85,6 +85,7 @@ class ClipTrainer(Trainer):
         self._gradient_norms: dict[str, torch.Tensor] = {}
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._num_unreadable = 0
+        self._loaders: list[DataLoader] = []
         if isinstance(self.train_dataset, StreamedClips):
             self.add_callback(StreamPosition())
         self.weight_average = WeightAverage(self.model, ema_decay)
@@ -121,10 +122,12 @@ class ClipTrainer(Trainer):
         if isinstance(self.train_dataset, StreamedClips):
             settings = {"rounds_per_step": self.args.gradient_accumulation_steps}
             settings["drop_last"] = self.args.dataloader_drop_last
-            return self._stream(self.train_dataset, self.args.train_batch_size, **settings)
-        loader = super().get_train_dataloader()
-        # Starting workers draws from torch's generator, and a resumed run starts them at other times.
-        loader.base_dataloader.generator = torch.Generator()
+            loader: Any = self._stream(self.train_dataset, self.args.train_batch_size, **settings)
+        else:
+            loader = super().get_train_dataloader()
+            # Starting workers draws from torch's generator, and a resumed run starts them at other times.
+            loader.base_dataloader.generator = torch.Generator()
+        self._loaders.append(loader)
         return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -152,6 +155,25 @@ class ClipTrainer(Trainer):
             persistent_workers=self.args.dataloader_persistent_workers and has_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor if has_workers else None,
         )
+
+    def _stop_workers(self) -> None:
+        """
+        End the processes that decode, which would wait for another epoch.
+
+        Left to the garbage collector, they keep their memory until then, and each may take five seconds to end.
+        """
+        for loader in self._loaders:
+            base: Any = getattr(loader, "base_dataloader", loader)  # within that of accelerate
+            if base._iterator is not None:  # of persistent workers alone
+                base._iterator._shutdown_workers()
+                base._iterator = None
+        self._loaders = []
+
+    def train(self, *arguments: Any, **settings: Any) -> Any:
+        try:
+            return super().train(*arguments, **settings)
+        finally:
+            self._stop_workers()
 
     def _init_training_state(self, *arguments: Any, **settings: Any) -> tuple[int, int]:
         epochs, batches = super()._init_training_state(*arguments, **settings)
@@ -353,6 +375,14 @@ class ClipTrainer(Trainer):
             raise
 
     def evaluation_loop(self, dataloader: DataLoader, *arguments: Any, **settings: Any) -> EvalLoopOutput:
+        self._loaders.append(dataloader)
+        try:
+            return self._evaluation_loop(dataloader, *arguments, **settings)
+        finally:
+            if not self.is_in_train:
+                self._stop_workers()
+
+    def _evaluation_loop(self, dataloader: DataLoader, *arguments: Any, **settings: Any) -> EvalLoopOutput:
         # Evaluation must not change the random numbers of training: a resumed run may skip it.
         with torch.random.fork_rng(), self.weight_average.applied():
             if not isinstance(dataloader, StreamLoader):
