@@ -22,7 +22,7 @@ def invoke(*arguments, **options):
 def start(*arguments, **options):
     command = [sys.executable, "-m", "vivit_hf", *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": "input" not in options}
-    environment = {**os.environ, "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "COLUMNS": "100"}
     return subprocess.run(command, timeout=120, env=environment, **{**pipes, **options})
 
 

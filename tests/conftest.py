@@ -7,6 +7,8 @@ import paths
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Also in the processes that tests start. The models are tiny: threads would only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 sys.path.insert(0, str(paths.EXAMPLES))
@@ -21,7 +23,6 @@ from vivit_hf import ViViTVideoProcessor
 from vivit_hf.configuration_vivit import ATTENTION_TYPES
 
 
-torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 # The same examples in every run, and as much time as a busy machine takes for them.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")

@@ -58,7 +58,7 @@ def run(data, output, **changes):
 
 
 def start(command, **variables):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    environment = {**os.environ, **variables}
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=280, env=environment)
 
 

@@ -1,6 +1,5 @@
 """Labelled videos of moving shapes and a model for them, for the tests of scripts and commands."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -55,5 +54,4 @@ def start_and_kill(command, num_files, prefix="part-"):
 
 
 def start(command):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=280, env=environment)
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=280)

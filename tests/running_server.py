@@ -28,7 +28,7 @@ class RunningServer:
                 [sys.executable, "-m", "vivit_hf", "serve", "--port", "0", *map(str, arguments)],
                 stdout=log,
                 stderr=log,
-                env={**os.environ, "TMPDIR": str(self.uploads), "OMP_NUM_THREADS": "1"},
+                env={**os.environ, "TMPDIR": str(self.uploads)},
             )
 
     def __enter__(self):

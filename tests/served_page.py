@@ -37,7 +37,7 @@ def serving(folder, script, *arguments):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    settings = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     environment = {**os.environ, **settings, "GRADIO_TEMP_DIR": str(folder / "gradio")}
     with open(folder / "log.txt", "w+") as log:
         process = subprocess.Popen(

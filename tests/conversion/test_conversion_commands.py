@@ -1,7 +1,6 @@
 """`vivit-hf convert` and `vivit-hf export`, run as users run them, do what the scripts in `conversion/` do."""
 
 import json
-import os
 import re
 import runpy
 import subprocess
@@ -73,8 +72,7 @@ def arguments_of(command, folder):
 def run_command(command, *arguments):
     """Run the command in a process of its own; return its exit code, standard output and standard error."""
     program = [sys.executable, "-m", "vivit_hf", *command.split(), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process, for the same rounding
-    process = subprocess.run(program, capture_output=True, text=True, timeout=240, env=environment)
+    process = subprocess.run(program, capture_output=True, text=True, timeout=240)
     return process.returncode, process.stdout, process.stderr
 
 

@@ -31,7 +31,7 @@ def run_python():
             capture_output=True,
             text=True,
             timeout=timeout,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            env={**os.environ, **environment},
         )
         assert process.returncode == 0, f"{process.stdout[-2000:]}\n{process.stderr[-4000:]}"
         return process.stdout

@@ -100,7 +100,7 @@ def nodes(launcher, *command):
     begin = [
         [sys.executable, "-m", *launchers[launcher].format(rank, port).split(), *map(str, command)] for rank in (0, 1)
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     started = [subprocess.Popen(one, start_new_session=True, **pipes) for one in begin]
     try:

@@ -170,7 +170,7 @@ def run_blocks(group, folder, hub):
     (programs / "hf").write_text(f"#!{sys.executable}\n{hub_command}\n")
     for program in programs.iterdir():
         program.chmod(0o755)
-    environment = {**os.environ, **hub.environment(folder / "home"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **hub.environment(folder / "home")}
     environment["PATH"] = f"{programs}{os.pathsep}{environment['PATH']}"
     commands = "\n".join(text for name, text in BLOCKS if name == group)
     process = subprocess.run(
