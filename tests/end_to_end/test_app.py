@@ -194,15 +194,6 @@ def test_a_strange_video_is_none_of_these(page, tmp_path):
     assert not page.all("#labels .bar")
 
 
-def test_several_things_one_after_the_other_are_none_of_these_as_a_whole(page):
-    page.upload(demo_model_path() / "samples" / "all.mp4")
-    page.choose_model(DEMO)
-    _, is_error = page.classify("seconds")
-    assert not is_error and page.read("#labels", r"What happens\n(.*)") == ["none of these"]
-    assert page.read("#timeline", "As a whole the video is 'none of these', yet parts of it show a label")
-    assert {*MOTIONS} <= {one.text for one in page.all("#timeline .names > span")}
-
-
 def test_two_models_are_compared_side_by_side(page, folder, tmp_path):
     page.upload(write_clip(tmp_path / "shape.mp4", "down_right"))
     page.open_tab("Compare")

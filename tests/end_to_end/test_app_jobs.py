@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+from moving_shapes import MOTIONS
 from served_page import DEMO, SPACE, TIMEOUT
 from tuned_models import tune_folder
 from video_files import damage_packet, write_video as write_any_video
@@ -46,6 +47,18 @@ def test_a_job_that_takes_too_long_ends_with_its_process_and_the_next_is_answere
     process.join()
     assert list(worker.run(job))[-1] == {"end": True}
     worker.stop()
+
+
+def test_labels_of_parts_are_explained_if_the_whole_has_none(jobs, answers, tmp_path):
+    samples = demo_model_path() / "samples"
+    found = {}
+    for name in ("all", "up_left"):
+        parts = answers.answer(make_job(jobs, tmp_path, samples / f"{name}.mp4"))
+        (found[name],) = [part for part in parts if "segments" in part]
+    assert {*MOTIONS} <= {label for _, _, label, _ in found["all"]["segments"]} and found["up_left"]["note"] == ""
+    story = importlib.import_module("story")
+    shown = story.when_html(found["all"]["segments"], found["all"]["note"])
+    assert "<p>As a whole the video is &#x27;none of these&#x27;, yet parts of it show a label" in shown
 
 
 def test_the_clip_that_decided_is_the_one_that_is_explained(jobs, answers, tmp_path):
