@@ -272,6 +272,8 @@ def caption_of(loaded: Loaded, found: Found, own_label: str) -> str:
     if crops > 1:
         which += f", crop {found.place % crops + 1} of {crops}"
     text = f"{which}{when}: it decided, with the highest score for {found.label!r} ({found.score:.0%})."
+    if found.prediction.unknown:
+        text = f"{which}{when}: it has the highest score for the nearest label, {found.label!r} ({found.score:.0%})."
     if loaded.answers.label_map.is_regression:
         text = f"{which}{when}: it has the highest value ({found.score:.3g})."
     if own_label != found.label and not loaded.answers.label_map.is_grouped:

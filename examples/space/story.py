@@ -134,7 +134,7 @@ def where_html(caption: str) -> str:
 
 
 def verdict_html(text: str) -> str:
-    return f'<div class="story"><h3>Where they agree</h3>{escape(text)}</div>'
+    return f'<div class="story"><h3>Do they agree?</h3>{escape(text)}</div>'
 
 
 def matches_html(matches: Sequence[dict[str, Any]]) -> str:

@@ -73,7 +73,7 @@ def test_the_clip_that_decided_is_the_one_that_is_explained(jobs, answers, tmp_p
     assert found.place == int(of_views[:, found.class_index].argmax())
     torch.testing.assert_close(found.score, float(of_views[found.place, found.class_index]), rtol=1e-4, atol=1e-5)
     assert last["caption"].startswith(f"Clip {found.place // 3 + 1} of 4, crop {found.place % 3 + 1} of 3, from ")
-    assert f"it decided, with the highest score for {found.label!r}" in last["caption"]
+    assert f"it has the highest score for the nearest label, {found.label!r}" in last["caption"]
     assert f"Its nearest label is {found.label!r}" in first["sure"][0]
     assert "The demo model only knows shapes that move along a diagonal" in last["status"]
 
