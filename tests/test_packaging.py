@@ -1,5 +1,6 @@
 """Packaging: both archives, the wheel in a clean environment, and the supported versions of dependencies."""
 
+import ast
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import tarfile
 import venv
 import zipfile
 from email import message_from_bytes
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
@@ -216,6 +218,32 @@ def test_the_versions_that_are_tested_are_supported_and_pinned(metadata):
         metadata, "conversion", "training", "export", "search", "probe", "serve", "app", "test", "dev", "docs"
     ):
         assert pins[normalised(requirement)] in requirement.specifier, requirement
+
+
+def test_every_import_is_of_a_package_that_is_installed_with_this_one(metadata):
+    """Of a requirement, or of what a requirement itself requires. What only tests or the page bring does not count."""
+    names = packages_distributions()
+    core = required(metadata, "conversion", "export", "training", "search", "probe", "gpu")
+    for folder, requirements_of in (("", core), ("serving", [*core, *required(metadata, "serve")])):
+        known = {normalised(one) for one in requirements_of}
+        for name in list(known - {"torchao"}):  # not installed with the tests
+            further = [Requirement(line) for line in requires(name) or ()]
+            known |= {normalised(one) for one in further if one.marker is None or one.marker.evaluate({"extra": ""})}
+        for path in (ROOT / "src" / "vivit_hf" / folder).rglob("*.py"):
+            if folder or ("serving" not in path.parts and path.name != "serve.py"):
+                packages = {package for one in imported(path) for package in names.get(one, [one])}
+                assert {normalised(Requirement(one)) for one in packages} <= known, path
+
+
+def imported(path):
+    """The packages that a file imports, without those of Python and this one."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module)
+    return {name.partition(".")[0] for name in found} - {"vivit_hf", *sys.stdlib_module_names}
 
 
 def test_all_is_every_extra_but_those_apart(metadata):

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from httpx import HTTPError  # of the client that huggingface_hub uses
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HTTPError, StrictDataclassError  # the former of whichever client it uses
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import logging
