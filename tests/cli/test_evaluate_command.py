@@ -13,8 +13,9 @@ import torch
 from command_line import check_refusal, invoke
 from labelled_videos import TORCHRUN, start, write_labelled_videos
 from moving_shapes import MOTIONS
-from paths import EXAMPLES
+from paths import EXAMPLES, ROOT
 from PIL import Image
+from python_without import python_without
 from tiny_models import make_model
 
 from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor
@@ -33,6 +34,20 @@ def options(data, output, *more):
         *("--model", data / "model", "--data", data / "videos" / "train", "--use_cpu", "--num_workers", 0),
         *("--output_dir", output, *more),
     ]
+
+
+def test_without_matplotlib_there_are_scores_and_no_pictures(data, tmp_path):
+    """Those of an earlier evaluation would show other scores."""
+    output = tmp_path / "out"
+    assert invoke("evaluate", *options(data, output)).exit_code == 0 and (output / "confusion_matrix.png").exists()
+    program = f"import sys\nsys.path.insert(0, {str(ROOT / 'src')!r})\nfrom vivit_hf.cli.app import main\nmain()\n"
+    (tmp_path / "evaluate.py").write_text(program)
+    command = [*python_without(tmp_path / "site", "matplotlib"), tmp_path / "evaluate.py", "evaluate"]
+    process = start([*command, *options(data, output)])
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "matplotlib is not installed, so there is no picture: pip install 'vivit-hf[training]'" in process.stderr
+    found = {path.name for path in output.iterdir()}
+    assert found == {"results.json", "predictions.parquet", "per_class.csv"}
 
 
 def predictions(folder):

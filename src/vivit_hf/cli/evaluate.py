@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from . import options
-from .output import as_cell, echo, fail, output_console, quiet_libraries
+from .output import as_cell, can_draw, echo, fail, output_console, quiet_libraries
 
 
 def _about_videos(help: str, **settings: Any) -> Any:
@@ -107,7 +107,7 @@ def evaluate(
     """
     quiet_libraries()
     from ..inference.evaluation import evaluate_videos, read_split
-    from ..inference.evaluation_files import save_evaluation
+    from ..inference.evaluation_files import draw_evaluation, save_evaluation
     from ..inference.processes import process_group
 
     reading: dict[str, Any] = {"video_root": video_root, "annotation_format": annotation_format}
@@ -134,6 +134,8 @@ def evaluate(
     if found is not None:
         about = {"dtype": str(classifier.dtype).removeprefix("torch."), "optimization": setting}
         results = save_evaluation(found, output_dir, report, choice, model=model, **about)
+        if can_draw():
+            draw_evaluation(found, output_dir, report)
         _print_results(found, report, choice, results)
     state.wait_for_everyone()
     state.destroy_process_group()

@@ -1,5 +1,6 @@
 """Printing: text is escaped, JSON has no NaN, results go to standard output and messages to standard error."""
 
+import importlib.util
 import json
 import logging
 import sys
@@ -41,6 +42,14 @@ def echo_json(row: dict[str, Any]) -> None:
     except ValueError:
         fail(f"JSON cannot hold NaN or infinity: {row}")
     typer.echo(line)
+
+
+def can_draw() -> bool:
+    """Return whether matplotlib is installed; say what is missing if it is not."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        return True
+    say("matplotlib is not installed, so there is no picture: pip install 'vivit-hf[training]'.")
+    return False
 
 
 def track(

@@ -1,6 +1,5 @@
 """`vivit-hf tune`: the fastest setting of a model that still gives the same answers on one's own videos."""
 
-import importlib.util
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +9,7 @@ from rich.table import Column, Table
 from ..data.escaping import counted, one_line
 from . import options
 from .evaluate import LabelColumn, Separator, VideoColumn
-from .output import as_cell, echo, fail, output_console, quiet_libraries, say, track
+from .output import as_cell, can_draw, echo, fail, output_console, quiet_libraries, say, track
 
 
 Labels = Annotated[
@@ -207,8 +206,7 @@ def _draw(run: Any, results: Any, min_agreement: float, chosen: Any) -> None:
     from ..inference.tuning_results import save_results
 
     save_results(results, run.folder / "results.json", chosen=chosen.name, min_agreement=min_agreement)
-    if importlib.util.find_spec("matplotlib") is None:
-        say("matplotlib is not installed, so there is no picture: pip install 'vivit-hf[training]'.")
+    if not can_draw():
         return
     title = f"{one_line(Path(run.name).name)}: {counted(len(results.margins), 'clip')}, {run.settings['device']}"
     draw_trade_off(results, run.folder / "trade_off.png", min_agreement, chosen.name, title)

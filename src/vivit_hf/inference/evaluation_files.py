@@ -22,6 +22,9 @@ from .metrics import class_accuracies
 from .unknown_choice import UnknownChoice
 
 
+_RELIABILITY, _CONFUSION = "reliability.png", "confusion_matrix.png"
+
+
 def save_evaluation(
     evaluation: Evaluation,
     folder: Path,
@@ -30,9 +33,9 @@ def save_evaluation(
     **settings: Any,
 ) -> dict[str, Any]:
     """
-    Write results.json and predictions.parquet, and for one label per video per_class.csv and confusion_matrix.png.
+    Write results.json and predictions.parquet, and for one label per video per_class.csv.
 
-    With a report, or if the model was calibrated, also reliability.png.
+    Pictures of an earlier evaluation are removed; see `draw_evaluation`.
 
     Args:
         report, choice: what these videos were just used for; their numbers go to results.json.
@@ -51,26 +54,43 @@ def save_evaluation(
         "split": evaluation.videos[0].split,
         "num_processes": evaluation.num_processes,
     }
-    drawn = _reliability(evaluation, report)
+    compared = _reliability(evaluation, report)
     if report is not None:
         results["calibration"] = report.results
-    elif drawn:
+    elif compared:
         results["calibration_error"] = {
-            name: {group or "labels": one.error for group, one in groups.items()} for name, groups in drawn.items()
+            name: {group or "labels": one.error for group, one in groups.items()} for name, groups in compared.items()
         }
     called = [one.unknown for one in evaluation.predictions if one.unknown is not None]
     if choice is not None:
         results["unknown"] = choice.results
     elif called:
         results["unknown"] = {"called": float(np.mean(called))}
-    if drawn:
-        draw_reliability(drawn, folder / "reliability.png", evaluation.protocol)
+    for name in (_RELIABILITY, _CONFUSION):
+        (folder / name).unlink(missing_ok=True)
     with written_whole(folder / "results.json") as unfinished:
         unfinished.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     _write_predictions(folder / "predictions.parquet", evaluation)
     if evaluation.confusion_matrix is not None:
         _write_classes(folder, evaluation, evaluation.confusion_matrix)
     return results
+
+
+def draw_evaluation(evaluation: Evaluation, folder: Path, report: CalibrationReport | None = None) -> None:
+    """
+    Draw confusion_matrix.png, for one label per video, and reliability.png, with a report or a calibrated model.
+
+    Needs matplotlib.
+
+    Args:
+        folder, report: see `save_evaluation`.
+    """
+    if compared := _reliability(evaluation, report):
+        draw_reliability(compared, folder / _RELIABILITY, evaluation.protocol)
+    if evaluation.confusion_matrix is not None:
+        names = [as_utf8(name) for name in evaluation.label_map.names]
+        title = f"top-1 {evaluation.metrics['top1']:.1%}: {evaluation.protocol}"
+        draw_confusion_matrix(evaluation.confusion_matrix, names, folder / _CONFUSION, title)
 
 
 def _reliability(evaluation: Evaluation, report: CalibrationReport | None) -> dict[str, dict[str, Reliability]]:
@@ -95,8 +115,6 @@ def _write_classes(folder: Path, evaluation: Evaluation, matrix: np.ndarray) -> 
         unfinished.open("w", newline="", encoding="utf-8") as file,
     ):
         csv.writer(file).writerows(rows)
-    title = f"top-1 {evaluation.metrics['top1']:.1%}: {evaluation.protocol}"
-    draw_confusion_matrix(matrix, names, folder / "confusion_matrix.png", title)
 
 
 def draw_confusion_matrix(matrix: np.ndarray, names: Sequence[str], path: Path, title: str) -> None:
