@@ -141,7 +141,7 @@ class Newcomer:
 
     def install(self) -> None:
         """A new environment with the wheel; pip finds it where PyPI would have it."""
-        self.shell(".venv/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist .", self.clone)
+        self.shell(f"{sys.executable} -m pip wheel --quiet --no-deps --wheel-dir dist .", self.clone)
         self.shell(f"{sys.executable} -m venv {self.folder}/venv", self.folder)
         self.environment["PATH"] = f"{self.folder}/venv/bin:{os.environ['PATH']}"
         self.environment["PIP_FIND_LINKS"] = f"{os.environ.get('PIP_FIND_LINKS', '')} {self.clone}/dist".strip()
