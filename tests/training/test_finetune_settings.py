@@ -12,6 +12,7 @@ from vivit_hf.configuration_vivit import ATTENTION_TYPES, EMBEDDING_TYPES, TEMPO
 from vivit_hf.data.annotations import FORMATS
 from vivit_hf.inference.views import AVERAGINGS
 from vivit_hf.initialisation.from_image import TEMPORAL_ATTENTION_INITS, TEMPORAL_ENCODER_INITS, TUBELET_INITS
+from vivit_hf.training import finetuning_parser
 from vivit_hf.training.finetuning_arguments import (
     TRAINER_ARGUMENTS,
     AugmentationArguments,
@@ -51,6 +52,17 @@ def test_a_settings_file_that_cannot_be_meant_names_file_and_key(tmp_path, text,
     (tmp_path / "settings.yaml").write_text(text)
     with pytest.raises(SystemExit, match=f"settings.yaml: {message}"):
         finetune.main([str(tmp_path / "settings.yaml"), "--output_dir", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"), [("tensorboard", r"pip install 'vivit-hf\[training\]'"), ("wandb", "pip install wandb")]
+)
+def test_a_log_that_is_not_installed_is_named_before_anything_is_read(data, tmp_path, monkeypatch, name, advice):
+    monkeypatch.setattr(finetuning_parser, "get_available_reporting_integrations", lambda: ["mlflow"])
+    message = f"finetune: --report_to {name}: it is not known or not installed; run `{advice}`"
+    with pytest.raises(SystemExit, match=message):
+        run(data, tmp_path, report_to=name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_values_of_a_settings_file_have_the_types_of_the_arguments(tmp_path):

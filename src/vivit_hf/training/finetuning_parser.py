@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import yaml  # type: ignore[import-untyped]
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from ..data.annotations import AnnotationError
 from ..inference.views import AVERAGINGS
@@ -45,6 +46,11 @@ class VideoTrainingArguments(VideoDefaults, TrainingArguments):
                 setattr(self, f"activation_checkpointing{suffix}", getattr(self, f"gradient_checkpointing{suffix}"))
         check_choice("train_sampling_strategy", self.train_sampling_strategy, ("random", GROUP_BY_LENGTH))
         super().__post_init__()
+        for name in self.report_to or ():
+            # transformers knows flyte, and leaves it out of its list.
+            if name not in ("none", "flyte", *get_available_reporting_integrations()):
+                extra = "'vivit-hf[training]'" if name == "tensorboard" else name
+                raise ValueError(f"--report_to {name}: it is not known or not installed; run `pip install {extra}`.")
 
 
 @dataclass
