@@ -60,7 +60,7 @@ $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 	@$(CHECK_PYTHON)
 	$(PYTHON) -m venv --clear .venv-oldest
 	.venv-oldest/bin/$(INSTALL_TORCH) -c constraints-oldest.txt torch==$(OLDEST_TORCH)
-	.venv-oldest/bin/python -m pip install -c constraints-oldest.txt -e '.[conversion,export,training,probe,search,app,test]'
+	.venv-oldest/bin/python -m pip install -c constraints-oldest.txt -e '.[conversion,export,search,training,probe,serve,app,test]'
 	@touch $@
 
 test: .venv/ready

@@ -221,14 +221,17 @@ def test_the_versions_that_are_tested_are_supported_and_pinned(metadata):
 
 
 def test_every_import_is_of_a_package_that_is_installed_with_this_one(metadata):
-    """Of a requirement, or of what a requirement itself requires. What only tests or the page bring does not count."""
+    """Of a requirement, or of what requirements require. What only tests or the page bring does not count."""
     names = packages_distributions()
     core = required(metadata, "conversion", "export", "training", "search", "probe", "gpu")
     for folder, requirements_of in (("", core), ("serving", [*core, *required(metadata, "serve")])):
         known = {normalised(one) for one in requirements_of}
-        for name in list(known - {"torchao"}):  # not installed with the tests
-            further = [Requirement(line) for line in requires(name) or ()]
-            known |= {normalised(one) for one in further if one.marker is None or one.marker.evaluate({"extra": ""})}
+        left = known - {"torchao"}  # not installed with the tests
+        while left:
+            further = [Requirement(line) for line in requires(left.pop()) or ()]
+            here = {normalised(one) for one in further if one.marker is None or one.marker.evaluate({"extra": ""})}
+            left |= here - known
+            known |= here
         for path in (ROOT / "src" / "vivit_hf" / folder).rglob("*.py"):
             if folder or ("serving" not in path.parts and path.name != "serve.py"):
                 packages = {package for one in imported(path) for package in names.get(one, [one])}

@@ -228,7 +228,8 @@ def nearest_visible_frames(frame_mask: torch.Tensor) -> torch.Tensor:
     numbers = torch.arange(frame_mask.shape[1], device=frame_mask.device)
     # (batch, frames, frames) -> (batch, frames); -1 if neither the frame nor an earlier one is visible
     earlier = torch.where(frame_mask[:, None] & (numbers <= numbers[:, None]), numbers, -1).amax(dim=2)
-    return torch.where(earlier < 0, frame_mask.long().argmax(dim=1, keepdim=True), earlier)
+    first = frame_mask.int().argmax(dim=1, keepdim=True)  # onnxruntime 1.19 has it for int32, not for int64
+    return torch.where(earlier < 0, first, earlier)
 
 
 def _check_frame_mask(frame_mask: Any, batch: int, frames: int | None) -> None:

@@ -453,8 +453,8 @@ def test_a_setting_for_other_layers_ends_the_command_with_the_way_out(model, dat
         (["--choose", "fastest"], "--choose 'fastest' is not known. There are: exact"),
         (["--videos", "nowhere"], "None of the videos can be read"),
         (["--labels", "nowhere.csv"], "nowhere.csv: there is no such file or folder"),
-        (["--min-agreement", 2], "Input should be less than or equal to 1"),
-        (["--merge-tokens", 0], "Input should be greater than or equal to 1"),
+        (["--min-agreement", 2], "Invalid value for '--min-agreement'"),
+        (["--merge-tokens", 0], "Invalid value for '--merge-tokens'"),
         (["--device", "cuda:9"], "'cuda:9' cannot be used here"),
     ],
 )

@@ -18,6 +18,13 @@ class Disk(LocalFileSystem):
     protocol = "disk"
     is_broken = False
 
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("disk://"))
+
+    def unstrip_protocol(self, name):
+        return f"disk://{name}"
+
     def put_file(self, lpath, rpath, **kwargs):
         content = Path(lpath).read_bytes()
         if self.is_broken:

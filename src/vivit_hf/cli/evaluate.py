@@ -107,7 +107,6 @@ def evaluate(
     """
     quiet_libraries()
     from ..inference.evaluation import evaluate_videos, read_split
-    from ..inference.evaluation_files import draw_evaluation, save_evaluation
     from ..inference.processes import process_group
 
     reading: dict[str, Any] = {"video_root": video_root, "annotation_format": annotation_format}
@@ -133,12 +132,19 @@ def evaluate(
         fail(str(error), code=2)
     if found is not None:
         about = {"dtype": str(classifier.dtype).removeprefix("torch."), "optimization": setting}
-        results = save_evaluation(found, output_dir, report, choice, model=model, **about)
-        if can_draw():
-            draw_evaluation(found, output_dir, report)
-        _print_results(found, report, choice, results)
+        _print_results(found, report, choice, _write(found, output_dir, report, choice, model=model, **about))
     state.wait_for_everyone()
     state.destroy_process_group()
+
+
+def _write(found: Any, output_dir: Path, report: Any, choice: Any, **about: Any) -> dict[str, Any]:
+    """Write the files of the evaluation; return the contents of results.json."""
+    from ..inference.evaluation_files import draw_evaluation, save_evaluation
+
+    results = save_evaluation(found, output_dir, report, choice, **about)
+    if can_draw():
+        draw_evaluation(found, output_dir, report)
+    return results
 
 
 def _other_videos(

@@ -41,6 +41,12 @@ class ViViTVideoClassificationPipeline(VideoClassificationPipeline):
         super().__init__(*args, image_processor=image_processor, video_processor=video_processor, **kwargs)
         self._rule: Any = UnknownRule.of(self.model)
 
+    def _sanitize_parameters(self, function_to_apply: str | None = None, **settings: Any) -> Any:
+        before, forward, after = super()._sanitize_parameters(function_to_apply=function_to_apply, **settings)
+        if function_to_apply is None:  # up to 5.22, transformers puts "softmax" there, whatever the model's labels are
+            after.pop("function_to_apply", None)
+        return before, forward, after
+
     def preprocess(self, video: Any, num_frames: int | None = None, frame_sampling_rate: int | None = None) -> Any:
         """
         Return the `pixel_values` of one video, with our processor (1, views, frames, channels, height, width), and its
