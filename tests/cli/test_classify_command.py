@@ -218,7 +218,7 @@ def test_the_first_damaged_video_ends_the_command_only_if_one_asks(choice, kinds
 def test_a_full_disk_is_not_blamed_on_the_video():
     with open("/dev/full", "wb") as full:
         process = start("classify", SAMPLES / "up_left.mp4", "--json", *QUICK, stdout=full)
-    assert process.returncode == 1 and "Cannot write standard output: No space left" in process.stderr
+    assert process.returncode == 1 and "Cannot write the output: No space left" in process.stderr
     assert "Traceback" not in process.stderr and "Cannot read" not in process.stderr
 
 

@@ -53,7 +53,7 @@ def test_an_address_is_downloaded():
 def test_a_full_disk_is_not_blamed_on_the_video():
     with open("/dev/full", "wb") as full:
         process = start("timeline", VIDEO, "--json", stdout=full)
-    assert process.returncode == 1 and "Cannot write standard output: No space left" in process.stderr
+    assert process.returncode == 1 and "Cannot write the output: No space left" in process.stderr
     assert "Traceback" not in process.stderr and "Cannot read" not in process.stderr
 
 

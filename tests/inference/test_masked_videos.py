@@ -83,11 +83,17 @@ def test_a_video_of_which_the_model_takes_no_frame_is_shown_whole(videos, tmp_pa
     expected = list(predict_videos(model, plain, videos[-1:]))
     np.testing.assert_allclose(found[-1].logits, expected[0].logits, **CLOSE)
     assert all(one.error is None for one in found)
+    folder = tmp_path / "model"
+    for one in (model, processor):
+        one.save_pretrained(folder)
+    scores = {
+        entry["label"]: entry["score"] for entry in pipeline("video-classification", model=str(folder))(videos[-1])
+    }
+    named = dict(zip(model.config.id2label.values(), expected[0].probabilities, strict=True))
+    assert scores == pytest.approx({name: named[name] for name in scores}, abs=1e-6)
     pairs = [next(embed_videos(model, one, videos[-1:])).vectors for one in (processor, plain)]
     np.testing.assert_allclose(*pairs, **CLOSE)
-    for folder in (model, processor):
-        folder.save_pretrained(tmp_path)
-    result = invoke("explain", videos[-1], "--model", tmp_path, "--output", tmp_path / "seen.png")
+    result = invoke("explain", videos[-1], "--model", folder, "--output", tmp_path / "seen.png")
     assert result.exit_code == 0, result.output
 
 

@@ -91,6 +91,18 @@ def test_videos_over_the_limits_are_refused_by_name(strict, arguments, limit, tm
     check_healthy(strict)
 
 
+def test_a_client_that_was_told_to_go_on_sees_the_answer(strict):
+    """As curl sends large forms: it waits for leave to send the body, and sends all of it."""
+    headers = b"POST /classify HTTP/1.1\r\n" + FORM + b"Transfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n"
+    with connect(strict, headers) as connection:
+        assert connection.recv(100).startswith(b"HTTP/1.1 100 ")
+        body = PART + bytes(1_900_000)
+        connection.sendall(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+        answer = answer_on(connection)
+    assert answer.startswith(b"HTTP/1.1 413 ") and b"at most 500000 are accepted" in answer
+    check_healthy(strict)
+
+
 def test_a_server_that_sends_too_much_or_drips_is_left(strict):
     with Server(says(OK + b"Content-Length: 600000\r\n\r\n")) as other:
         assert "more than max_bytes=500000 bytes" in error_of(strict.ask(other.address), 413)

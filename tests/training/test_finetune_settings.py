@@ -65,6 +65,12 @@ def test_a_log_that_is_not_installed_is_named_before_anything_is_read(data, tmp_
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["save", "eval"])
+def test_numbers_of_steps_without_effect_are_refused(data, tmp_path, name):
+    with pytest.raises(SystemExit, match=f"finetune: --{name}_steps 2 has no effect with --{name}_strategy epoch"):
+        run(data, tmp_path, **{f"{name}_steps": 2, f"{name}_strategy": None})
+
+
 def test_values_of_a_settings_file_have_the_types_of_the_arguments(tmp_path):
     (tmp_path / "settings.yaml").write_text(
         "learning_rate: 1e-4\nnum_frames: '16'\nbf16: 'no'\nhorizontal_flip: yes\nuse_cpu: true\nresize: null\n"

@@ -87,6 +87,14 @@ def test_the_policy_of_a_model_is_kept_unless_another_is_given(data, tmp_path, c
     assert ViViTVideoProcessor.from_pretrained(tmp_path / "three").short_video_policy == "loop"
 
 
+def test_short_videos_that_are_errors_are_replaced_and_named(data, tmp_path):
+    """Three in four have fewer frames than a clip."""
+    results = run(data, tmp_path, **{**MASKED, "short_video_policy": "error"})
+    damaged = json.loads((tmp_path / "damaged_files.json").read_text())
+    assert results["eval_damaged_files"] == len(damaged["eval"]) == 4 - 2 and damaged["train"]
+    assert all("needs 4 frames and the video has" in reason for reason in damaged["train"].values())
+
+
 @pytest.mark.parametrize("caching", [False, True], ids=["not cached", "cached"])
 def test_a_resumed_run_has_the_same_losses(data, tmp_path, caching):
     settings = {

@@ -76,6 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(arguments)
     except OSError as error:  # errors of reading videos and models are caught where they are read
-        what = "Cannot write standard output" if error.filename is None else error.filename
-        say(f"{what}: {error.strerror or error}.")
+        # A copy names its source first. Without a name, it is the output: a file is named where it is opened.
+        name = error.filename2 or error.filename
+        what = "" if error.errno is None else "Cannot write the output: " if name is None else f"{name}: "
+        say(f"{what}{error.strerror or error}.")
         sys.exit(1)

@@ -359,6 +359,9 @@ def segments_of(
     """Return the windows as segments, or merged into segments."""
     from ..inference.segments import merge_windows, window_segments
 
+    if config.label_groups:
+        first, *others = config.label_groups
+        say(f"Labels of the group {first!r} alone; `vivit-hf classify` gives those of {', '.join(others)} as well.")
     if windows:
         return window_segments(found, config)
     return merge_windows(found, config, min_score=min_score, min_duration=min_duration)

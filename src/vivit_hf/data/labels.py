@@ -137,7 +137,8 @@ class LabelMap:
             target[[self._index(0, label, one.where) for label in one.labels]] = 1.0
             return target
         if len(one.labels) != len(self.groups):
-            raise AnnotationError(f"{one.where}: got {len(one.labels)} labels, expected {len(self.groups)}.")
+            hint = f" (--label_column_name {','.join(self.groups)})" if self.is_grouped else ""
+            raise AnnotationError(f"{one.where}: got {len(one.labels)} labels, expected {len(self.groups)}{hint}.")
         indices = [self._index(group, label, one.where) for group, label in enumerate(one.labels)]
         return torch.tensor(indices if self.is_grouped else indices[0])
 

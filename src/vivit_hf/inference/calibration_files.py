@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers.utils import CONFIG_NAME
 
@@ -56,7 +57,10 @@ def store_calibration(
     """Write `calibration` into the config.json of a folder, where all else stays, and known features beside it."""
     if known is not None:
         with written_whole(Path(folder, KNOWN_FEATURES)) as unfinished:
-            save_file({"features": known}, unfinished, {"weights": calibration.weights or "float16"})
+            try:
+                save_file({"features": known}, unfinished, {"weights": calibration.weights or "float16"})
+            except SafetensorError as error:  # of the system, such as a full disk
+                raise OSError(f"Cannot write {Path(folder, KNOWN_FEATURES)}: {error}") from error
             shutil.copymode(Path(folder, CONFIG_NAME), unfinished)  # safetensors allows the owner alone
     write_field(folder, "calibration", calibration.to_dict())
 

@@ -10,7 +10,7 @@ from transformers.pipelines.video_classification import VideoClassificationPipel
 from ..configuration_vivit import ViViTConfig
 from ..data.labels import LabelMap, to_probabilities
 from ..video_processing_vivit import ViViTVideoProcessor
-from .clips import check_takes_masks
+from .clips import check_takes_masks, shown_masks
 from .finite_outputs import check_finite
 from .unknown import UNKNOWN, UnknownRule, classifier_inputs
 from .views import average_views
@@ -75,6 +75,8 @@ class ViViTVideoClassificationPipeline(VideoClassificationPipeline):
             return super()._forward(model_inputs)
         # (batch * views, frames, channels, height, width), with a mask also (batch * views, frames)
         clips = {name: value.flatten(0, 1) for name, value in model_inputs.items()}
+        if "frame_mask" in clips:
+            clips["frame_mask"] = shown_masks(clips["frame_mask"], self.model.config)
         if self._rule is None:
             logits = self.model(**clips).logits
             return ImageClassifierOutput(logits=logits.unflatten(0, model_inputs["pixel_values"].shape[:2]))

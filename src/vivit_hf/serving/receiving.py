@@ -103,6 +103,7 @@ async def bounded(request: Request, limits: ServingLimits, max_bytes: int) -> As
         raise _too_large(f"{promised} bytes", max_bytes)
     begin, received = time.monotonic(), 0
     chunks = request.stream()
+    request.state.has_leave = True  # to send its body
     while True:
         # When the average falls below the rate, unless a chunk comes before.
         patience = begin + _GRACE + received / limits.min_upload_rate - time.monotonic()
@@ -125,8 +126,8 @@ async def bounded(request: Request, limits: ServingLimits, max_bytes: int) -> As
 
 async def discard(request: Request) -> bool:
     """Read what a client still sends, for a moment, so that it gets to see the answer; return whether that was all."""
-    if "expect" in request.headers:  # such a client waits for leave to send the body
-        return False
+    if "expect" in request.headers and not hasattr(request.state, "has_leave"):
+        return False  # it waits for leave to send the body
     with anyio.move_on_after(_DISCARDING_SECONDS):
         try:
             async for _ in request.stream():

@@ -121,6 +121,17 @@ def speaker(training: TrainingArguments, echo: Say) -> Say:
     return echo if training.process_index == 0 else lambda text: None
 
 
+def check_step_counts(given: dict[str, Any], training: TrainingArguments) -> None:
+    """Raise ValueError for a number of steps without effect: unlike in transformers, the default is once an epoch."""
+    for name in ("save", "eval"):
+        strategy = getattr(training, f"{name}_strategy").value
+        if given.get(f"{name}_steps") is not None and strategy != "steps":
+            raise ValueError(
+                f"--{name}_steps {given[f'{name}_steps']:g} has no effect with --{name}_strategy {strategy}: add "
+                f"--{name}_strategy steps."
+            )
+
+
 def parse_arguments(argv: Sequence[str], echo: Say = print) -> Arguments:
     """Parse the arguments of a run; print the help and exit if they ask for it.
 
@@ -152,6 +163,7 @@ def parse_arguments(argv: Sequence[str], echo: Say = print) -> Arguments:
         parser.error("--output_dir is required: the folder for checkpoints and results")
     arguments = Arguments(*parser.parse_dict(settings))
     training = arguments.training
+    check_step_counts(given, training)
     training.do_train = bool(given.get("do_train", not given.get("do_eval")))  # --do_eval alone only evaluates
     training.scales_learning_rate = name is not None and "learning_rate" not in given
     return arguments
