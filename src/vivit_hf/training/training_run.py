@@ -99,4 +99,8 @@ class TrainingRun:
         """Wait for the other processes, and leave their group."""
         if torch.distributed.is_initialized():
             torch.distributed.barrier()
+            # The wrapper of the model holds the group, whose threads would go on while Python ends: now and then, a
+            # process was aborted by that, and the launcher then stopped the others.
+            self.trainer.model_wrapped = self.trainer.model
+            self.trainer.accelerator.free_memory()
             torch.distributed.destroy_process_group()
