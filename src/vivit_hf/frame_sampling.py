@@ -25,7 +25,7 @@ A clip always has `num_frames` indices. If a video is too short for it, `short_v
     "repeat_last"   0 3 6 7 7 7    repeat the last frame
     "loop"          0 3 6 1 4 7    start the video again
     "mask"          0 3 6 . . .    leave the rest of the clip empty: NO_FRAME, which `mask_missing_frames` fills
-    "error"         raise ValueError
+    "error"         raise ShortVideoError
 
 Frame indices are numpy int64 and count from 0 in presentation order; sizes are (height, width) in pixels; times are
 in seconds. Sampling follows google-research/scenic (projects/vivit) and DMVR, the library that reads its videos.
@@ -41,6 +41,10 @@ NO_FRAME = -1  # the index of a place in a clip without a frame, with the policy
 CLIP_STARTS = ("centre", "random")
 # Frame times are multiples of a clock tick, rounded to floats; a microsecond keeps 3 * (1 / 3) from falling below 1.
 TIME_TOLERANCE = 1e-6
+
+
+class ShortVideoError(ValueError):
+    """A video is too short for a clip, and `short_video_policy` is "error"."""
 
 
 def _checked_generator(generator: np.random.Generator | None) -> np.random.Generator:
@@ -101,7 +105,7 @@ def sample_uniform_clip(
 def apply_short_video_policy(indices: np.ndarray, num_frames_in_video: int, policy: str) -> np.ndarray:
     """Replace indices past the end of a video as the policy says (see the module); "mask" puts NO_FRAME there.
 
-    Takes and returns int64 of any shape. Raises ValueError for indices past the end if the policy is "error".
+    Takes and returns int64 of any shape. Raises ShortVideoError for indices past the end if the policy is "error".
     """
     total = check_positive_integer("num_frames_in_video", num_frames_in_video)
     check_choice("short_video_policy", policy, SHORT_VIDEO_POLICIES)
@@ -109,7 +113,7 @@ def apply_short_video_policy(indices: np.ndarray, num_frames_in_video: int, poli
     if needed <= total:
         return indices
     if policy == "error":
-        raise ValueError(
+        raise ShortVideoError(
             f"The clip needs {needed} frames and the video has {total}: lower `num_frames` or the stride, or use "
             "short_video_policy='repeat_last', 'loop' or 'mask'."
         )
@@ -202,7 +206,7 @@ def sample_clips_at_rate(
     last_moment = (num_frames - 1) / rate
     is_short = last_moment + TIME_TOLERANCE >= duration
     if short_video_policy == "error" and is_short:
-        raise ValueError(
+        raise ShortVideoError(
             f"The clip needs {last_moment:.3f} seconds and the video has {duration:.3f}: lower `num_frames`, raise "
             "`frames_per_second`, or use short_video_policy='repeat_last', 'loop' or 'mask'."
         )

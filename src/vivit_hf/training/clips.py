@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, IterableDataset, Sampler
 
 from ..data.annotations import LabelledVideo
 from ..data.labels import LabelMap, balanced_weights
+from ..frame_sampling import ShortVideoError
 from ..video_processing_vivit import ViViTVideoProcessor
 from ..video_sources import VideoDecodingError, source_name
 from .augmentation import ClipAugmentation, clip_generator
@@ -18,7 +19,7 @@ from .augmentation import ClipAugmentation, clip_generator
 
 _ORDER, _REPLACEMENT = 0x6F72646572, 0x7265706C  # separate these random numbers from those of the augmentation
 _BLANK_SIZE = (64, 64)  # pixels
-_UNREADABLE = (VideoDecodingError, OSError, ValueError)  # the last: too short, with short_video_policy="error"
+UNREADABLE = (VideoDecodingError, ShortVideoError, OSError)  # what another video is trained on for
 _OF_A_VIDEO = ("pixel_values", "frame_mask", "labels", "file")  # in an item, beside the place that it fills
 
 Tensors = dict[str, torch.Tensor]
@@ -134,7 +135,7 @@ class VideoClips(_Clips, Dataset):
             try:
                 clip = self.read(chosen, epoch, generator)
                 return {**clip, "labels": self.targets[chosen], "file": _name_of(one), **common}
-            except _UNREADABLE as error:
+            except UNREADABLE as error:
                 damaged.append(_damage(one, error))
                 replacement = np.random.default_rng((_REPLACEMENT, self.seed, epoch, index, attempt))
                 chosen = int(replacement.integers(len(self)))
@@ -235,7 +236,7 @@ class StreamedClips(_Clips, IterableDataset):
         item["labels"], item["file"] = self.label_map.encode(one.video), _name_of(one.video)
         try:
             item |= self._make(one.video.source(), clip_generator(self.seed, one.epoch, one.place))
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             item["damaged_files"] = [_damage(one.video, error)]
         return item
 

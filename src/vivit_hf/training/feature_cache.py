@@ -32,7 +32,7 @@ from ..data.whole_files import written_whole
 from ..explain.relevance import evaluating
 from ..inference.clips import shown_masks
 from ..video_sources import VideoDecodingError
-from .clips import Tensors, VideoClips
+from .clips import UNREADABLE, Tensors, VideoClips
 
 
 _AFTER_SPACE = ("temporal_", "pre_logits")  # the modules of `ViViTModel` that follow the spatial encoder
@@ -353,7 +353,7 @@ class _Views(Dataset):
     def __getitem__(self, place: int) -> tuple[Tensors | None, str]:
         try:
             return self.clips.pixels(*self.views[place]), ""
-        except (VideoDecodingError, OSError) as error:
+        except UNREADABLE as error:
             return None, getattr(error, "reason", None) or str(error)
 
 
