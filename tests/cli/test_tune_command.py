@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from command_line import check_refusal, invoke, start
+from command_line import check_refusal, invoke, said, start
 from hub_server import HubServer
 from labelled_videos import start_and_kill, write_labelled_videos
 from PIL import Image
@@ -453,13 +453,25 @@ def test_a_setting_for_other_layers_ends_the_command_with_the_way_out(model, dat
         (["--choose", "fastest"], "--choose 'fastest' is not known. There are: exact"),
         (["--videos", "nowhere"], "None of the videos can be read"),
         (["--labels", "nowhere.csv"], "nowhere.csv: there is no such file or folder"),
-        (["--min-agreement", 2], "Invalid value for '--min-agreement'"),
-        (["--merge-tokens", 0], "Invalid value for '--merge-tokens'"),
         (["--device", "cuda:9"], "'cuda:9' cannot be used here"),
     ],
 )
 def test_what_cannot_be_tuned_is_named(model, data, arguments, message):
     check_refusal(["tune", model, *options(data), *arguments], 2, message)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reasons"),
+    [
+        ("--min-agreement", 2, ("Input should be less than or equal to 1", "2.0 is not in the range 0<=x<=1")),
+        ("--merge-tokens", 0, ("Input should be greater than or equal to 1", "0 is not in the range x>=1")),
+    ],
+)
+def test_numbers_out_of_range_are_named_with_the_range(model, data, option, value, reasons):
+    """Newer and older typer say so differently."""
+    result = tune(model, data, option, value)
+    text = said(result.stderr)
+    assert result.exit_code == 2 and f"Invalid value for '{option}'" in text and any(one in text for one in reasons)
 
 
 def test_models_3_and_4_refuse_rates(data, tmp_path):

@@ -61,7 +61,7 @@ def test_a_run_that_diverges_ends_in_an_error_and_saves_nothing_of_it(data, tmp_
 
 @pytest.mark.slow
 def test_an_adapter_that_diverges_is_not_saved(data, tmp_path):
-    """A rate that overflows in the last step alone, so that nothing but saving sees it."""
+    """Nothing is logged, evaluated or saved before the end."""
     changes = {"lora_rank": 2, "logging_steps": 100, "validation_dir": None, "train_val_split": 0}
     with pytest.raises(SystemExit, match=r"^finetune: .*the weights .* NaN or infinite"):
         run(data, tmp_path, **DIVERGING, save_steps=100, **changes)

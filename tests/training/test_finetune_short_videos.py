@@ -87,12 +87,13 @@ def test_the_policy_of_a_model_is_kept_unless_another_is_given(data, tmp_path, c
     assert ViViTVideoProcessor.from_pretrained(tmp_path / "three").short_video_policy == "loop"
 
 
-def test_short_videos_that_are_errors_are_replaced_and_named(data, tmp_path):
-    """Three in four have fewer frames than a clip."""
-    results = run(data, tmp_path, **{**MASKED, "short_video_policy": "error"})
+@pytest.mark.parametrize("changes", [{}, {**FROZEN, "cache_features": True}], ids=["not cached", "cached"])
+def test_short_videos_that_are_errors_are_replaced_and_named(data, tmp_path, changes):
+    """2 of the 8 training videos and 2 of the 4 validation videos have a single frame, and a clip has 2."""
+    results = run(data, tmp_path, **{**MASKED, **changes, "num_frames": 2, "short_video_policy": "error"})
     damaged = json.loads((tmp_path / "damaged_files.json").read_text())
-    assert results["eval_damaged_files"] == len(damaged["eval"]) == 4 - 2 and damaged["train"]
-    assert all("needs 4 frames and the video has" in reason for reason in damaged["train"].values())
+    assert results["eval_damaged_files"] == len(damaged["eval"]) == 2 and damaged["train"]
+    assert all("needs 2 frames and the video has 1" in reason for reason in damaged["train"].values())
 
 
 @pytest.mark.parametrize("caching", [False, True], ids=["not cached", "cached"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import ATTENTION_TYPES, tiny_config
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from video_files import moving_frames, write_video
 
 from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
@@ -254,14 +254,29 @@ def test_a_second_set_is_not_taken_for_the_first(videos, tmp_path):
     assert len(trainer.get_eval_dataloader(other).dataset) == 5
 
 
+class CountProcesses(TrainerCallback):
+    def __init__(self):
+        self.counts = []
+
+    def on_evaluate(self, *arguments, **settings):
+        self.counts.append(len(multiprocessing.active_children()))
+
+
+@pytest.mark.parametrize("evaluated", [VideoClips, StreamedClips])
 @pytest.mark.parametrize("clips", [VideoClips, StreamedClips])
-def test_no_process_stays_after_training_and_evaluation(videos, tmp_path, clips):
+def test_no_process_stays_after_training_and_evaluation(videos, tmp_path, clips, evaluated):
     """Each would wait for another epoch with its memory, and end five seconds after it is dropped."""
-    workers = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "eval_strategy": "epoch"}
-    trainer = trainer_of(videos[:8], tmp_path, **workers, clips=clips)
+    workers = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True, "eval_strategy": "steps"}
+    trainer = trainer_of(videos[:8], tmp_path, **workers, eval_steps=1, clips=clips)
+    if evaluated is StreamedClips:
+        trainer.eval_dataset = StreamedClips(videos[:4], trainer.processing_class, LABELS, num_clips=2, num_crops=3)
+    count = CountProcesses()
+    trainer.add_callback(count)
     for use in (trainer.train, trainer.evaluate, partial(trainer.predict, trainer.eval_dataset), trainer.train):
         use()
         assert multiprocessing.active_children() == []
+    # Workers of training, and those of an evaluation that are used again.
+    assert len(count.counts) >= 8 and max(count.counts) == (4 if evaluated is VideoClips else 2)
 
 
 def test_a_run_resumed_after_an_epoch_goes_on_to_the_bit_with_persistent_workers(videos, tmp_path):

@@ -85,7 +85,7 @@ class ClipTrainer(Trainer):
         self._gradient_norms: dict[str, torch.Tensor] = {}
         self._seen: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._num_unreadable = 0
-        self._loaders: list[DataLoader] = []
+        self._used_again: list[DataLoader] = []  # by the next epoch or evaluation of a training
         if isinstance(self.train_dataset, StreamedClips):
             self.add_callback(StreamPosition())
         self.weight_average = WeightAverage(self.model, ema_decay)
@@ -127,7 +127,7 @@ class ClipTrainer(Trainer):
             loader = super().get_train_dataloader()
             # Starting workers draws from torch's generator, and a resumed run starts them at other times.
             loader.base_dataloader.generator = torch.Generator()
-        self._loaders.append(loader)
+        self._used_again.append(loader)
         return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -156,24 +156,13 @@ class ClipTrainer(Trainer):
             prefetch_factor=self.args.dataloader_prefetch_factor if has_workers else None,
         )
 
-    def _stop_workers(self) -> None:
-        """
-        End the processes that decode, which would wait for another epoch.
-
-        Left to the garbage collector, they keep their memory until then, and each may take five seconds to end.
-        """
-        for loader in self._loaders:
-            base: Any = getattr(loader, "base_dataloader", loader)  # within that of accelerate
-            if base._iterator is not None:  # of persistent workers alone
-                base._iterator._shutdown_workers()
-                base._iterator = None
-        self._loaders = []
-
     def train(self, *arguments: Any, **settings: Any) -> Any:
         try:
             return super().train(*arguments, **settings)
         finally:
-            self._stop_workers()
+            for loader in self._used_again:
+                _stop_workers(loader)
+            self._used_again = []
 
     def _init_training_state(self, *arguments: Any, **settings: Any) -> tuple[int, int]:
         epochs, batches = super()._init_training_state(*arguments, **settings)
@@ -375,12 +364,14 @@ class ClipTrainer(Trainer):
             raise
 
     def evaluation_loop(self, dataloader: DataLoader, *arguments: Any, **settings: Any) -> EvalLoopOutput:
-        self._loaders.append(dataloader)
         try:
             return self._evaluation_loop(dataloader, *arguments, **settings)
         finally:
-            if not self.is_in_train:
-                self._stop_workers()
+            # `Trainer` keeps the loader of this set alone.
+            if not self.is_in_train or dataloader.dataset is not self.eval_dataset:
+                _stop_workers(dataloader)
+            elif dataloader not in self._used_again:
+                self._used_again.append(dataloader)
 
     def _evaluation_loop(self, dataloader: DataLoader, *arguments: Any, **settings: Any) -> EvalLoopOutput:
         # Evaluation must not change the random numbers of training: a resumed run may skip it.
@@ -428,3 +419,15 @@ class ClipTrainer(Trainer):
         # Over all videos at once: `Trainer` averages batches, which may differ in size.
         loss = self._loss(torch.from_numpy(logits), torch.from_numpy(labels)).item()
         return {**classification_metrics(logits, labels, self.label_map), "loss": loss}
+
+
+def _stop_workers(loader: DataLoader) -> None:
+    """
+    End the processes of a loader that would wait for another epoch.
+
+    Left to the garbage collector, they keep their memory until then, and each may take five seconds to end.
+    """
+    base: Any = getattr(loader, "base_dataloader", loader)  # within that of accelerate
+    if base._iterator is not None:  # of persistent workers alone
+        base._iterator._shutdown_workers()
+        base._iterator = None
