@@ -1,18 +1,27 @@
-"""Distillation: the loss, the clips and labels of a teacher, training with one, and what is refused."""
+"""Distillation: the clips and labels of a teacher, training with one, and what is refused."""
 
 import json
-import shutil
 import sys
 from dataclasses import replace
 from functools import partial
 
-import finetune
 import numpy as np
 import pytest
 import torch
-from finetune_runs import EXAMPLES, losses, run, settings_for, start, to_argv, write_data
-from labelled_videos import TORCHRUN
 from safetensors.torch import load_file, save_file
+from teachers import (
+    GROUPS,
+    LABELS,
+    MEAN,
+    SEVERAL,
+    SHUFFLED,
+    SMALL,
+    STD,
+    divergence,
+    names_of,
+    write_processor,
+    write_videomae,
+)
 from tiny_models import make_model, randomise, tiny_config
 from torch.utils.data import Dataset
 from transformers import (
@@ -29,133 +38,20 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES
 
-from vivit_hf import ViViTConfig, ViViTForVideoClassification, ViViTVideoProcessor
+from vivit_hf import ViViTForVideoClassification, ViViTVideoProcessor
 from vivit_hf.data import LabelMap
 from vivit_hf.training import ClipCollator, ClipTrainer
-from vivit_hf.training.distillation import DISTILLATION_FILE, Distillation, distillation_loss, load_teacher
+from vivit_hf.training.distillation import Distillation, load_teacher
 
 
-LABELS = LabelMap({"": ("dark", "grey", "bright")})
-SEVERAL = LabelMap({"": ("dark", "grey", "bright")}, has_several=True)
-GROUPS = LabelMap({"noun": ("pan", "cup"), "verb": ("take", "put", "open")})
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 say = partial(print, file=sys.stderr)
-
-
-# The loss
-
-
-def log_softmax(values):
-    values = values - values.max(axis=-1, keepdims=True)
-    return values - np.log(np.exp(values).sum(axis=-1, keepdims=True))
-
-
-def divergence(teacher, student):
-    """The Kullback-Leibler divergence of two softmax distributions, over the last axis."""
-    theirs, ours = log_softmax(teacher), log_softmax(student)
-    return (np.exp(theirs) * (theirs - ours)).sum(axis=-1)
-
-
-def binary(values):
-    """The logits of the two outcomes whose softmax is the sigmoid of a logit."""
-    return np.stack([values, np.zeros_like(values)], axis=-1)
-
-
-def random_logits(num_labels, batch=4):
-    generator = torch.Generator().manual_seed(0)
-    return 3 * torch.randn(2, batch, num_labels, generator=generator)
-
-
-def test_the_loss_is_the_mean_divergence_times_the_square_of_the_temperature():
-    logits, theirs = random_logits(3)
-    expected = 4 * divergence(theirs.double().numpy() / 2, logits.double().numpy() / 2).mean()
-    assert expected > 0.1
-    for labels in (torch.tensor([0, 1, 2, 0]), torch.rand(4, 3)):
-        loss = distillation_loss(logits, theirs, labels, LABELS, temperature=2.0)
-        assert loss.item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_each_group_of_labels_has_its_own_divergence():
-    logits, theirs = random_logits(5)
-    ours, expected = logits.double().numpy(), theirs.double().numpy()
-    parts = [divergence(expected[:, part], ours[:, part]) for part in (slice(2), slice(2, 5))]
-    labels = torch.tensor([[0, 0], [1, 2], [0, 1], [1, 1]])
-    loss = distillation_loss(logits, theirs, labels, GROUPS, temperature=1.0)
-    assert loss.item() == pytest.approx(np.mean(parts), rel=1e-5)
-
-
-def test_with_several_labels_per_video_each_label_is_a_divergence_of_its_sigmoid():
-    logits, theirs = random_logits(3)
-    expected = 9 * divergence(binary(theirs.double().numpy() / 3), binary(logits.double().numpy() / 3)).mean()
-    loss = distillation_loss(logits, theirs, torch.ones(4, 3), SEVERAL, temperature=3.0)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_ignored_examples_do_not_count():
-    logits, theirs = random_logits(3)
-    rows = [0, 3]
-    expected = distillation_loss(logits[rows], theirs[rows], torch.tensor([0, 1]), LABELS, 2.0)
-    loss = distillation_loss(logits, theirs, torch.tensor([0, -100, -100, 1]), LABELS, 2.0)
-    torch.testing.assert_close(loss, expected)
-    assert distillation_loss(logits, theirs, torch.full((4,), -100), LABELS, 2.0) == 0
-    # A clip that stands in for an unreadable file has probabilities of zero.
-    soft = torch.tensor([[1.0, 0, 0], [0, 0, 0], [0, 0, 0], [0, 0.5, 0.5]])
-    torch.testing.assert_close(distillation_loss(logits, theirs, soft, LABELS, 2.0), expected / 2)
-
-
-@pytest.mark.parametrize("kind", ["single", "soft", "groups", "soft groups", "several"])
-def test_the_batches_of_a_step_add_up_to_the_loss_of_the_whole(kind):
-    label_map = {"single": LABELS, "soft": LABELS, "several": SEVERAL}.get(kind, GROUPS)
-    logits, theirs = random_logits(len(label_map.names), batch=6)
-    labels = {
-        "single": torch.tensor([0, 1, -100, 2, 1, 1]),
-        "groups": torch.tensor([[0, 1], [1, 2], [0, 0], [0, 1], [1, 2], [0, 0]]),
-    }.get(kind, torch.rand(6, len(label_map.names)))
-    whole = distillation_loss(logits, theirs, labels, label_map, 2.0)
-    count = labels.ne(-100).sum()
-    parts = [
-        distillation_loss(logits[rows], theirs[rows], labels[rows], label_map, 2.0, count)
-        for rows in (slice(4), slice(4, 6))
-    ]
-    torch.testing.assert_close(sum(parts), whole)
-
-
-def test_the_loss_is_a_weighted_sum():
-    logits, theirs = random_logits(3)
-    labels = torch.tensor([0, 1, 2, 0])
-    soft = distillation_loss(logits, theirs, labels, LABELS, 2.0)
-    distillation = Distillation(None, "teacher", temperature=2.0, weight=0.25)
-    loss = distillation.loss(torch.tensor(8.0), logits, theirs, labels, LABELS)
-    torch.testing.assert_close(loss, 6.0 + 0.25 * soft)
 
 
 # Teachers
 
-SHUFFLED = ("bright", "other", "dark", "grey")  # a label more, and another order
 STUDENT = ViViTVideoProcessor(
     num_frames=8, frame_stride=1, size={"shortest_edge": 40}, crop_size={"height": 24, "width": 40}
 )
-
-
-def names_of(labels):
-    return {"id2label": dict(enumerate(labels))}
-
-
-def write_processor(folder, file="preprocessor_config.json", **changes):
-    settings = {"image_mean": MEAN, "image_std": STD, "do_normalize": True, "do_rescale": True}
-    settings |= {"rescale_factor": 1 / 255, "size": {"shortest_edge": 32}, **changes}
-    (folder / file).write_text(json.dumps(settings))
-    return folder
-
-
-def write_videomae(folder, labels=SHUFFLED, **changes):
-    sizes = {"image_size": 32, "patch_size": 16, "num_frames": 4, **SMALL}
-    config = VideoMAEConfig(**{**sizes, **names_of(labels), **changes})
-    model = randomise(VideoMAEForVideoClassification(config))
-    model.save_pretrained(folder)
-    write_processor(folder)
-    return model.eval()
 
 
 def write_vivit(folder, config, **settings):
@@ -562,123 +458,3 @@ def test_a_resumed_run_has_the_same_losses_to_the_bit(tmp_path, distillation):
     assert losses_of(resumed)[-2:] == losses_of(whole)[-2:] and len(losses_of(whole)) == 6
     for name, one in whole.model.named_parameters():
         assert torch.equal(one, resumed.model.get_parameter(name)), name
-
-
-# The command
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Videos, an image ViT, and a teacher for the videos."""
-    folder = write_data(tmp_path_factory.mktemp("data"))
-    names = sorted(path.name for path in (folder / "videos" / "train").iterdir())
-    write_videomae(folder / "teacher", tuple(reversed(names)))
-    return folder
-
-
-def refusal(capsys, argv):
-    with pytest.raises(SystemExit) as stopped:
-        finetune.main(argv)
-    return str(stopped.value), capsys.readouterr().out
-
-
-def test_the_card_names_the_teacher_until_a_run_without_one(data, tmp_path):
-    run(data, tmp_path, teacher=data / "teacher", distillation_temperature=2.5)
-    card = (tmp_path / "README.md").read_text()
-    assert f"## Distillation\n\nDistilled from `{data / 'teacher'}`" in card
-    assert "with temperature 2.5 and weight 0.5." in card
-    run(data, tmp_path, resume_from_checkpoint="no")
-    assert "Distill" not in (tmp_path / "README.md").read_text()
-
-
-def test_a_checkpoint_of_another_teacher_is_not_resumed(data, tmp_path, capsys):
-    run(data, tmp_path, teacher=data / "teacher", max_steps=1)
-    stored = json.loads((tmp_path / "checkpoint-1" / DISTILLATION_FILE).read_text())
-    assert stored == {"teacher": str(data / "teacher"), "temperature": 3.0, "weight": 0.5}
-    message, _ = refusal(capsys, to_argv(settings_for(data, tmp_path, max_steps=2)))
-    assert f"checkpoint-1 was trained with --teacher {data / 'teacher'} --distillation_temperature 3.0" in message
-    given = {"teacher": data / "teacher", "distillation_weight": 0.9, "max_steps": 2}
-    message, _ = refusal(capsys, to_argv(settings_for(data, tmp_path, **given)))
-    assert "--distillation_weight 0.5, unlike this run: give another --output_dir" in message
-    run(data, tmp_path / "plain", max_steps=1)
-    given = {"teacher": data / "teacher", "max_steps": 2}
-    message, _ = refusal(capsys, to_argv(settings_for(data, tmp_path / "plain", **given)))
-    assert "checkpoint-1 was trained without --teacher, unlike this run" in message
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ({"distillation_temperature": 0.0}, "--distillation_temperature 0.0: expected a positive number"),
-        ({"distillation_temperature": "nan"}, "--distillation_temperature nan: expected a positive number"),
-        ({"distillation_weight": 0.0}, "--distillation_weight 0.0: expected a share above 0 and at most 1"),
-        ({"distillation_weight": 1.5}, "--distillation_weight 1.5: expected a share above 0 and at most 1"),
-        ({"distillation_weight": 0.9}, "--distillation_temperature and --distillation_weight need a --teacher"),
-    ],
-)
-def test_settings_without_a_meaning_are_refused_before_the_data_are_read(data, tmp_path, capsys, given, expected):
-    message, printed = refusal(capsys, to_argv(settings_for(data, tmp_path, **given)))
-    assert expected in message and "videos to train on" not in printed
-
-
-def test_stored_tokens_have_no_pixels_for_a_teacher(data, tmp_path, capsys):
-    run(data, tmp_path / "start")
-    given = {"model_name_or_path": tmp_path / "start", "freeze": "spatial", "cache_features": True}
-    argv = to_argv(settings_for(data, tmp_path / "out", **given, teacher=data / "teacher"))
-    message, _ = refusal(capsys, argv)
-    assert "--teacher does not go with --cache_features: a teacher sees pixels, which stored tokens do not" in message
-
-
-def test_evaluation_alone_takes_no_teacher(data, tmp_path, capsys):
-    run(data, tmp_path / "start")
-    given = {"model_name_or_path": tmp_path / "start", "do_eval": True, "teacher": data / "teacher"}
-    message, _ = refusal(capsys, to_argv(settings_for(data, tmp_path / "out", **given)))
-    assert "--teacher needs training videos: leave it or --do_eval out" in message
-
-
-def test_a_teacher_without_the_labels_is_refused_before_a_video_is_read(data, tmp_path, capsys):
-    videos = tmp_path / "videos"
-    shutil.copytree(data / "videos", videos)
-    for file in videos.glob("*/*/*.mp4"):
-        file.write_bytes(b"broken")
-    for split in ("train", "test"):
-        (videos / split / "up_left").rename(videos / split / "jumping")
-    given = {"train_dir": videos / "train", "validation_dir": videos / "test", "teacher": data / "teacher"}
-    message, _ = refusal(capsys, to_argv(settings_for(data, tmp_path / "out", **given)))
-    assert "has no output for 1 of the 4 labels: 'jumping'" in message
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"lora_rank": 2, "ema_decay": 0.5},
-        {"bf16": True, "cutmix_alpha": 1.0, "class_weights": True},
-        {"dtype": "bfloat16", "gradient_accumulation_steps": 2},
-        {"freeze": "spatial", "image_size": 64},
-        {"streaming": True},
-    ],
-    ids=["LoRA", "bf16", "bfloat16", "freeze", "stream"],
-)
-def test_a_teacher_goes_with_the_other_arguments(data, tmp_path, given):
-    if "streaming" in given:
-        given = {**given, "train_dir": None, "validation_dir": None, "dataset_name": data / "videos"}
-    run(data, tmp_path, teacher=data / "teacher", distillation_weight=1.0, **given)
-    assert len(losses(tmp_path)) == 2 and all(0 < one < 20 for one in losses(tmp_path))
-    student = ViViTForVideoClassification(ViViTConfig.from_pretrained(tmp_path))
-    assert load_file(tmp_path / "model.safetensors").keys() == student.state_dict().keys()
-
-
-@pytest.mark.slow
-def test_two_processes_distil_like_one(data, tmp_path):
-    plain = {"max_steps": 4, "lr_scheduler_type": "constant", "optim": "sgd", "learning_rate": 0.1}
-    plain |= {"teacher": data / "teacher", "distillation_weight": 0.7}
-    one = settings_for(data, tmp_path / "one", **plain)
-    two = settings_for(data, tmp_path / "two", per_device_train_batch_size=2, ddp_backend="gloo", **plain)
-    for command, settings in (([sys.executable], one), (TORCHRUN, two)):
-        process = start([*command, EXAMPLES / "finetune.py", *to_argv(settings)])
-        assert process.returncode == 0, process.stderr[-3000:]
-    assert "Training on 2 process(es)" in process.stdout
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=2e-4)
-    ours, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "one"))
-    for name, tensor in expected.items():
-        torch.testing.assert_close(ours[name], tensor, atol=2e-6, rtol=1e-4, msg=name)
