@@ -1,112 +1,36 @@
-"""Clips of different lengths in a batch: `frame_mask`, and `attention_mask` of Model 1."""
+"""Clips of different lengths in a batch: `frame_mask`."""
 
-import copy
-from typing import Any
-
-import numpy as np
 import peft
 import pytest
 import torch
+from masked_clips import MASKED_CASES, STEPS, cut, frame_mask_of, kept_frames, masked_config, sampled, with_nan_pixels
 from tiny_models import (
     ATTENTION_TYPES,
-    CASES,
     MODEL_CLASSES,
     case_config,
     checkpoint_activations,
     make_clips,
     make_model,
-    num_temporal_class_tokens,
-    randomise,
     tiny_config,
     token_counts,
 )
-from transformers import Trainer, TrainingArguments, VivitConfig, VivitForVideoClassification
+from transformers import Trainer, TrainingArguments
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vivit_hf import ViViTForPreTraining, ViViTForVideoClassification, ViViTModel
-from vivit_hf.frame_sampling import sample_frames_uniformly
+from vivit_hf import ViViTForPreTraining, ViViTModel
 from vivit_hf.inference import blockwise_attention, optimize, restore
 from vivit_hf.modeling_vivit import (
     BIASED_ATTENTION,
     eager_attention_forward,
     mask_frames,
-    mask_tokens,
     pool_tokens,
 )
-
-
-MASKED_CASES: dict[str, dict[str, Any]] = {
-    **{case: fields for case, fields in CASES.items() if case != "merged_tokens"},
-    "concatenated_steps": {"attention_type": "factorised_encoder", "temporal_pooling": "concatenate"},
-    "temporal_max_pooling": {"attention_type": "factorised_encoder", "temporal_pooling": "max"},
-    "attention_without_temporal_layers": {
-        "attention_type": "factorised_encoder",
-        "num_temporal_layers": 0,
-        "temporal_pooling": "attention",
-    },
-}
-# Visible time steps of 4, one row per clip: the tail masked, the head, the middle, all but one, none.
-STEPS = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 1], [1, 0, 0, 1], [0, 0, 1, 0], [1, 1, 1, 1]]).bool()
-
-
-def masked_config(case, **overrides):
-    return tiny_config(**{**MASKED_CASES[case], **overrides})
 
 
 @pytest.fixture(params=MASKED_CASES)
 def masked_case(request):
     """A variant, or a way in which a variant computes or pools differently."""
     return request.param
-
-
-def sampled(config):
-    """The frames of a clip of 8 that the model takes."""
-    if config.embedding_type == "uniform_frame_sampling":
-        return sample_frames_uniformly(config.num_frames, config.num_sampled_frames)
-    return np.arange(config.num_frames)
-
-
-def frame_mask_of(config, steps):
-    """Masks of frames, bool (batch, 8), that make these time steps visible, bool (batch, 4), and no others."""
-    if config.embedding_type == "tubelet":
-        return steps.repeat_interleave(2, dim=1)
-    mask = torch.ones(len(steps), 8, dtype=torch.bool)
-    mask[:, sampled(config)] = steps
-    return mask
-
-
-@torch.no_grad()
-def cut(model, kept):
-    """A model for the kept time steps alone, with their position embeddings, not interpolated."""
-    config = copy.deepcopy(model.config)
-    time, space, _ = token_counts(config)
-    config.num_frames = len(kept) * config.tubelet_size[0]
-    if config.embedding_type == "uniform_frame_sampling":
-        config.num_sampled_frames = len(kept)
-    state, short = model.state_dict(), type(model)(config).to(model.dtype).eval()
-    name = "vivit.embeddings.position_embeddings"
-    if config.attention_type != "factorised_encoder":
-        has_class_token = state[name].shape[1] - time * space
-        grid = state[name][:, has_class_token:].unflatten(1, (time, space))[:, kept].flatten(1, 2)
-        state[name] = torch.cat([state[name][:, :has_class_token], grid], dim=1)
-    if (name := "vivit.temporal_embeddings.position_embeddings") in state:
-        first = num_temporal_class_tokens(config)
-        state[name] = torch.cat([state[name][:, :first], state[name][:, first:][:, kept]], dim=1)
-    if config.temporal_pooling == "concatenate":
-        weight = state["classifier.weight"]
-        state["classifier.weight"] = weight.unflatten(1, (time, -1))[:, kept].flatten(1)
-    short.load_state_dict(state)
-    return short
-
-
-def kept_frames(model, clip, kept):
-    """The frames of these time steps: (1, frames, channels, height, width)."""
-    taken = clip[None, sampled(model.config)]
-    return taken.unflatten(1, (-1, model.config.tubelet_size[0]))[:, kept].flatten(1, 2)
-
-
-def with_nan_pixels(clips, mask):
-    return clips.masked_fill(~mask[:, :, None, None, None], float("nan"))
 
 
 # The same as the shorter clip
@@ -464,75 +388,6 @@ def test_optimised_models_mask_as_plain_ones_do(masked_case, implementation, mon
     model.set_attn_implementation(implementation)
     clips = with_nan_pixels(clips, mask)
     torch.testing.assert_close(model(clips, frame_mask=mask).logits, expected.logits, atol=1e-5, rtol=1e-5)
-
-
-# Tokens of Model 1
-
-
-@pytest.fixture(scope="module")
-def native_pair(tmp_path_factory):
-    """transformers' Vivit, and ours with its weights."""
-    config = VivitConfig(
-        num_frames=4, image_size=16, tubelet_size=[2, 8, 8], hidden_size=32, num_hidden_layers=2, num_labels=3,
-        num_attention_heads=4, intermediate_size=48, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    native = randomise(VivitForVideoClassification(config)).eval()
-    folder = tmp_path_factory.mktemp("native")
-    native.save_pretrained(folder)
-    return native, ViViTForVideoClassification.from_pretrained(folder).eval()
-
-
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@torch.no_grad()
-def test_attention_masks_are_those_of_transformers_vivit(native_pair, implementation):
-    native, ours = native_pair
-    clips = make_clips(ours.config, 2)
-    generator = torch.Generator().manual_seed(0)
-    over_tokens = torch.rand(2, 9, generator=generator) > 0.4
-    over_tokens[:, 0] = True
-    per_query = torch.randn(2, 1, 9, 9, generator=generator)
-    per_query[1, :, :, 5] = torch.finfo(torch.float32).min
-    for model in native_pair:
-        model.set_attn_implementation(implementation)
-    masks = [over_tokens, over_tokens.long(), over_tokens.float(), per_query, None]
-    if implementation == "sdpa":  # transformers' eager attention would add the truth values
-        masks.append(per_query > -1)
-    plain = ours(clips).logits
-    for mask in masks:
-        logits = ours(clips, attention_mask=mask).logits
-        expected = native.vivit(clips, attention_mask=mask).last_hidden_state
-        torch.testing.assert_close(logits, native.classifier(expected[:, 0]), atol=1e-5, rtol=1e-5)
-        assert mask is None or (logits - plain).abs().max() > 1e-3
-        optimize(ours)
-        torch.testing.assert_close(ours(clips, attention_mask=mask).logits, logits, atol=1e-5, rtol=1e-5)
-        restore(ours)
-
-
-@pytest.mark.parametrize("case", ["spatio_temporal", "registers_mean_pooling", "max_pooling_pre_logits"])
-@torch.no_grad()
-def test_a_mask_over_the_tokens_of_whole_steps_is_a_frame_mask(case):
-    model = make_model(case_config(case))
-    clips, (_, space, prefix) = make_clips(model.config, len(STEPS)), token_counts(model.config)
-    tokens = torch.cat([STEPS.new_ones(5, prefix), STEPS.repeat_interleave(space, dim=1)], dim=1)
-    expected = model(clips, frame_mask=frame_mask_of(model.config, STEPS))
-    torch.testing.assert_close(model(clips, attention_mask=tokens.int()).logits, expected.logits, atol=1e-5, rtol=1e-5)
-
-
-def test_attention_masks_are_refused_where_they_have_no_meaning(variant):
-    model = make_model(tiny_config(variant))
-    clips, mask = make_clips(model.config), torch.ones(2, 8).bool()
-    if variant != "spatio_temporal":
-        with pytest.raises(ValueError, match=f"attention_type='{variant}'.*Use `frame_mask`"):
-            model(clips, attention_mask=torch.ones(2, 61))
-        return
-    for shape in ((2, 60), (1, 61), (2, 4, 61, 61)):
-        with pytest.raises(ValueError, match=r"\(batch, tokens\) = \(2, 61\).*\(2, 1, 61, 61\), but got"):
-            model(clips, attention_mask=torch.ones(shape))
-    with pytest.raises(ValueError, match=r"without a `frame_mask`.*a `frame_mask`"):
-        model(clips, attention_mask=torch.ones(2, 61), frame_mask=mask)
-    with pytest.raises(ValueError, match="masks all tokens of a clip"):
-        model(clips, attention_mask=torch.zeros(2, 61))
-    assert mask_tokens(torch.ones(2, 61), torch.zeros(2, 61, 32)) is None
 
 
 # Training
